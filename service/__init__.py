@@ -1,0 +1,1 @@
+"""What every process shares: settings, lifecycle, health, reflection, metrics, discovery, errors. Imports no service."""

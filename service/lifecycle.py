@@ -1,0 +1,127 @@
+"""How a process starts, becomes ready, drains and ends: the same for all services.
+
+Exit codes: 0 after a drain (SIGTERM, SIGINT), 2 for a setting that can't be used, 1 for anything else. A second signal ends the
+process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from service.settings import CommonSettings, SettingsError
+
+log = logging.getLogger("octavo")
+
+
+class Lifecycle:
+    """What a running process knows of itself: its incarnation, and whether it shall stop."""
+
+    def __init__(self, service: str, settings: CommonSettings) -> None:
+        self.service = service
+        self.settings = settings
+        self.incarnation = secrets.randbits(63) | 1
+        self.name = settings.name or f"{service}-{self.incarnation:x}"[: len(service) + 9]
+        self.stopping = asyncio.Event()
+
+    def announce(self, address: str, metrics: str, **more: Any) -> None:
+        """Write the ready file: the process serves now."""
+        log.info("ready: %s at %s, metrics at http://%s/metrics", self.name, address, metrics)
+        if self.settings.ready_file is not None:
+            facts = {
+                "service": self.service,
+                "name": self.name,
+                "address": address,
+                "metrics": metrics,
+                "pid": os.getpid(),
+                "incarnation": self.incarnation,
+            }
+            _write_atomically(self.settings.ready_file, json.dumps(facts | more))
+
+    def withdraw(self) -> None:
+        """Remove the ready file."""
+        if self.settings.ready_file is not None:
+            self.settings.ready_file.unlink(missing_ok=True)
+
+
+def run(service: str, settings: CommonSettings, serve: Callable[[Lifecycle], Awaitable[None]]) -> int:
+    """Run `serve` on an event loop until it returns; it must return soon after `stopping` is set. Returns the exit code."""
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format=f"%(asctime)s %(levelname).1s {settings.name or service} %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        try:
+            runner.run(_main(service, settings, serve))
+        except SettingsError as error:
+            print(f"{service}: {error}", file=sys.stderr)
+            return 2
+        except BaseExceptionGroup as group:
+            settings_errors = group.subgroup(SettingsError)
+            if settings_errors is not None:
+                print(f"{service}: {_first_leaf(settings_errors)}", file=sys.stderr)
+                return 2
+            log.exception("%s failed", service)
+            return 1
+        except Exception:  # the process ends with it: log it whole
+            log.exception("%s failed", service)
+            return 1
+    return 0
+
+
+async def _main(service: str, settings: CommonSettings, serve: Callable[[Lifecycle], Awaitable[None]]) -> None:
+    life = Lifecycle(service, settings)
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if life.stopping.is_set():
+            log.warning("second signal: leaving at once")
+            os._exit(1)
+        log.info("stopping: draining for up to %.0f s", settings.drain_timeout)
+        life.stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        await serve(life)
+    finally:
+        life.withdraw()
+
+
+def _first_leaf(group: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not installed with every service, and not needed
+        return None
+    return uvloop.new_event_loop
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(name).unlink()
+        raise

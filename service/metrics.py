@@ -1,0 +1,40 @@
+"""Prometheus metrics over HTTP, each process with a registry of its own."""
+
+from __future__ import annotations
+
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    start_http_server,
+)
+
+from service.settings import SettingsError, split_address
+
+
+class Metrics:
+    """A registry and its HTTP endpoint (a daemon thread of prometheus-client)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.address = ""
+
+    def start(self, listen: str) -> str:
+        """Serve /metrics; returns HOST:PORT. Raises SettingsError where the address can't be bound."""
+        host, port = split_address(listen)
+        try:
+            server, _ = start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise SettingsError(f"--metrics {listen}: {error}") from None
+        self._server = server
+        self.address = f"{host}:{server.server_port}"
+        return self.address
+
+    def stop(self) -> None:
+        """Close the endpoint."""
+        self._server.shutdown()
+        self._server.server_close()

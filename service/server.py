@@ -1,0 +1,111 @@
+"""A gRPC server as all our services run it: limits, keepalive, health, reflection, tokens, TLS; and channels to others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from service.auth import TokenInterceptor, check_binding, read_token
+from service.settings import CommonSettings, SettingsError, split_address
+
+PUBLIC_MESSAGE_BYTES = 16 << 20
+INTERNAL_MESSAGE_BYTES = 64 << 20
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Server:
+    """One gRPC server with health (NOT_SERVING until told) and reflection. Owned by the event loop that starts it."""
+
+    def __init__(self, settings: CommonSettings, services: Sequence[str], max_message_bytes: int) -> None:
+        """`services` are full service names for health and reflection. Raises SettingsError for an unsafe binding."""
+        token = read_token(settings.cluster_token_file)
+        check_binding(settings, token)
+        self._settings = settings
+        self._services = tuple(services)
+        self._health = HealthServicer()
+        self.grpc = grpc.aio.server(
+            interceptors=[TokenInterceptor(token)] if token else [],
+            options=_server_options(max_message_bytes),
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        reflection.enable_server_reflection(
+            [
+                *self._services,
+                health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+                reflection.SERVICE_NAME,
+            ],
+            self.grpc,
+        )
+        self.address = ""
+
+    async def start(self) -> str:
+        """Bind and serve; health stays NOT_SERVING. Returns the address that others can dial. Raises SettingsError."""
+        await self.set_serving(False)
+        listen = self._settings.listen
+        try:
+            port = self._bind(listen)
+        except RuntimeError as error:
+            raise SettingsError(f"--listen {listen}: {error}") from None
+        await self.grpc.start()
+        if self._settings.advertise:
+            self.address = self._settings.advertise
+        elif listen.startswith("unix:"):
+            self.address = listen
+        else:
+            self.address = f"{listen.rpartition(':')[0]}:{port}"
+        return self.address
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health checkers, for the process ("") and for each service."""
+        for service in ("", *self._services):
+            await self._health.set(service, _SERVING if serving else _NOT_SERVING)
+
+    async def stop(self, grace: float | None) -> None:
+        """Close the listener, let calls run for `grace` seconds, then cancel them. Call set_serving(False) well before."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc.stop(grace)
+
+    def _bind(self, listen: str) -> int:
+        settings = self._settings
+        if not listen.startswith("unix:"):
+            split_address(listen)
+        if settings.tls_cert is None or settings.tls_key is None:
+            return self.grpc.add_insecure_port(listen)
+        pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
+        return self.grpc.add_secure_port(listen, grpc.ssl_server_credentials([pair]))
+
+
+def open_channel(settings: CommonSettings, address: str) -> grpc.aio.Channel:
+    """A channel to another process of the cluster. Authenticate calls with `auth.credentials`."""
+    options = [
+        ("grpc.max_receive_message_length", INTERNAL_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
+        # Dial again soon: a restarted peer must not wait for gRPC's two minutes of backoff.
+        ("grpc.initial_reconnect_backoff_ms", 50),
+        ("grpc.min_reconnect_backoff_ms", 2_000),  # also the time that a connection may take to stand
+        ("grpc.max_reconnect_backoff_ms", 500),
+        # Each channel owns its connection; the global pool would share one between a dead and a new stream.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if settings.tls_ca is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(settings.tls_ca.read_bytes()), options=options)
+
+
+def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
+        # Two processes must never share a port by accident.
+        ("grpc.so_reuseport", 0),
+        # Clients may ping every 10 s; more often is answered by GOAWAY too_many_pings.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

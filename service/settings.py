@@ -1,0 +1,144 @@
+"""Settings: one frozen dataclass for each service, filled from flags, then from OCTAVO_* variables, then from defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+S = TypeVar("S", bound="CommonSettings")
+
+
+class SettingsError(Exception):
+    """A setting that can't be used; one sentence that names it."""
+
+
+def flag(help_text: str, default: Any, choices: Sequence[str] = ()) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": help_text, "choices": tuple(choices)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonSettings:
+    """What every service takes."""
+
+    listen: str = flag("address to serve gRPC on, HOST:PORT (port 0: any free one) or unix:PATH", "127.0.0.1:0")
+    metrics: str = flag("address to serve Prometheus /metrics on, HOST:PORT (port 0: any free one)", "127.0.0.1:0")
+    advertise: str | None = flag("address under which others reach --listen, if it differs", None)
+    redis: str | None = flag("Redis URL for discovery; without it addresses come from flags", None)
+    ready_file: Path | None = flag("JSON file written once the service is ready, removed at exit", None)
+    name: str | None = flag("name shown to people", None)
+    log_level: str = flag("least severe level to log", "info", ("debug", "info", "warning", "error"))
+    cluster_token_file: Path | None = flag("file with the secret that the cluster's processes share", None)
+    tls_cert: Path | None = flag("PEM certificate chain to serve with", None)
+    tls_key: Path | None = flag("PEM private key of --tls-cert", None)
+    tls_ca: Path | None = flag("PEM certificates to trust when dialling others", None)
+    drain_timeout: float = flag("seconds that running work may take after SIGTERM", 30.0)
+    heartbeat_ms: int = flag("milliseconds between heartbeats", 100)
+    lease_ms: int = flag("milliseconds of silence after which a peer is taken for dead", 300)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heartbeat_ms < self.lease_ms:
+            raise SettingsError("--heartbeat-ms must be above 0 and below --lease-ms")
+        if self.drain_timeout < 0:
+            raise SettingsError("--drain-timeout must not be negative")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("--tls-cert and --tls-key belong together")
+
+
+def parse(
+    cls: type[S],
+    prog: str,
+    argv: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> S:
+    """The settings of a process. Raises SettingsError; `--help` prints and exits."""
+    env = os.environ if env is None else env
+    parser = _Parser(prog=f"python -m {prog}", description=cls.__doc__, allow_abbrev=False)
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        parser.add_argument(
+            _flag_name(item.name),
+            dest=item.name,
+            action="append" if _is_tuple(hints[item.name]) else "store",
+            metavar="VALUE",
+            help=f"{item.metadata['help']} [{_show(item.default)}]".replace("%", "%%"),
+        )
+    given = vars(parser.parse_args(argv))
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):
+        raw = given[item.name]
+        if raw is None:
+            variable = env.get("OCTAVO_" + item.name.upper())
+            if variable is None or variable == "":
+                continue
+            raw = variable.split(",") if _is_tuple(hints[item.name]) else variable
+        values[item.name] = _convert(item, hints[item.name], raw)
+    return cls(**values)
+
+
+def exit_on_settings_error(error: SettingsError, prog: str) -> NoReturn:
+    """One sentence on stderr and exit code 2."""
+    print(f"{prog}: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _is_tuple(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple
+
+
+def _convert(item: dataclasses.Field[Any], hint: Any, raw: Any) -> Any:
+    if _is_tuple(hint):
+        return tuple(part for part in raw if part)
+    kind = hint
+    if isinstance(hint, types.UnionType):
+        kind = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    choices = item.metadata["choices"]
+    if choices and raw not in choices:
+        raise SettingsError(f"{_flag_name(item.name)}: {raw!r} is none of {', '.join(choices)}")
+    if kind is bool:
+        if raw.lower() not in ("0", "1", "false", "true", "no", "yes"):
+            raise SettingsError(f"{_flag_name(item.name)}: {raw!r} is neither true nor false")
+        return raw.lower() in ("1", "true", "yes")
+    try:
+        return kind(raw)
+    except ValueError:
+        raise SettingsError(f"{_flag_name(item.name)}: {raw!r} is no {kind.__name__}") from None
+
+
+def _show(default: Any) -> str:
+    if default is None or default == ():
+        return "none"
+    return str(default)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT can be reached from this machine only."""
+    if address.startswith("unix:"):
+        return True
+    host = split_address(address)[0]
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """HOST:PORT in parts, IPv6 hosts in brackets. Raises SettingsError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise SettingsError(f"{address!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
