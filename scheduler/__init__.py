@@ -1,0 +1,1 @@
+"""The brain of Octavo: the request queue, the block table and continuous batches. Token ids only, no text, no torch."""

@@ -1,0 +1,77 @@
+"""Which worker a waiting request should go to: the longest cached prefix against load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.core.prefix import HashChain, chain_for, num_cached_blocks
+from scheduler.core.request import Int32Array, Request
+from scheduler.core.settings import WorkerSpec
+from scheduler.core.state import SchedulerState, WorkerState
+
+
+@dataclass(slots=True)
+class Placement:
+    """A worker with room for a request, and what the request would find there."""
+
+    worker: WorkerState
+    chain: HashChain
+    num_hits: int
+    """Leading blocks that need not be computed."""
+    score: float
+
+
+def fits(spec: WorkerSpec, num_known: int, limit: int) -> bool:
+    """Whether an idle worker of this spec could run a request to its limit. The last token is never computed."""
+    return num_known < limit <= spec.max_model_len and spec.num_blocks_for(limit - 1) <= spec.num_blocks
+
+
+def limit_on(spec: WorkerSpec, request: Request) -> int:
+    """Tokens at most, prompt included. A request that came while no worker was there takes the limit of its first one."""
+    return request.limit or min(request.num_prompt_tokens + request.sampling.max_tokens, spec.max_model_len)
+
+
+def find_placement(state: SchedulerState, request: Request) -> Placement | None:
+    """The best worker that has room for all known tokens of the request now, or None."""
+    token_ids = request.known_token_ids()
+    best: Placement | None = None
+    for worker in state.workers_of.get(request.digest, ()):
+        if worker.draining or worker.rows.num_free == 0:
+            continue
+        if not fits(worker.spec, request.num_known_tokens, limit_on(worker.spec, request)):
+            continue
+        chain, num_hits = find_prefix(state, worker, request, token_ids)
+        if not has_room(state, worker, request, chain, num_hits):
+            continue
+        # A cached prefix is worth as much as the share of the request that it saves; load costs the share of rows that run.
+        share_cached = num_hits * worker.spec.block_size / request.num_known_tokens
+        score = share_cached - worker.rows.num_running / worker.spec.max_rows
+        if best is None or score > best.score:
+            best = Placement(worker, chain, num_hits, score)
+    return best
+
+
+def find_prefix(
+    state: SchedulerState, worker: WorkerState, request: Request, token_ids: Int32Array
+) -> tuple[HashChain, int]:
+    """The request's hash chain on this worker, and how many of its leading blocks are cached there.
+
+    At least one token is left to compute: the logits of the last known token are what the first sample needs.
+    """
+    chain = chain_for(worker.spec, request)
+    if not state.settings.prefix_caching or not request.reads_prefix_cache:
+        return chain, 0
+    num_full = (request.num_known_tokens - 1) // worker.spec.block_size
+    hashes = chain.extend(token_ids, num_full)
+    return chain, num_cached_blocks(worker.spec, worker.pool, hashes[:num_full])
+
+
+def has_room(state: SchedulerState, worker: WorkerState, request: Request, chain: HashChain, num_hits: int) -> bool:
+    """Whether blocks for all known tokens are available above the watermark. A worker that runs nothing needs no watermark."""
+    spec, pool = worker.spec, worker.pool
+    watermark = int(state.settings.watermark * spec.num_blocks) if worker.rows.num_running else 0
+    first = spec.first_live_block(num_hits * spec.block_size)
+    hits = [block for name in chain.hashes[first:num_hits] if (block := pool.lookup(name)) is not None]
+    # Hits that a row owns already cost nothing; hits that nobody owns are taken from what is available.
+    needed = spec.num_blocks_for(request.num_known_tokens) - len(hits) + pool.num_unowned(hits)
+    return needed + watermark <= pool.num_available

@@ -1,0 +1,307 @@
+"""Plan one step for one worker. Start reading at `plan_step`.
+
+One budget, no phases (the idea of vLLM V1's scheduler): every row has some tokens and has computed some of them, and
+each step hands out tokens of the budget so that computed catches up. Decode (one token behind), chunked prefill (many
+behind), a prefix hit (computed starts above 0) and resumption after preemption (tokens include outputs) are all this
+same arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from scheduler.core.errors import Reason
+from scheduler.core.placement import Placement, find_placement, fits, limit_on
+from scheduler.core.plan import DEAD_BLOCK, Admitted, Int64Array, NewRow, StepPlan
+from scheduler.core.request import Request, RequestState
+from scheduler.core.state import InFlightPlan, SchedulerState, WorkerState
+
+EMPTY = np.empty(0, np.int64)
+EMPTY_INT32 = np.empty(0, np.int32)
+GAP_SMOOTHING = 0.1
+
+
+@dataclass(slots=True)
+class Batch:
+    """A step while it is composed."""
+
+    rows: Int64Array = field(default_factory=lambda: EMPTY)
+    """int64 [R]: running rows that compute."""
+    counts: Int64Array = field(default_factory=lambda: EMPTY)
+    """int64 [R]: tokens that each computes."""
+    append_rows: Int64Array = field(default_factory=lambda: EMPTY)
+    append_blocks: Int64Array = field(default_factory=lambda: EMPTY)
+    chunks: Int64Array = field(default_factory=lambda: EMPTY)
+    """Indices into `rows` of those whose tokens are known, so must be sent."""
+    new_rows: list[NewRow] = field(default_factory=list)
+    new_counts: list[int] = field(default_factory=list)
+    preempted: bool = False
+    completes: dict[bytes, int] = field(default_factory=dict)
+    """Hash and block_id of the blocks of known tokens that this step fills."""
+
+
+def plan_step(state: SchedulerState, worker: WorkerState, now: float) -> StepPlan | None:
+    """The next step of a worker, or None if its pipeline is full or there is nothing to do.
+
+    Running rows come first and take the blocks they need, preempting the least important ones if there are too few. Then waiting
+    requests get what is left of the budget. Rows freed since the last plan go out with this one, if need be alone.
+    """
+    if len(worker.in_flight) >= worker.spec.run_ahead:
+        return None
+    batch = Batch()
+    if worker.rows.num_running:
+        release_blocks_behind_window(worker)
+        schedule_running(state, worker, batch)
+        find_completed_blocks(worker, batch)
+    if not batch.preempted:
+        admit_waiting(state, worker, batch, now)
+    if batch.rows.size == 0 and not batch.new_rows and not worker.freed_rows:
+        return None
+    return commit(state, worker, batch)
+
+
+# Running -----------------------------------------------------------------------------------------------------------------
+
+
+def schedule_running(state: SchedulerState, worker: WorkerState, batch: Batch) -> None:
+    """Chooses running rows and gives them blocks. Preempts the last in order until the blocks of the others suffice.
+
+    This ends: one row alone always fits, or placement.fits() had kept it out.
+    """
+    rows, spec = worker.rows, worker.spec
+    while True:
+        order = rows.order()
+        computed = rows.num_computed[order]
+        want = np.minimum(rows.num_tokens[order], rows.limit[order] - 1) - computed
+        counts = share_budget(want, spec.max_num_batched_tokens)
+        chosen = counts.nonzero()[0]
+        if chosen.size < order.size:
+            order, counts, computed = order[chosen], counts[chosen], computed[chosen]
+        needed = (computed + counts + (spec.block_size - 1)) // spec.block_size - rows.num_blocks[order]
+        num_needed = int(needed.sum())
+        if num_needed <= worker.pool.num_available:
+            break
+        state.preempt(worker, int(rows.order()[-1]))
+        state.counters.preemptions += 1
+        batch.preempted = True
+    batch.rows, batch.counts = order, counts
+    batch.chunks = (computed < rows.num_initial[order]).nonzero()[0]
+    if num_needed:
+        growing = needed.nonzero()[0]
+        batch.append_blocks = worker.pool.allocate(num_needed)
+        batch.append_rows = rows.append_blocks(order[growing], needed[growing], batch.append_blocks)
+
+
+def share_budget(want: Int64Array, budget: int) -> Int64Array:
+    """Tokens for each row, given what each wants in order of importance. int64, same shape.
+
+    Rows that want one token come first, so that a long prefill never stalls a decode; there are at most max_rows of them, which
+    the budget always holds. The rest is dealt out in order: the row in which it runs out gets a part.
+    """
+    if np.count_nonzero(want > 1) == 0:
+        return want
+    is_single = want == 1
+    chunks = np.where(is_single, 0, want)
+    before = chunks.cumsum() - chunks
+    left = budget - int(is_single.sum())
+    return np.where(is_single, 1, np.clip(left - before, 0, chunks))
+
+
+def release_blocks_behind_window(worker: WorkerState) -> None:
+    """Gives back blocks that the next position of their row doesn't read any more. Their content can still be hit."""
+    spec, rows = worker.spec, worker.rows
+    if spec.window is None:
+        return
+    order = rows.order()
+    first_live = np.maximum(rows.num_computed[order] - (spec.window - 1), 0) // spec.block_size
+    # A row that has computed nothing since it was placed may own no block yet.
+    first_live = np.minimum(first_live, rows.num_blocks[order])
+    for index in (first_live > rows.first_block[order]).nonzero()[0].tolist():
+        row, first = order[index], int(first_live[index])
+        worker.pool.release(rows.block_table[row, rows.first_block[row] : first].astype(np.int64))
+        rows.first_block[row] = first
+
+
+def find_completed_blocks(worker: WorkerState, batch: Batch) -> None:
+    """Notes the blocks of known tokens that running rows fill in this step."""
+    for index in batch.chunks.tolist():
+        row, count = int(batch.rows[index]), int(batch.counts[index])
+        note_completed_blocks(worker, batch, row, count)
+
+
+def note_completed_blocks(worker: WorkerState, batch: Batch, row: int, count: int) -> None:
+    """Notes the blocks that `count` more known tokens of one row fill."""
+    rows, size = worker.rows, worker.spec.block_size
+    computed = int(rows.num_computed[row])
+    end = min(computed + count, int(rows.num_initial[row])) // size
+    chain = rows.chains[row]
+    if end > computed // size and chain is not None:
+        hashes = chain.extend(rows.tokens[row], end)
+        for block_index in range(computed // size, end):
+            batch.completes.setdefault(hashes[block_index], int(rows.block_table[row, block_index]))
+
+
+# Waiting -----------------------------------------------------------------------------------------------------------------
+
+
+def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now: float) -> None:
+    """Gives waiting requests the rest of the budget, in the queue's order.
+
+    A request is passed over, and those behind it may go, if another worker is the better place for it or if the block that it
+    needs next is being computed by this very plan: a later plan will find it cached. A request that no worker has room for stops
+    the search: nobody overtakes it, so that it can't starve. At most max_candidates are passed over.
+    """
+    queue = state.queues.get(worker.spec.model_digest)
+    if queue is None or queue.num_requests == 0 or worker.rows.num_free == 0 or worker.draining:
+        return
+    budget = worker.spec.max_num_batched_tokens - int(batch.counts.sum())
+    passed_over: list[Request] = []
+    while budget > 0 and worker.rows.num_free and len(passed_over) < state.settings.max_candidates:
+        request = queue.pop()
+        if request is None:
+            break
+        placement = find_placement(state, request)
+        if placement is None:
+            if is_hopeless(state, request):
+                queue.push(request)  # so that failing it finds it where its state says
+                state.fail(request, Reason.PROMPT_TOO_LONG, "no worker that is left can hold the request")
+                continue
+            passed_over.append(request)
+            break
+        if placement.worker is not worker or next_block_is_coming(request, placement, batch):
+            passed_over.append(request)
+            continue
+        budget -= admit(state, placement, request, batch, budget, now)
+    queue.put_back(passed_over)
+
+
+def is_hopeless(state: SchedulerState, request: Request) -> bool:
+    """Whether no worker of the model could ever hold the request."""
+    specs = [worker.spec for worker in state.workers_of[request.digest]]
+    return not any(fits(spec, request.num_known_tokens, limit_on(spec, request)) for spec in specs)
+
+
+def next_block_is_coming(request: Request, placement: Placement, batch: Batch) -> bool:
+    """Whether this plan computes the first block that the request would have to compute itself."""
+    hashes = placement.chain.hashes
+    num_full = (request.num_known_tokens - 1) // placement.worker.spec.block_size
+    if not request.reads_prefix_cache or placement.num_hits >= min(num_full, len(hashes)):
+        return False
+    return hashes[placement.num_hits] in batch.completes
+
+
+def admit(state: SchedulerState, placement: Placement, request: Request, batch: Batch, budget: int, now: float) -> int:
+    """Gives a request a row, its cached blocks and its first chunk; returns the size of the chunk."""
+    worker, num_hits = placement.worker, placement.num_hits
+    spec, rows, pool = worker.spec, worker.rows, worker.pool
+    request.limit = limit_on(spec, request)
+    num_cached = num_hits * spec.block_size
+    row = rows.occupy(request, placement.chain if state.settings.prefix_caching else None, num_cached)
+    state.row_of[request.key] = (worker, row)
+    request.state = RequestState.RUNNING
+
+    # Blocks: dead ones behind the window, then hits, then new ones.
+    first = spec.first_live_block(num_cached)
+    hits = [block for name in placement.chain.hashes[first:num_hits] if (block := pool.lookup(name)) is not None]
+    pool.touch(hits)
+    count = min(request.num_known_tokens - num_cached, budget)
+    num_blocks = -(-(num_cached + count) // spec.block_size)
+    table = rows.block_table[row]
+    table[:first] = DEAD_BLOCK
+    table[first:num_hits] = hits
+    table[num_hits:num_blocks] = pool.allocate(num_blocks - num_hits)
+    rows.first_block[row], rows.num_blocks[row] = first, num_blocks
+
+    batch.new_rows.append(
+        NewRow(
+            row=row,
+            request=request,
+            token_ids=rows.tokens[row, : num_cached + count].copy(),
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_computed=num_cached,
+            block_ids=table[:num_blocks].copy(),
+        )
+    )
+    batch.new_counts.append(count)
+    note_completed_blocks(worker, batch, row, count)
+    count_admission(state, request, num_cached, now)
+    return count
+
+
+def count_admission(state: SchedulerState, request: Request, num_cached: int, now: float) -> None:
+    """Books, and the router's first news of its request."""
+    counters = state.counters
+    counters.admitted += 1
+    if state.last_admission is not None:
+        state.admission_gap += GAP_SMOOTHING * (now - state.last_admission - state.admission_gap)
+    state.last_admission = now
+    if request.reads_prefix_cache:
+        counters.prefix_queries += request.num_known_tokens
+        counters.prefix_hits += num_cached
+    if not request.was_admitted:
+        request.was_admitted = True
+        state.queues[request.digest].charge(request, request.num_prompt_tokens)
+        waited = max(0.0, now - request.submitted)
+        state.admitted.append(Admitted(request.router_id, request.handle, num_cached, request.digest, waited))
+
+
+# Commit ------------------------------------------------------------------------------------------------------------------
+
+
+def commit(state: SchedulerState, worker: WorkerState, batch: Batch) -> StepPlan:
+    """Writes the composed step into the books and turns it into columns."""
+    rows = worker.rows
+    chunk_lens, chunk_token_ids = known_tokens_to_send(worker, batch)
+    running, step_rows, counts = batch.rows, batch.rows, batch.counts
+    if batch.new_rows:
+        step_rows = np.concatenate((step_rows, np.array([new.row for new in batch.new_rows], np.int64)))
+        counts = np.concatenate((counts, np.array(batch.new_counts, np.int64)))
+
+    computed = rows.num_computed[step_rows] + counts
+    known = rows.num_tokens[step_rows]
+    samples = computed == known
+    rows.num_computed[step_rows] = computed
+    rows.num_tokens[step_rows] = known + samples
+    rows.last_step[step_rows] = worker.next_step_id
+    for block_hash, block in batch.completes.items():
+        worker.pool.register(block, block_hash)
+
+    freed_rows = np.array(worker.freed_rows, np.int32) if worker.freed_rows else EMPTY_INT32
+    worker.freed_rows = []
+    silent = (rows.prompt_logprobs[step_rows] & ~samples).nonzero()[0] if rows.num_prompt_logprobs else EMPTY
+    worker.in_flight.append(
+        InFlightPlan(worker.next_step_id, step_rows, samples.nonzero()[0], rows.generation[step_rows], silent)
+    )
+    worker.next_step_id += 1
+    state.counters.steps += 1
+    state.counters.scheduled_tokens += int(counts.sum())
+    return StepPlan(
+        step_id=worker.next_step_id - 1,
+        new_rows=batch.new_rows,
+        freed_rows=freed_rows,
+        rows=step_rows.astype(np.int32),
+        num_scheduled=counts.astype(np.int32),
+        num_samples=samples.astype(np.uint8),
+        append_rows=batch.append_rows.astype(np.int32),
+        append_block_ids=batch.append_blocks.astype(np.int32),
+        chunk_rows=running[batch.chunks].astype(np.int32),
+        chunk_lens=chunk_lens,
+        chunk_token_ids=chunk_token_ids,
+    )
+
+
+def known_tokens_to_send(worker: WorkerState, batch: Batch) -> tuple[np.ndarray[tuple[int], np.dtype[np.int32]], ...]:
+    """Lengths, int32 [C], and ids, int32 [sum], of the known tokens in running rows' chunks. A new row brings its own."""
+    if batch.chunks.size == 0:
+        return EMPTY_INT32, EMPTY_INT32
+    rows = worker.rows
+    chunk_rows = batch.rows[batch.chunks]
+    start = rows.num_computed[chunk_rows]
+    lens = np.minimum(batch.counts[batch.chunks], rows.num_initial[chunk_rows] - start)
+    pieces = [
+        rows.tokens[row, begin : begin + length]
+        for row, begin, length in zip(chunk_rows.tolist(), start.tolist(), lens.tolist(), strict=True)
+    ]
+    return lens.astype(np.int32), np.concatenate(pieces)

@@ -1,0 +1,79 @@
+"""Names of blocks by content: a SHA-256 chain, so that equal hashes mean equal keys and values.
+
+A block's hash covers everything that its keys and values depend on: the seed (how hashes are made, block size, model,
+KV dtype, adapter, and the tenant's salt, which says who may share it) and, through its parent's hash, all token ids up
+to its end. SHA-256 rather than a fast hash: a collision would show one tenant another's text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import sys
+from dataclasses import dataclass, field
+
+from scheduler.core.block_pool import BlockPool
+from scheduler.core.request import Int32Array, Request
+from scheduler.core.settings import WorkerSpec
+
+
+def hash_seed(spec: WorkerSpec, request: Request) -> bytes:
+    """The parent of a request's first block on workers of this spec: 32 bytes."""
+    hasher = hashlib.sha256()
+    parts = (spec.model_digest, spec.kv_dtype.encode(), request.adapter.encode(), request.cache_salt)
+    hasher.update(struct.pack("<II", spec.hash_version, spec.block_size))
+    for part in parts:  # each with its length, so that no two lists of parts read the same
+        hasher.update(struct.pack("<Q", len(part)))
+        hasher.update(part)
+    return hasher.digest()
+
+
+def block_hash(parent: bytes, token_ids: Int32Array) -> bytes:
+    """The hash of one full block, int32 [block_size], after `parent`: 32 bytes."""
+    ids = token_ids if sys.byteorder == "little" else token_ids.byteswap()
+    return hashlib.sha256(parent + ids.tobytes()).digest()
+
+
+@dataclass(slots=True)
+class HashChain:
+    """Hashes of a request's leading full blocks, made as they are needed and each once."""
+
+    seed: bytes
+    block_size: int
+    hashes: list[bytes] = field(default_factory=list)
+
+    def extend(self, token_ids: Int32Array, num_blocks: int) -> list[bytes]:
+        """The first `num_blocks` hashes at least. `token_ids` is int32 [at least num_blocks * block_size]."""
+        size = self.block_size
+        for index in range(len(self.hashes), num_blocks):
+            parent = self.hashes[index - 1] if index else self.seed
+            self.hashes.append(block_hash(parent, token_ids[index * size : (index + 1) * size]))
+        return self.hashes
+
+
+def chain_for(spec: WorkerSpec, request: Request) -> HashChain:
+    """The request's chain on workers of this spec; workers that name blocks alike share it."""
+    seed = hash_seed(spec, request)
+    chain = request.hash_chains.get(seed)
+    if chain is None:
+        chain = request.hash_chains[seed] = HashChain(seed, spec.block_size)
+    return chain
+
+
+def num_cached_blocks(spec: WorkerSpec, pool: BlockPool, hashes: list[bytes]) -> int:
+    """Leading blocks of `hashes` that need not be computed on this worker.
+
+    Under a sliding window only the blocks that the next position still reads must be there.
+    """
+    if spec.window is None:
+        for index, name in enumerate(hashes):
+            if pool.lookup(name) is None:
+                return index
+        return len(hashes)
+    best = run = 0
+    for index, name in enumerate(hashes):
+        run = run + 1 if pool.lookup(name) is not None else 0
+        num_blocks = index + 1
+        if run >= num_blocks - spec.first_live_block(num_blocks * spec.block_size):
+            best = num_blocks
+    return best

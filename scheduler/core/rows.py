@@ -1,0 +1,144 @@
+"""The running requests of one worker as numpy columns, indexed by row.
+
+What the counts of a row mean, left to right in its sequence of tokens:
+
+    0 ......... num_initial ....... num_confirmed ......... num_tokens ....... limit
+    | known when it got |  outputs that  | outputs promised by |  not sampled  |
+    | its row           |  came back     | plans in flight     |  yet          |
+                    num_computed ->  everything before it is computed once the plans in flight are done
+
+num_computed moves when a plan is made, num_confirmed when its result comes. A row that catches up
+(num_computed == num_tokens) samples, which promises one token more. The last token, at limit - 1, is sampled but
+never computed.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import numpy as np
+
+from scheduler.core.plan import Int64Array
+from scheduler.core.prefix import HashChain
+from scheduler.core.request import Request
+from scheduler.core.settings import WorkerSpec
+
+INITIAL_STOP_WIDTH = 2
+NO_TOKEN = -1
+
+
+def order_key(request: Request) -> tuple[int, float, int]:
+    """Who is served first, and preempted last: highest priority, then earliest arrival. Unique."""
+    return -request.priority, request.arrival, request.sequence
+
+
+class Rows:
+    """Columns of length max_rows. `tokens` and `block_table` are large but paged in by the system only as they are written."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        size = spec.max_rows
+        self.spec = spec
+        self.num_tokens = np.zeros(size, np.int64)
+        self.num_computed = np.zeros(size, np.int64)
+        self.num_confirmed = np.zeros(size, np.int64)
+        self.num_initial = np.zeros(size, np.int64)
+        self.num_prompt = np.zeros(size, np.int64)
+        self.limit = np.zeros(size, np.int64)
+        self.min_total = np.zeros(size, np.int64)  # prompt + min_tokens
+        self.num_blocks = np.zeros(size, np.int64)  # length of the block table
+        self.first_block = np.zeros(size, np.int64)  # blocks before it are behind the window and not owned
+        self.last_step = np.zeros(size, np.int64)  # the last plan that names this row
+        self.handle = np.zeros(size, np.int64)
+        self.router_id = np.zeros(size, np.int64)
+        self.prompt_logprobs = np.zeros(size, np.bool_)
+        # Grows whenever a row is freed, so that results for its former request are told apart.
+        self.generation = np.zeros(size, np.int64)
+        self.stop_token_ids = np.full((size, INITIAL_STOP_WIDTH), NO_TOKEN, np.int32)  # widened as requests need it
+        self.tokens = np.empty((size, spec.max_model_len), np.int32)
+        self.block_table = np.empty((size, spec.max_blocks_per_row), np.int32)
+        self.requests: list[Request | None] = [None] * size
+        self.chains: list[HashChain | None] = [None] * size
+        self.num_prompt_logprobs = 0
+        self._free = list(range(size - 1, -1, -1))
+        self._order_keys: list[tuple[int, float, int]] = []  # ascending; the request of _order[i] has key i
+        self._order = np.empty(0, np.int64)
+
+    @property
+    def num_free(self) -> int:
+        """Rows without a request."""
+        return len(self._free)
+
+    @property
+    def num_running(self) -> int:
+        """Rows with a request."""
+        return len(self.requests) - len(self._free)
+
+    def order(self) -> Int64Array:
+        """Running rows in the order in which they are served: highest priority, then earliest arrival. int64 [num_running]."""
+        return self._order
+
+    def occupy(self, request: Request, chain: HashChain | None, num_cached: int) -> int:
+        """Gives the request a row, with its first `num_cached` tokens computed and no block yet."""
+        row = self._free.pop()
+        known = request.num_known_tokens
+        prompt = request.num_prompt_tokens
+        self.tokens[row, :prompt] = request.prompt_token_ids
+        self.tokens[row, prompt:known] = request.output_token_ids
+        self.num_tokens[row] = self.num_confirmed[row] = self.num_initial[row] = known
+        self.num_computed[row] = num_cached
+        self.num_prompt[row] = prompt
+        self.limit[row] = request.limit
+        self.min_total[row] = prompt + request.sampling.min_tokens
+        self.num_blocks[row] = self.first_block[row] = self.last_step[row] = 0
+        self.handle[row], self.router_id[row] = request.handle, request.router_id
+        self._set_stop_token_ids(row, request.sampling.stop_token_ids)
+        self.prompt_logprobs[row] = not request.reads_prefix_cache
+        self.num_prompt_logprobs += not request.reads_prefix_cache
+        self.requests[row], self.chains[row] = request, chain
+        place = bisect.bisect(self._order_keys, order_key(request))
+        self._order_keys.insert(place, order_key(request))
+        self._order = np.concatenate((self._order[:place], [row], self._order[place:]))
+        return row
+
+    def vacate(self, row: int) -> Request:
+        """Takes the request out, its confirmed tokens with it. The row may be occupied again in the same plan."""
+        request = self.requests[row]
+        if request is None:
+            raise RuntimeError(f"row {row} is free already")
+        confirmed = self.tokens[row, self.num_prompt[row] : self.num_confirmed[row]]
+        request.output_token_ids = confirmed.copy()
+        self.num_prompt_logprobs -= int(self.prompt_logprobs[row])
+        self.requests[row] = self.chains[row] = None
+        self.generation[row] += 1
+        self._free.append(row)
+        place = bisect.bisect_left(self._order_keys, order_key(request))
+        del self._order_keys[place]
+        self._order = np.concatenate((self._order[:place], self._order[place + 1 :]))
+        return request
+
+    def owned_blocks(self, row: int) -> Int64Array:
+        """The blocks that the row holds, in the order of its table."""
+        return self.block_table[row, self.first_block[row] : self.num_blocks[row]].astype(np.int64)
+
+    def append_blocks(self, rows: Int64Array, counts: Int64Array, blocks: Int64Array) -> Int64Array:
+        """Appends `counts[i]` of `blocks` to the table of `rows[i]`; gives the row of each block."""
+        if int(counts.max()) == 1:
+            owner = rows
+            self.block_table[owner, self.num_blocks[owner]] = blocks
+        else:
+            owner = np.repeat(rows, counts)
+            start = np.repeat(counts.cumsum() - counts, counts)
+            self.block_table[owner, self.num_blocks[owner] + np.arange(owner.size) - start] = blocks
+        self.num_blocks[rows] += counts
+        return owner
+
+    def _set_stop_token_ids(self, row: int, token_ids: tuple[int, ...]) -> None:
+        width = self.stop_token_ids.shape[1]
+        if len(token_ids) > width:
+            while width < len(token_ids):
+                width *= 2
+            wider = np.full((len(self.requests), width), NO_TOKEN, np.int32)
+            wider[:, : self.stop_token_ids.shape[1]] = self.stop_token_ids
+            self.stop_token_ids = wider
+        self.stop_token_ids[row] = NO_TOKEN
+        self.stop_token_ids[row, : len(token_ids)] = token_ids

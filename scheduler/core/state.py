@@ -1,0 +1,230 @@
+"""All that the scheduler remembers, and the moves of a request between waiting, running, parked and gone.
+
+planner.py and apply.py decide *when* a request moves; how its books are kept is here, once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from scheduler.core.block_pool import BlockPool
+from scheduler.core.errors import Reason
+from scheduler.core.plan import Admitted, BoolArray, Failed, Int64Array
+from scheduler.core.request import FinishReason, Request, RequestKey, RequestState
+from scheduler.core.rows import Rows
+from scheduler.core.settings import Settings, WorkerSpec
+from scheduler.core.waiting import WaitingQueue
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start, for metrics."""
+
+    submitted: int = 0
+    refused: int = 0
+    admitted: int = 0
+    finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
+    failed: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(Reason, 0))
+    cancelled: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    """Computed counts that preemptions, failed steps and lost workers threw away."""
+    discarded_tokens: int = 0
+    """Sampled for a request that had left its row: after a stop token, a cancel or a preemption."""
+    prefix_queries: int = 0
+    """Known tokens of admitted requests that read the prefix cache …"""
+    prefix_hits: int = 0
+    """… and how many of them were cached."""
+    steps: int = 0
+    failed_steps: int = 0
+    scheduled_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(slots=True)
+class InFlightPlan:
+    """What must be known of a plan to read its result by position."""
+
+    step_id: int
+    rows: Int64Array
+    """int64 [R]."""
+    samples: Int64Array
+    """int64 [S]: indices into `rows` of those that sample."""
+    generation: Int64Array
+    """int64 [R]: whose result it is, by Rows.generation."""
+    chunks: Int64Array
+    """int64: indices into `rows` of chunks whose prompt log-probabilities are due though they don't sample."""
+    left: list[RequestKey] = field(default_factory=list)
+    """Requests that left their row while this was the last plan in flight that names them …"""
+    parked: list[Request] = field(default_factory=list)
+    """… and of these the ones that wait for it to come back before they may be planned again."""
+    void: bool = False
+    """A step before it failed, so its own failure is no news."""
+
+
+@dataclass(slots=True, eq=False)
+class WorkerState:
+    """One worker: its rows, its blocks and its plans in flight."""
+
+    worker_id: int
+    spec: WorkerSpec
+    rows: Rows
+    pool: BlockPool
+    in_flight: deque[InFlightPlan] = field(default_factory=deque)
+    next_step_id: int = 1
+    freed_rows: list[int] = field(default_factory=list)
+    """Rows to name as freed in the next plan."""
+    draining: bool = False
+
+    @classmethod
+    def new(cls, worker_id: int, spec: WorkerSpec) -> WorkerState:
+        """A worker that has just enlisted: every row and block is free."""
+        return cls(worker_id, spec, Rows(spec), BlockPool(spec.num_blocks))
+
+    def plan_that_names(self, row: int) -> InFlightPlan | None:
+        """The last plan in flight that names the row."""
+        last = int(self.rows.last_step[row])
+        if not self.in_flight or last < self.in_flight[0].step_id:
+            return None
+        return self.in_flight[last - self.in_flight[0].step_id]
+
+    def free_row(self, row: int) -> Request:
+        """Takes the request out of its row. Row and blocks may be used again in the next plan: the device runs plans in order."""
+        self.pool.release(self.rows.owned_blocks(row))
+        self.freed_rows.append(row)
+        return self.rows.vacate(row)
+
+
+@dataclass(slots=True)
+class SchedulerState:
+    """Everything."""
+
+    settings: Settings
+    workers: dict[int, WorkerState] = field(default_factory=dict)
+    workers_of: dict[bytes, list[WorkerState]] = field(default_factory=dict)
+    """By model digest."""
+    queues: dict[bytes, WaitingQueue] = field(default_factory=dict)
+    """By model digest. Kept while it holds requests or a worker holds the model."""
+    requests: dict[int, dict[int, Request]] = field(default_factory=dict)
+    """By router id and handle; every request that isn't finished."""
+    models: dict[str, set[bytes]] = field(default_factory=dict)
+    """By model name: every digest that a worker has held under it."""
+    orphaned_at: dict[bytes, float] = field(default_factory=dict)
+    """By model digest without a worker: since when, seconds."""
+    admission_gap: float = 0.0
+    """Seconds between admissions, smoothed."""
+    last_admission: float | None = None
+    row_of: dict[RequestKey, tuple[WorkerState, int]] = field(default_factory=dict)
+    """Where each running request is."""
+    named_in: dict[RequestKey, InFlightPlan] = field(default_factory=dict)
+    """Requests that left their row while plans in flight name them, with the last of these plans."""
+    admitted: list[Admitted] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    counters: Counters = field(default_factory=Counters)
+
+    # Moves ---------------------------------------------------------------------------------------------------------------
+
+    def enqueue(self, request: Request) -> None:
+        """Waiting. Bounds were checked by submit; those who come back are never refused."""
+        self.queues.setdefault(request.digest, WaitingQueue()).push(request)
+
+    def enqueue_after_plans(self, request: Request) -> None:
+        """Waiting, once each plan in flight that names the request has come back; parked until then."""
+        plan = self.named_in.get(request.key)
+        if plan is None:
+            self.enqueue(request)
+        else:
+            request.state = RequestState.PARKED
+            plan.parked.append(request)
+
+    def close_plan(self, plan: InFlightPlan) -> None:
+        """The plan has come back, or its worker is gone: who waited for it may be planned again."""
+        for key in plan.left:
+            if self.named_in.get(key) is plan:
+                del self.named_in[key]
+        for request in plan.parked:
+            if request.state is RequestState.PARKED:
+                self.enqueue(request)
+
+    def leave_row(self, worker: WorkerState, row: int) -> Request:
+        """Takes a request out of its row and charges its tenant for what was sampled."""
+        plan = worker.plan_that_names(row)
+        request = worker.free_row(row)
+        del self.row_of[request.key]
+        if plan is not None:
+            plan.left.append(request.key)
+            self.named_in[request.key] = plan
+        queue = self.queues.get(request.digest)
+        if queue is not None:
+            queue.charge(request, request.output_token_ids.size - request.num_charged_outputs)
+        request.num_charged_outputs = request.output_token_ids.size
+        return request
+
+    def preempt(self, worker: WorkerState, row: int) -> Request:
+        """Back to the head of the queue, to be recomputed from prompt and confirmed tokens."""
+        self.counters.recomputed_tokens += int(worker.rows.num_computed[row])
+        request = self.leave_row(worker, row)
+        request.resumed = True
+        self.enqueue_after_plans(request)
+        return request
+
+    def finish(self, request: Request) -> None:
+        """Gone from the books. The caller has taken it out of its row or queue."""
+        request.state = RequestState.FINISHED
+        handles = self.requests[request.router_id]
+        del handles[request.handle]
+        if not handles:
+            del self.requests[request.router_id]
+
+    def withdraw(self, request: Request) -> None:
+        """Out of wherever it is, and gone."""
+        if request.state is RequestState.RUNNING:
+            self.leave_row(*self.row_of[request.key])
+        elif request.state is RequestState.WAITING:
+            self.queues[request.digest].discard(request)
+        self.finish(request)
+
+    def fail(self, request: Request, reason: Reason, message: str) -> None:
+        """Withdraws a request and tells its router why."""
+        self.withdraw(request)
+        self.counters.failed[reason] += 1
+        self.failed.append(Failed(request.router_id, request.handle, reason, message))
+
+    def evacuate(self, worker: WorkerState) -> None:
+        """The worker has forgotten every row and block: all its requests go back, its plans in flight are void.
+
+        A request that was in a plan that didn't come back is a suspect. One that is part of too many such failures without
+        getting a token further is failed, so that it can't bring down one worker after the other.
+        """
+        suspects = [worker.rows.requests[row] for row in np.unique(rows_in_flight(worker)).tolist()]
+        for row in worker.rows.order()[::-1].tolist():
+            self.preempt(worker, row)
+        worker.pool.clear_cache()
+        for plan in worker.in_flight:
+            plan.void = True
+        for request in suspects:
+            if request is not None:
+                self._count_failure(request)
+
+    def _count_failure(self, request: Request) -> None:
+        if request.output_token_ids.size > request.num_outputs_at_failure:
+            request.num_failures = 0
+            request.num_outputs_at_failure = request.output_token_ids.size
+        request.num_failures += 1
+        if request.num_failures >= self.settings.max_failures:
+            self.fail(request, Reason.POISON, f"was part of {request.num_failures} failed steps or lost workers")
+
+
+def rows_in_flight(worker: WorkerState) -> Int64Array:
+    """Rows, each as often as a plan in flight names it, whose request is still the one that the plan meant."""
+    live = [plan.rows[still_there(worker, plan)] for plan in worker.in_flight if not plan.void]
+    return np.concatenate(live) if live else np.empty(0, np.int64)
+
+
+def still_there(worker: WorkerState, plan: InFlightPlan) -> BoolArray:
+    """Which of a plan's rows still hold the request that the plan meant. bool [R]."""
+    same: BoolArray = worker.rows.generation[plan.rows] == plan.generation
+    return same

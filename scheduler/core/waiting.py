@@ -1,0 +1,186 @@
+"""The waiting queue of one model: priority classes, fair between tenants, first come first served within a tenant.
+
+Fairness counts tokens, not requests: the Virtual Token Counter of "Fairness in Serving Large Language Models" (Sheng et
+al., OSDI 2024). Each tenant has a counter of the tokens it was served; the lowest goes next. A tenant that comes back
+after idling is lifted to the lowest counter among those that wait, so that idling saves up nothing. Requests that were
+served before (preempted, migrated, resumed) go first in their class, oldest first: they have clients in mid-stream.
+Prompts are charged when they are placed, outputs when they leave their row.
+
+Every operation is O(log) amortised. A cancelled request stays where it is until it is met or until the dead outnumber the living.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from scheduler.core.request import Request, RequestState
+
+COMPACT_ABOVE = 64
+"""Dead entries that are never worth a compaction."""
+
+
+@dataclass(slots=True)
+class _Tenant:
+    name: str
+    served: float = 0.0  # virtual time: tokens
+    requests: deque[Request] = field(default_factory=deque)
+    in_heap: bool = False
+
+
+class _PriorityClass:
+    def __init__(self) -> None:
+        self.num_waiting = 0
+        self.resumed: list[tuple[float, int, Request]] = []
+        self.tenants: dict[str, _Tenant] = {}
+        self.heap: list[tuple[float, str]] = []  # (served, name); an entry with an old `served` is moved when met
+        self.floor = 0.0  # the lowest `served` among waiting tenants, as last seen
+        self.forget_above = COMPACT_ABOVE
+
+    def push(self, request: Request, *, at_head: bool) -> None:
+        if request.resumed:
+            heapq.heappush(self.resumed, (request.arrival, request.sequence, request))
+            return
+        tenant = self.tenants.get(request.tenant)
+        if tenant is None or not tenant.in_heap:
+            tenant = self._join(request.tenant)
+        if at_head:
+            tenant.requests.appendleft(request)
+        else:
+            tenant.requests.append(request)
+
+    def _join(self, name: str) -> _Tenant:
+        """A tenant starts to wait, at the floor or where its counter stands above it."""
+        self._next_tenant()
+        if name not in self.tenants:
+            self._forget_idle_tenants()
+            self.tenants[name] = _Tenant(name)
+        tenant = self.tenants[name]
+        tenant.served = max(tenant.served, self.floor)
+        tenant.in_heap = True
+        heapq.heappush(self.heap, (tenant.served, name))
+        return tenant
+
+    def pop(self) -> Request | None:
+        while self.resumed:
+            _, _, request = heapq.heappop(self.resumed)
+            if request.state is RequestState.WAITING:
+                return request
+        tenant = self._next_tenant()
+        return tenant.requests.popleft() if tenant else None
+
+    def _next_tenant(self) -> _Tenant | None:
+        """The waiting tenant with the lowest counter; its counter becomes the floor."""
+        while self.heap:
+            served, name = self.heap[0]
+            tenant = self.tenants[name]
+            while tenant.requests and tenant.requests[0].state is not RequestState.WAITING:
+                tenant.requests.popleft()
+            if not tenant.requests:
+                heapq.heappop(self.heap)
+                tenant.in_heap = False
+            elif served < tenant.served:
+                heapq.heapreplace(self.heap, (tenant.served, name))
+            else:
+                self.floor = max(self.floor, served)
+                return tenant
+        return None
+
+    def charge(self, name: str, num_tokens: int) -> None:
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            tenant = self.tenants[name] = _Tenant(name, served=self.floor)
+        tenant.served += num_tokens
+
+    def compact(self) -> None:
+        self.resumed = [entry for entry in self.resumed if entry[2].state is RequestState.WAITING]
+        heapq.heapify(self.resumed)
+        for tenant in self.tenants.values():
+            tenant.requests = deque(r for r in tenant.requests if r.state is RequestState.WAITING)
+
+    def _forget_idle_tenants(self) -> None:
+        """A tenant that neither waits nor is ahead of the floor is as good as new. O(1) amortised."""
+        if len(self.tenants) > self.forget_above:
+            self.tenants = {n: t for n, t in self.tenants.items() if t.in_heap or t.served > self.floor}
+            self.forget_above = 2 * len(self.tenants) + COMPACT_ABOVE
+
+    def __iter__(self) -> Iterator[Request]:
+        for _, _, request in sorted(self.resumed, key=lambda entry: entry[:2]):
+            if request.state is RequestState.WAITING:
+                yield request
+        for tenant in self.tenants.values():
+            yield from (r for r in tenant.requests if r.state is RequestState.WAITING)
+
+
+class WaitingQueue:
+    """Requests of one model digest that have no row. Holds only requests in state WAITING, and dead ones yet to be met."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self.num_tokens = 0
+        self._num_dead = 0
+        self._classes: dict[int, _PriorityClass] = {}
+        self._priorities: list[int] = []  # negated, ascending: highest priority first
+
+    def push(self, request: Request, *, at_head: bool = False) -> None:
+        """Adds a request; `at_head` puts a popped one back in front of its tenant's others."""
+        request.state = RequestState.WAITING
+        chosen = self._classes.get(request.priority)
+        if chosen is None:
+            chosen = self._classes[request.priority] = _PriorityClass()
+            bisect.insort(self._priorities, -request.priority)
+        chosen.push(request, at_head=at_head)
+        chosen.num_waiting += 1
+        self.num_requests += 1
+        self.num_tokens += request.num_known_tokens
+
+    def pop(self) -> Request | None:
+        """The next request in order, or None. It is charged to its tenant by charge(), once it is placed."""
+        for priority in list(self._priorities):
+            chosen = self._classes[-priority]
+            request = chosen.pop()
+            if request is not None:
+                self._leave(chosen, request)
+                return request
+            # Only dead entries were left, and pop() dropped them. Counters of an empty class start afresh.
+            del self._classes[-priority]
+            self._priorities.remove(priority)
+        return None
+
+    def put_back(self, requests: list[Request]) -> None:
+        """Returns popped requests, given in the order in which they were popped, to where they stood."""
+        for request in reversed(requests):
+            self.push(request, at_head=True)
+
+    def discard(self, request: Request) -> None:
+        """Forgets a waiting request (cancelled or past its deadline); its entry is dropped later."""
+        self._leave(self._classes[request.priority], request)
+        request.state = RequestState.FINISHED
+        self._num_dead += 1
+        if self._num_dead > self.num_requests + COMPACT_ABOVE:
+            for chosen in self._classes.values():
+                chosen.compact()
+            self._num_dead = 0
+
+    def charge(self, request: Request, num_tokens: int) -> None:
+        """Adds tokens served to the counter of the request's tenant."""
+        chosen = self._classes.get(request.priority)
+        if chosen is not None:
+            chosen.charge(request.tenant, num_tokens)
+
+    def _leave(self, chosen: _PriorityClass, request: Request) -> None:
+        chosen.num_waiting -= 1
+        self.num_requests -= 1
+        self.num_tokens -= request.num_known_tokens
+
+    def __iter__(self) -> Iterator[Request]:
+        """All waiting requests, class by class; for inspection and for failing all of them."""
+        for priority in self._priorities:
+            yield from self._classes[-priority]
+
+    def num_by_priority(self) -> dict[int, int]:
+        """Waiting requests of each priority, highest first."""
+        return {-p: self._classes[-p].num_waiting for p in self._priorities if self._classes[-p].num_waiting}

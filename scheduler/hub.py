@@ -1,0 +1,356 @@
+"""The scheduler's session logic, without I/O: messages and `now` in, messages into outboxes.
+
+It stands between the streams (scheduler/service.py, or a simulation) and the core: it gives epochs, fences what carries an old
+one, keeps leases, turns messages into calls of the core and the core's events into one TokenBatch for each router and step.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from octavo.v1 import common_pb2, scheduler_pb2, step_pb2
+
+from scheduler.assets import AssetStore, Incoming
+from scheduler.codec import PROTOCOL, decode_hello, decode_result, decode_submit, encode_plan, summarise_plan
+from scheduler.core import Failed, InvalidField, QueueFull, Scheduler, SchedulerError, Settings, TokenColumns
+from scheduler.outbox import Tokens, select_logprobs
+from scheduler.peers import Peer, RouterPeer, WorkerPeer
+from service.errors import OctavoError, Reason
+
+log = logging.getLogger("octavo.hub")
+
+
+@dataclass(frozen=True, slots=True)
+class HubSettings:
+    """How streams are kept, and the core's policy."""
+
+    heartbeat_ms: int = 100
+    lease_ms: int = 300
+    run_ahead: int = 2
+    core: Settings = field(default_factory=Settings)
+
+
+class Hub:
+    """All streams of one scheduler process. One thread."""
+
+    def __init__(self, settings: HubSettings, incarnation: int, first_epoch: int = 1) -> None:
+        """`first_epoch` should be random, so that no epoch of an earlier process comes again."""
+        self.core = Scheduler(settings.core)
+        self.assets = AssetStore()
+        self.routers: dict[int, RouterPeer] = {}
+        self.workers: dict[int, WorkerPeer] = {}
+        self.draining = False
+        self._settings = settings
+        self._incarnation = incarnation
+        self._epoch = first_epoch
+        self._next_peer = 1
+        self._vocab_size: dict[str, int] = {}
+        self._admitted: dict[str, set[bytes]] = {}
+        self._ticked_at = 0.0
+
+    # Routers -------------------------------------------------------------------------------------------------------------
+
+    def attach(self, hello: scheduler_pb2.RouterHello, now: float) -> RouterPeer:
+        """A router's stream is open. Raises PROTOCOL_MISMATCH or DRAINING."""
+        if hello.protocol != PROTOCOL:
+            raise OctavoError(Reason.PROTOCOL_MISMATCH, f"protocol {hello.protocol}; this scheduler speaks {PROTOCOL}")
+        if self.draining:
+            raise OctavoError(Reason.DRAINING, "this scheduler is leaving")
+        router = RouterPeer(*self._identify(), heard_at=now, spoke_at=now, name=hello.name)
+        self.routers[router.peer_id] = router
+        welcome = scheduler_pb2.RouterWelcome(
+            incarnation=self._incarnation,
+            protocol=PROTOCOL,
+            heartbeat_ms=self._settings.heartbeat_ms,
+            lease_ms=self._settings.lease_ms,
+            models=self.served_models(),
+        )
+        router.put(scheduler_pb2.AttachResponse(welcome=welcome))
+        return router
+
+    def on_router(self, router: RouterPeer, message: scheduler_pb2.AttachRequest, now: float) -> None:
+        """One message of a router. Raises PROTOCOL_VIOLATION: then the stream is to be cut."""
+        router.heard_at = now
+        kind = message.WhichOneof("message")
+        if message.epoch != router.epoch:
+            raise OctavoError(
+                Reason.PROTOCOL_VIOLATION, f"{kind} of epoch {message.epoch}; this stream is {router.epoch}"
+            )
+        if kind == "submit":
+            self._submit(router, message.submit, now)
+        elif kind == "cancel":
+            self.core.cancel((router.peer_id, message.cancel.handle), now)
+            cancelled = scheduler_pb2.Cancelled(handle=message.cancel.handle)
+            router.put(scheduler_pb2.AttachResponse(cancelled=cancelled))
+        elif kind == "detach":
+            router.closing = True
+            router.notify()
+        elif kind != "heartbeat":
+            raise OctavoError(Reason.PROTOCOL_VIOLATION, f"a router does not send {kind} here")
+
+    def router_gone(self, router: RouterPeer, now: float) -> None:
+        """The stream has ended: everything that it submitted is cancelled; the router holds all it needs to come again."""
+        if self.routers.pop(router.peer_id, None) is not None:
+            cancelled = self.core.detach_router(router.peer_id, now)
+            log.info("router %s left; %d requests cancelled", router.name, cancelled)
+
+    # Workers -------------------------------------------------------------------------------------------------------------
+
+    def enlist(self, hello: scheduler_pb2.WorkerHello, now: float) -> WorkerPeer:
+        """A worker's stream is open. Raises what decode_hello raises, MODEL_CHANGED for a digest that was not admitted, DRAINING."""
+        if self.draining:
+            raise OctavoError(Reason.DRAINING, "this scheduler is leaving")
+        try:
+            spec = decode_hello(hello, self._settings.run_ahead)
+        except InvalidField as error:
+            raise OctavoError(Reason.INVALID_ARGUMENT, f"Hello: {error}") from None
+        self._check_digest(hello.model, hello.model_digest)
+        self._replace_earlier_stream(hello.incarnation, now)
+        worker = WorkerPeer(*self._identify(), heard_at=now, spoke_at=now, name=hello.name, hello=hello)
+        self.core.add_worker(worker.peer_id, spec)
+        self.workers[worker.peer_id] = worker
+        self._vocab_size[hello.model] = hello.vocab_size
+        self._admitted.setdefault(hello.model, set()).add(hello.model_digest)
+        welcome = scheduler_pb2.WorkerWelcome(
+            incarnation=self._incarnation,
+            protocol=PROTOCOL,
+            run_ahead=self._settings.run_ahead,
+            heartbeat_ms=self._settings.heartbeat_ms,
+            lease_ms=self._settings.lease_ms,
+        )
+        worker.put(scheduler_pb2.EnlistResponse(welcome=welcome))
+        if hello.model_digest not in self.assets:
+            worker.incoming = Incoming()
+            worker.put(scheduler_pb2.EnlistResponse(send_assets=scheduler_pb2.SendAssets(digest=hello.model_digest)))
+        self._tell_models()
+        log.info("worker %s enlisted: %s, %d rows, %d blocks", hello.name, hello.model, spec.max_rows, spec.num_blocks)
+        return worker
+
+    def on_worker(self, worker: WorkerPeer, message: scheduler_pb2.EnlistRequest, now: float) -> None:
+        """One message of a worker. Raises PROTOCOL_VIOLATION: then the stream is to be cut."""
+        worker.heard_at = now
+        kind = message.WhichOneof("message")
+        if message.epoch != worker.epoch:
+            raise OctavoError(
+                Reason.PROTOCOL_VIOLATION, f"{kind} of epoch {message.epoch}; this stream is {worker.epoch}"
+            )
+        if kind == "result":
+            self._result(worker, message.result, now)
+        elif kind == "draining":
+            self.drain_worker(worker)
+        elif kind == "asset" and worker.incoming is not None:
+            worker.incoming.add(message.asset)
+        elif kind == "assets_end" and worker.incoming is not None:
+            self.assets.put(worker.hello.model_digest, worker.incoming.files())
+            worker.incoming = None
+            self._tell_models()
+        elif kind != "heartbeat":
+            raise OctavoError(Reason.PROTOCOL_VIOLATION, f"a worker does not send {kind} here")
+
+    def worker_gone(self, worker: WorkerPeer, now: float) -> None:
+        """The stream has ended: the worker's requests go back to the head of the queue."""
+        if self.workers.pop(worker.peer_id, None) is None:
+            return
+        running = self.core.num_running(worker.peer_id)
+        self.core.remove_worker(worker.peer_id, now)
+        self._deliver_failures()
+        self._tell_models()
+        log.info("worker %s left; %d requests go back to the queue", worker.name, running)
+
+    def drain_worker(self, worker: WorkerPeer) -> None:
+        """No new requests for it; it is let go when the running ones have ended."""
+        worker.draining = True
+        self.core.drain_worker(worker.peer_id)
+        self._release_if_drained(worker)
+
+    # Steps ---------------------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> None:
+        """Compose and send every plan that can go now. Call after messages, once for all that came together."""
+        for worker_id in self.core.workers_to_plan():
+            worker = self.workers[worker_id]
+            while (plan := self.core.plan(worker_id, now)) is not None:
+                worker.last_plan = summarise_plan(plan)
+                worker.pace.planned(plan.step_id, worker.last_plan.num_tokens, now)
+                worker.put(scheduler_pb2.EnlistResponse(plan=encode_plan(plan, worker.epoch)))
+        for admitted in self.core.take_admitted():
+            message = scheduler_pb2.Admitted(
+                handle=admitted.handle,
+                cached_tokens=admitted.cached_tokens,
+                digest=admitted.digest,
+                queue_ms=int(admitted.queue_seconds * 1e3),
+            )
+            self._to_router(admitted.router_id, scheduler_pb2.AttachResponse(admitted=message))
+        self._deliver_failures()
+
+    # Time ----------------------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Called each heartbeat interval: speak where nothing was said, cut off who is silent or hangs, expire deadlines."""
+        interval, lease = self._settings.heartbeat_ms / 1e3, self._settings.lease_ms / 1e3
+        late = now - self._ticked_at > 2 * interval
+        self._ticked_at = now
+        for worker in list(self.workers.values()):
+            if now - worker.spoke_at >= interval * 0.9:
+                worker.put(scheduler_pb2.EnlistResponse(heartbeat=scheduler_pb2.SchedulerHeartbeat()))
+            # After our own loop stalled the inbound streams are read first; the next tick judges.
+            if not late:
+                self._judge(worker, now, lease)
+                self._judge_steps(worker, now)
+        load = self.load()
+        for router in list(self.routers.values()):
+            if now - router.spoke_at >= interval * 0.9:
+                router.put(scheduler_pb2.AttachResponse(load=load))
+            if not late:
+                self._judge(router, now, lease)
+        deadline = self.core.next_deadline()
+        if deadline is not None and deadline <= now:
+            self.core.expire(now)
+            self._deliver_failures()
+
+    def begin_drain(self, remaining_ms: int) -> None:
+        """This scheduler leaves: nothing new is accepted, and everyone is told."""
+        self.draining = True
+        for router in self.routers.values():
+            router.put(scheduler_pb2.AttachResponse(go_away=scheduler_pb2.GoAway(remaining_ms=remaining_ms)))
+
+    def dismiss(self) -> None:
+        """End all streams in peace."""
+        for peer in [*self.routers.values(), *self.workers.values()]:
+            peer.closing = True
+            peer.notify()
+
+    # Views ---------------------------------------------------------------------------------------------------------------
+
+    def load(self) -> scheduler_pb2.Load:
+        """For routers that choose between schedulers."""
+        load = self.core.load()
+        return scheduler_pb2.Load(
+            waiting=load.waiting, running=load.running, workers=load.workers, kv_used=load.kv_used
+        )
+
+    def served_models(self) -> list[scheduler_pb2.ServedModel]:
+        """The models whose workers are here and whose assets have come."""
+        models: dict[bytes, scheduler_pb2.ServedModel] = {}
+        for worker in self.workers.values():
+            hello = worker.hello
+            if hello.model_digest not in self.assets:
+                continue
+            model = models.setdefault(
+                hello.model_digest,
+                scheduler_pb2.ServedModel(name=hello.model, digest=hello.model_digest, vocab_size=hello.vocab_size),
+            )
+            model.max_model_len = max(model.max_model_len, hello.max_model_len)
+            model.workers += 1
+        return list(models.values())
+
+    def admit_digest(self, model: str, digest: bytes) -> None:
+        """Allow a further digest under a model name."""
+        self._admitted.setdefault(model, set()).add(digest)
+
+    # Inside --------------------------------------------------------------------------------------------------------------
+
+    def _identify(self) -> tuple[int, int]:
+        self._next_peer += 1
+        self._epoch += 1
+        return self._next_peer, self._epoch
+
+    def _submit(self, router: RouterPeer, submit: scheduler_pb2.Submit, now: float) -> None:
+        try:
+            if self.draining:
+                raise OctavoError(Reason.DRAINING, "this scheduler is leaving")
+            vocab_size = self._vocab_size.get(submit.model)
+            if vocab_size is None:
+                raise OctavoError(Reason.MODEL_UNKNOWN, f"no model {submit.model!r}")
+            self.core.submit(decode_submit(submit, router.peer_id, vocab_size, now), now)
+        except OctavoError as error:
+            self._refuse(router, submit.handle, error.reason, error.message)
+        except QueueFull as error:
+            self._refuse(router, submit.handle, Reason.QUEUE_FULL, str(error), max(1, int(error.retry_after * 1e3)))
+        except SchedulerError as error:
+            self._refuse(router, submit.handle, Reason[error.reason.name], str(error))
+
+    def _refuse(self, router: RouterPeer, handle: int, reason: Reason, text: str, retry_after_ms: int = 0) -> None:
+        failed = scheduler_pb2.Failed(
+            handle=handle,
+            reason=common_pb2.ErrorReason.Name(int(reason)),
+            message=text,
+            retry_after_ms=retry_after_ms,
+        )
+        router.put(scheduler_pb2.AttachResponse(failed=failed))
+
+    def _result(self, worker: WorkerPeer, result: step_pb2.StepResult, now: float) -> None:
+        if result.epoch != worker.epoch:
+            raise OctavoError(Reason.PROTOCOL_VIOLATION, f"a result of epoch {result.epoch}")
+        try:
+            events = self.core.apply(worker.peer_id, decode_result(result, worker.hello.vocab_size), now)
+        except SchedulerError as error:
+            raise OctavoError(Reason.PROTOCOL_VIOLATION, str(error)) from None
+        if result.status != step_pb2.STEP_STATUS_OK:
+            log.error("worker %s: step %d failed: %s", worker.name, result.step_id, result.message)
+            # Its rows are void and so is its epoch: it gets nothing more until it enlists again.
+            self.core.drain_worker(worker.peer_id)
+            worker.cut_off(OctavoError(Reason.LOST, f"step {result.step_id} failed; enlist again"))
+        worker.last_step = result.step_id
+        worker.pace.returned(result.step_id, now)
+        for columns in events:
+            self._deliver(columns, result)
+        self._deliver_failures()
+        self._release_if_drained(worker)
+
+    def _deliver(self, columns: TokenColumns, result: step_pb2.StepResult) -> None:
+        router = self.routers.get(columns.router_id)
+        if router is not None:
+            logprobs = select_logprobs(result.logprobs, columns) if result.HasField("logprobs") else None
+            router.put_tokens(Tokens(columns, logprobs))
+
+    def _deliver_failures(self) -> None:
+        for failed in self.core.take_failed():
+            self._fail(failed)
+
+    def _fail(self, failed: Failed) -> None:
+        router = self.routers.get(failed.router_id)
+        if router is not None:
+            self._refuse(router, failed.handle, Reason[failed.reason.name], failed.message)
+
+    def _to_router(self, router_id: int, message: scheduler_pb2.AttachResponse) -> None:
+        router = self.routers.get(router_id)
+        if router is not None:
+            router.put(message)
+
+    def _tell_models(self) -> None:
+        models = scheduler_pb2.ModelList(models=self.served_models())
+        for router in self.routers.values():
+            router.put(scheduler_pb2.AttachResponse(models=models))
+
+    def _check_digest(self, model: str, digest: bytes) -> None:
+        others = {worker.hello.model_digest for worker in self.workers.values() if worker.hello.model == model}
+        if others and digest not in others and digest not in self._admitted.get(model, set()):
+            raise OctavoError(
+                Reason.MODEL_CHANGED,
+                f"model {model!r} is served with digest {min(others).hex()[:12]}…; "
+                f"{digest.hex()[:12]}… was not admitted (AdmitDigest)",
+            )
+
+    def _replace_earlier_stream(self, incarnation: int, now: float) -> None:
+        """The same process comes again before its old stream was seen to end: the old one is fenced off now."""
+        for worker in list(self.workers.values()):
+            if worker.hello.incarnation == incarnation:
+                worker.cut_off(OctavoError(Reason.PROTOCOL_VIOLATION, "the worker enlisted again"))
+                self.worker_gone(worker, now)
+
+    def _release_if_drained(self, worker: WorkerPeer) -> None:
+        if worker.draining and not worker.closing and self.core.num_running(worker.peer_id) == 0:
+            worker.closing = True
+            worker.put(scheduler_pb2.EnlistResponse(go_away=scheduler_pb2.GoAway()))
+
+    def _judge(self, peer: Peer, now: float, lease: float) -> None:
+        if now - peer.heard_at > lease:
+            peer.cut_off(OctavoError(Reason.LOST, f"silent for {now - peer.heard_at:.2f} s"))
+
+    def _judge_steps(self, worker: WorkerPeer, now: float) -> None:
+        """A worker whose heartbeats come but whose steps do not has a hung device."""
+        overdue = worker.pace.overdue(now)
+        if overdue:
+            worker.cut_off(OctavoError(Reason.LOST, f"no step came back for {overdue:.1f} s"))

@@ -1,0 +1,213 @@
+"""The gRPC shell of the scheduler: streams in and out of the hub. No decision is taken here.
+
+Everything runs on one event loop. A handler feeds messages to the hub as they come; one writer a stream sends what its outbox holds;
+plans are composed once for all messages that came in one turn of the loop. The hub never waits for a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from octavo.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+from scheduler import inspect
+from scheduler.hub import Hub
+from scheduler.peers import Peer
+from service.errors import OctavoError, Reason, abort
+
+log = logging.getLogger("octavo.scheduler")
+
+_HELLO_SECONDS = 5.0
+_MAX_INSPECT_HZ = 50
+
+P = TypeVar("P", bound=Peer)
+
+
+class _Takes(Protocol):
+    def take(self, now: float) -> Any: ...
+
+
+class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
+    """Attach, Enlist, assets and the admin methods over one hub."""
+
+    def __init__(self, hub: Hub, heartbeat_s: float) -> None:
+        self.hub = hub
+        self._heartbeat_s = heartbeat_s
+        self._plan_due = False
+        self._started_at = self._now()
+
+    async def tick_forever(self) -> None:
+        """Heartbeats, leases, deadlines; runs until cancelled."""
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            self.hub.tick(self._now())
+            self._plan_soon()
+
+    async def Attach(  # type: ignore[override]  # grpc.aio's read/write style: no generator
+        self, request_iterator: AsyncIterator[scheduler_pb2.AttachRequest], context: Any
+    ) -> None:
+        """A router's stream."""
+        hello = await self._hello(context, "hello")
+        router = await self._admit(context, lambda: self.hub.attach(hello, self._now()))
+
+        def on_message(message: scheduler_pb2.AttachRequest) -> None:
+            self.hub.on_router(router, message, self._now())
+
+        def gone() -> None:
+            self.hub.router_gone(router, self._now())
+
+        await self._serve(context, router, router, on_message, gone)
+
+    async def Enlist(  # type: ignore[override]  # as Attach
+        self, request_iterator: AsyncIterator[scheduler_pb2.EnlistRequest], context: Any
+    ) -> None:
+        """A worker's stream: its lease."""
+        hello = await self._hello(context, "hello")
+        worker = await self._admit(context, lambda: self.hub.enlist(hello, self._now()))
+
+        def on_message(message: scheduler_pb2.EnlistRequest) -> None:
+            self.hub.on_worker(worker, message, self._now())
+
+        def gone() -> None:
+            self.hub.worker_gone(worker, self._now())
+
+        await self._serve(context, worker, worker, on_message, gone)
+
+    async def FetchAssets(
+        self, request: scheduler_pb2.FetchAssetsRequest, context: Any
+    ) -> AsyncIterator[scheduler_pb2.FetchAssetsResponse]:
+        """A model's files in pieces of 1 MiB."""
+        try:
+            chunks = self.hub.assets.chunks(request.digest)
+        except OctavoError as error:
+            await abort(context, error)
+        for chunk in chunks:
+            yield scheduler_pb2.FetchAssetsResponse(chunk=chunk)
+
+    async def ListWorkers(
+        self, request: scheduler_pb2.ListWorkersRequest, context: Any
+    ) -> scheduler_pb2.ListWorkersResponse:
+        """The workers that are enlisted."""
+        return scheduler_pb2.ListWorkersResponse(workers=inspect.list_workers(self.hub))
+
+    async def DrainWorker(
+        self, request: scheduler_pb2.DrainWorkerRequest, context: Any
+    ) -> scheduler_pb2.DrainWorkerResponse:
+        """Give a worker no new requests; it leaves when the running ones are done."""
+        found = [w for w in self.hub.workers.values() if w.hello.incarnation == request.incarnation]
+        if not found:
+            error = OctavoError(Reason.INVALID_ARGUMENT, f"no worker has incarnation {request.incarnation}")
+            await abort(context, error)
+        self.hub.drain_worker(found[0])
+        return scheduler_pb2.DrainWorkerResponse()
+
+    async def AdmitDigest(
+        self, request: scheduler_pb2.AdmitDigestRequest, context: Any
+    ) -> scheduler_pb2.AdmitDigestResponse:
+        """Allow a further digest under a model name."""
+        if not request.model or len(request.digest) != 32:
+            await abort(context, OctavoError(Reason.INVALID_ARGUMENT, "a model and a digest of 32 bytes are needed"))
+        self.hub.admit_digest(request.model, request.digest)
+        return scheduler_pb2.AdmitDigestResponse()
+
+    async def Inspect(
+        self, request: scheduler_pb2.InspectRequest, context: Any
+    ) -> AsyncIterator[scheduler_pb2.InspectResponse]:
+        """The queue, the plans and the block tables, live."""
+        period = 1.0 / min(request.max_hz or 2, _MAX_INSPECT_HZ)
+        last = inspect.inspect(self.hub, request, self._uptime_ms())
+        yield last
+        while not request.once:
+            await asyncio.sleep(period)
+            new = inspect.inspect(self.hub, request, self._uptime_ms())
+            yield inspect.only_changes(new, last)
+            last = new
+
+    async def _hello(self, context: Any, kind: str) -> Any:
+        """The first message of a stream, which must be a Hello."""
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                first = await context.read()
+        except TimeoutError:
+            await abort(context, OctavoError(Reason.PROTOCOL_VIOLATION, f"no Hello within {_HELLO_SECONDS:.0f} s"))
+        if first is grpc.aio.EOF or first.WhichOneof("message") != kind:
+            await abort(context, OctavoError(Reason.PROTOCOL_VIOLATION, "a stream starts with Hello"))
+        return getattr(first, kind)
+
+    async def _admit(self, context: Any, admit: Callable[[], P]) -> P:
+        try:
+            return admit()
+        except OctavoError as error:
+            log.warning("refused %s: %s", context.peer(), error.message)
+            await abort(context, error)
+
+    async def _serve(
+        self, context: Any, peer: Peer, source: _Takes, on_message: Callable[[Any], None], gone: Callable[[], None]
+    ) -> None:
+        """Carry messages both ways until either side ends; then take the peer off the books, whatever happened."""
+        wake = asyncio.Event()
+        cut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def notify() -> None:
+            wake.set()
+            if peer.cut is not None and not cut.done():
+                cut.set_result(None)
+
+        peer.notify = notify
+        reader = asyncio.create_task(self._read(context, peer, on_message), name=f"read {peer.name}")
+        writer = asyncio.create_task(self._write(context, peer, source, wake), name=f"write {peer.name}")
+        self._plan_soon()
+        notify()
+        try:
+            # A cut is waited for as well: the writer may hang in a stream that its peer does not read.
+            waiting: list[asyncio.Future[None]] = [reader, writer, cut]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            results = await asyncio.gather(reader, writer, return_exceptions=True)
+            gone()
+            self._plan_soon()
+        if peer.cut is not None:
+            log.warning("cut off %s: %s", peer.name, peer.cut.message)
+            await abort(context, peer.cut)
+        for result in results:
+            if isinstance(result, Exception) and not isinstance(result, grpc.aio.AioRpcError | grpc.aio.UsageError):
+                raise result
+
+    async def _read(self, context: Any, peer: Peer, on_message: Callable[[Any], None]) -> None:
+        while True:
+            message = await context.read()
+            if message is grpc.aio.EOF or peer.cut is not None:
+                return
+            on_message(message)
+            self._plan_soon()
+
+    async def _write(self, context: Any, peer: Peer, source: _Takes, wake: asyncio.Event) -> None:
+        while True:
+            await wake.wait()
+            wake.clear()
+            while (message := source.take(self._now())) is not None:
+                await context.write(message)
+            if peer.closing:
+                return
+
+    def _plan_soon(self) -> None:
+        if not self._plan_due:
+            self._plan_due = True
+            asyncio.get_running_loop().call_soon(self._plan)
+
+    def _plan(self) -> None:
+        self._plan_due = False
+        self.hub.plan(self._now())
+
+    def _now(self) -> float:
+        return time.monotonic()  # uvloop's clock stands still within a turn of the loop
+
+    def _uptime_ms(self) -> int:
+        return int((self._now() - self._started_at) * 1e3)

@@ -1,0 +1,31 @@
+"""The scheduler's flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.core.settings import MAX_RUN_AHEAD
+from service.settings import CommonSettings, SettingsError, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerSettings(CommonSettings):
+    """The scheduler: owns the request queue and the block table, and forms continuous batches."""
+
+    listen: str = flag("address to serve gRPC on, HOST:PORT (port 0: any free one) or unix:PATH", "127.0.0.1:50061")
+    max_waiting: int = flag("waiting requests beyond which new ones are refused", 10_000)
+    max_waiting_tokens: int = flag("tokens of waiting requests beyond which new ones are refused", 50_000_000)
+    run_ahead: int = flag("plans in flight for each worker", 2)
+    watermark: float = flag("share of a worker's blocks kept free when a request is admitted", 0.01)
+    no_worker_timeout: float = flag(
+        "seconds that requests wait for a worker after the last one of their model left", 60.0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.run_ahead <= MAX_RUN_AHEAD:
+            raise SettingsError(f"--run-ahead must be from 1 to {MAX_RUN_AHEAD}")
+        if self.max_waiting < 1 or self.max_waiting_tokens < 1:
+            raise SettingsError("--max-waiting and --max-waiting-tokens must be at least 1")
+        if not 0.0 <= self.watermark < 1.0 or self.no_worker_timeout < 0:
+            raise SettingsError("--watermark must be in [0, 1) and --no-worker-timeout not negative")
