@@ -1,0 +1,300 @@
+// Attention of one new token of each row over its paged cache.
+//   out[r, h, :] = sum_p softmax_p(scale * q[r, h] . k[p]) v[p],  p in [max(0, context - window), context)
+//
+// qkv    [tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM], queries rotated
+// cache  one layer, as in qkv_epilogue.cu; block_table int32 [max_rows, max_blocks]
+// items  work list of plan_decode (row_state.cu), 8 int32 each: SPLIT tokens of a row at an absolute position; num_items[0] of them
+//
+// Bound by bytes: the keys and values of all rows, read once. A query head alone would do 1 multiply-add a byte; the GROUP query heads
+// that share a KV head are rows of one tensor-core tile, so each key and value is loaded once for all of them.
+// Ladder
+//   1. one block a (row, head), keys in turn: reads K and V GROUP times; one long row keeps one multiprocessor busy, the rest idle
+//   2. split over the sequence, partial results merged exactly by their maxima and sums (Flash-Decoding, Dao et al. 2023)
+//   3. all heads of a group share each load; tensor cores do the products, so arithmetic no longer limits large groups
+//   4. 16-byte reads without ldmatrix or shuffles: the order of dimensions within q.k, of tokens within p.v, and of output columns
+//      is free, and is chosen such that a lane's 16 bytes are its mma operands. (When each lane also copied its own bytes, a
+//      quarter warp touched four lines at once and the L2 moved every sector twice: half the speed)
+//   5. the last block of a row to finish merges (threadfence and a counter): no second launch
+//   6. an item is one record, and the next item's record and first tokens are on their way while this one is finished (this one)
+//
+// The split size is fixed and splits lie at absolute positions, so a row's result does not depend on its neighbours.
+#include "common.cuh"
+
+#define WARPS 4
+constexpr int GROUP = HEADS / KV_HEADS;
+constexpr int M_TILES = (GROUP + 15) / 16;             // blocks of 16 query heads
+constexpr bool HALF_TILE = GROUP <= 8;                 // rows 8..15 of the tile are empty
+constexpr int CHUNKS = HEAD_DIM / 8;                   // 16-byte pieces of a key
+constexpr int PIECES = 16 * CHUNKS / 32;               // of a lane for 16 keys
+constexpr int DEPTH = HEAD_DIM == 64 ? 3 : 2;          // iterations of 16 tokens in flight in each warp
+constexpr int N_TILES = HEAD_DIM / 8;
+constexpr int ITERATIONS = SPLIT / (16 * WARPS);
+constexpr int TILE_ROWS = HALF_TILE ? 8 : 16;
+constexpr int PARTIAL = HEAD_DIM + 2;                  // unnormalised output, maximum (base 2), sum
+static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim must be 64 or 128");
+static_assert(BLOCK_SIZE % 16 == 0 && SPLIT % (16 * WARPS) == 0, "a warp's 16 tokens must lie in one block");
+
+constexpr int STAGE_VECTORS = 2 * PIECES * 32;        // keys, then values of 16 tokens
+constexpr int RING_VECTORS = DEPTH * STAGE_VECTORS;   // of a warp
+
+// Shared memory: the rings of all warps, then their results, then the block's maxima and sums.
+//   WARPS * RING_VECTORS * 16 + WARPS * TILE_ROWS * PARTIAL * 4 + TILE_ROWS * 8 bytes
+extern __shared__ uint4 shared[];
+
+// Words 0 to 6 of an item, as plan_decode writes them; word 5 names the permanent row.
+struct Item {
+  int row, begin, end, token;  // row of the step, tokens [begin, end) of the split, the query's token
+  int first_item, splits;      // of the row
+  const int* blocks;
+
+  __device__ int base() const { return begin / SPLIT * SPLIT; }
+};
+
+__device__ __forceinline__ Item load_item(const int4* items, int at, const int* block_table, int max_blocks) {
+  int4 a = items[2 * at], b = items[2 * at + 1];
+  return Item{a.x, a.y, a.z, a.w, b.x, b.z, block_table + (size_t)b.y * max_blocks};
+}
+
+// One warp's results for its tokens: o[j] holds output column (g' * 8 + j % 8) of half j / 8, where g' is the mma's column index.
+struct Running {
+  float o[N_TILES][4], maximum[2], sum[2];
+};
+
+// Where chunk `chunk` of a token lies in a stage. A warp reads keys by (token = lane / 4, chunk = lane % 4) and values by
+// (token = 2 * (lane % 4), chunk = lane / 4): with this order neither has two of eight lanes on one bank.
+__device__ __forceinline__ int place_of(int token, int chunk) {
+  return token * CHUNKS + (chunk ^ (token / 2 % 4 * 2) ^ (token % 2 * 4));
+}
+
+// A warp copies 16 tokens, neighbouring lanes neighbouring bytes: a block's tokens of one head are one run of memory.
+__device__ __forceinline__ void copy_tokens(uint4* stage, const uint4* keys, const uint4* values, const Item& item, int first) {
+  int lane = threadIdx.x % 32;
+  size_t block = first < item.end ? item.blocks[first / BLOCK_SIZE] : 0;
+  size_t base = (block * KV_HEADS * BLOCK_SIZE + first % BLOCK_SIZE) * CHUNKS;
+#pragma unroll
+  for (int i = 0; i < PIECES; i++) {
+    int at = i * 32 + lane, token = at / CHUNKS;
+    bool valid = first + token >= item.begin && first + token < item.end;
+    int place = place_of(token, at % CHUNKS);
+    copy16(stage + place, keys + (valid ? base + at : 0), valid);
+    copy16(stage + PIECES * 32 + place, values + (valid ? base + at : 0), valid);
+  }
+  end_group();
+}
+
+// Scores of 16 tokens: s[h][0..1] belong to query row g and tokens h * 8 + 2t, +1; s[h][2..3] to row g + 8.
+__device__ __forceinline__ void scores(float (&s)[2][4], const uint4* stage, const uint4 (&q)[HEAD_DIM / 32][2]) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int c = 0; c < HEAD_DIM / 32; c++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      uint4 k = stage[place_of(h * 8 + g, c * 4 + t)];
+      mma(s[h], make_uint4(q[c][0].x, q[c][1].x, q[c][0].y, q[c][1].y), k.x, k.y);
+      mma(s[h], make_uint4(q[c][0].z, q[c][1].z, q[c][0].w, q[c][1].w), k.z, k.w);
+    }
+  }
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// Online softmax (Milakov and Gimelshein 2018): rescale what is there when the maximum grows, then add p = exp2(s - maximum).
+__device__ __forceinline__ void soften(Running& run, float (&s)[2][4], int first, const Item& item, float scale) {
+  int t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < (HALF_TILE ? 1 : 2); half++) {
+    float best = run.maximum[half];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        int token = first + h * 8 + 2 * t + e;
+        float& x = s[h][half * 2 + e];
+        x = token >= item.begin && token < item.end ? x * scale : -INF;
+        best = fmaxf(best, x);
+      }
+    best = quad_max(best);
+    float base = best == -INF ? 0.0f : best, shrink = exp2_fast(run.maximum[half] - base);
+    run.maximum[half] = best;
+    run.sum[half] *= shrink;
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float& x = s[h][half * 2 + e];
+        x = exp2_fast(x - base);
+        run.sum[half] += x;
+      }
+#pragma unroll
+    for (int j = 0; j < N_TILES; j++) run.o[j][half * 2] *= shrink, run.o[j][half * 2 + 1] *= shrink;
+  }
+}
+
+__device__ __forceinline__ void add_values(Running& run, const float (&s)[2][4], const uint4* stage) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  uint4 p = make_uint4(pack(s[0][0], s[0][1]), HALF_TILE ? 0 : pack(s[0][2], s[0][3]), pack(s[1][0], s[1][1]),
+                       HALF_TILE ? 0 : pack(s[1][2], s[1][3]));
+#pragma unroll
+  for (int half = 0; half < HEAD_DIM / 64; half++) {
+    uint4 v[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = stage[PIECES * 32 + place_of(2 * t + i % 2 + i / 2 * 8, half * 8 + g)];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      // Dimension j of this lane's eight: pairs of neighbouring tokens go into one register.
+      auto word = [&](int i) { return j < 4 ? (j < 2 ? v[i].x : v[i].y) : (j < 6 ? v[i].z : v[i].w); };
+      u32 pick = j % 2 ? 0x7632 : 0x5410;
+      mma(run.o[half * 8 + j], p, __byte_perm(word(0), word(1), pick), __byte_perm(word(2), word(3), pick));
+    }
+  }
+}
+
+// The block's result for a split: element (row, d) at values[row * PARTIAL + d], maximum and sum at stats[row].
+struct Merged {
+  const float* values;
+  const float2* stats;
+};
+
+__device__ __forceinline__ Merged merge_warps(Running& run) {
+  float* parts = reinterpret_cast<float*>(shared + WARPS * RING_VECTORS);
+  float2* stats = reinterpret_cast<float2*>(parts + WARPS * TILE_ROWS * PARTIAL);
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  __syncthreads();  // the last item's results have been read
+#pragma unroll
+  for (int half = 0; half < (HALF_TILE ? 1 : 2); half++) {
+    float sum = run.sum[half];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    float* mine = parts + (warp * TILE_ROWS + half * 8 + g) * PARTIAL;
+#pragma unroll
+    for (int j = 0; j < N_TILES; j++) {
+      // Column 2t + e of tile j is dimension (2t + e) * 8 + j % 8 of the half.
+      mine[j / 8 * 64 + 2 * t * 8 + j % 8] = run.o[j][half * 2];
+      mine[j / 8 * 64 + (2 * t + 1) * 8 + j % 8] = run.o[j][half * 2 + 1];
+    }
+    if (t == 0) mine[HEAD_DIM] = run.maximum[half], mine[HEAD_DIM + 1] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < TILE_ROWS * HEAD_DIM; i += WARPS * 32) {
+    int row = i / HEAD_DIM, d = i % HEAD_DIM;
+    float best = -INF, value = 0, sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) best = fmaxf(best, parts[(w * TILE_ROWS + row) * PARTIAL + HEAD_DIM]);
+    float base = best == -INF ? 0.0f : best;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float* part = parts + (w * TILE_ROWS + row) * PARTIAL;
+      float weight = exp2_fast(part[HEAD_DIM] - base);
+      value = fmaf(part[d], weight, value);
+      sum = fmaf(part[HEAD_DIM + 1], weight, sum);
+    }
+    parts[row * PARTIAL + d] = value;  // in place of warp 0's, which nobody else reads
+    if (d == 0) stats[row] = make_float2(best, sum);
+  }
+  __syncthreads();
+  return Merged{parts, stats};
+}
+
+// out[h] for the group's heads, from `count` partial results in a fixed order.
+__device__ __forceinline__ void merge_splits(const float* partials, int count, size_t stride, int heads, elem* out) {
+  for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32) {
+    int head = i / HEAD_DIM, d = i % HEAD_DIM;
+    const float* part = partials + head * PARTIAL;
+    float best = -INF, value = 0, sum = 0;
+    for (int s = 0; s < count; s++) {
+      float maximum = __ldcg(part + s * stride + HEAD_DIM);
+      float next = fmaxf(best, maximum), base = next == -INF ? 0.0f : next;
+      float shrink = exp2_fast(best - base), weight = exp2_fast(maximum - base);
+      value = value * shrink + __ldcg(part + s * stride + d) * weight;
+      sum = sum * shrink + __ldcg(part + s * stride + HEAD_DIM + 1) * weight;
+      best = next;
+    }
+    out[i] = to_elem(value / sum);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
+decode_attention(const uint4* __restrict__ qkv, const uint4* __restrict__ cache, long long values_offset,
+                 const int* __restrict__ block_table, int max_blocks, const int4* __restrict__ items,
+                 const int* __restrict__ num_items, float scale, float* partials, int* arrived, elem* __restrict__ out) {
+  constexpr int ROW_VECTORS = (HEADS + 2 * KV_HEADS) * HEAD_DIM / 8;
+  constexpr size_t STRIDE = (size_t)HEADS * PARTIAL;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  int kv_head = blockIdx.y / M_TILES, tile = blockIdx.y % M_TILES;
+  int heads = min(GROUP - tile * 16, 16), first_head = kv_head * GROUP + tile * 16;
+  const uint4* keys = cache + (size_t)kv_head * BLOCK_SIZE * (HEAD_DIM / 8);
+  const uint4* values = keys + values_offset;
+  uint4* ring = shared + warp * RING_VECTORS;
+  __shared__ int last;
+  let_next_start();
+  wait_for_previous();
+  int count = *num_items, place = 0;  // place in the ring of the item's first tokens
+  if (blockIdx.x >= count) return;
+  auto slot = [&](int i) { return ring + (place + i) % DEPTH * STAGE_VECTORS; };
+  auto first_token = [&](const Item& of, int i) { return of.base() + (i * WARPS + warp) * 16; };
+  Item item = load_item(items, blockIdx.x, block_table, max_blocks);
+#pragma unroll
+  for (int i = 0; i < DEPTH; i++) copy_tokens(slot(i), keys, values, item, first_token(item, i));
+  for (int at = blockIdx.x; at < count; at += gridDim.x) {
+    bool more = at + gridDim.x < count;
+    Item next = load_item(items, more ? at + gridDim.x : at, block_table, max_blocks);
+    uint4 q[HEAD_DIM / 32][2];
+    const uint4* query = qkv + (size_t)item.token * ROW_VECTORS + first_head * (HEAD_DIM / 8);
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 32; c++) {
+      q[c][0] = g < heads ? query[g * (HEAD_DIM / 8) + c * 4 + t] : make_uint4(0, 0, 0, 0);
+      q[c][1] = !HALF_TILE && g + 8 < heads ? query[(g + 8) * (HEAD_DIM / 8) + c * 4 + t] : make_uint4(0, 0, 0, 0);
+    }
+    Running run = {};
+    run.maximum[0] = run.maximum[1] = -INF;
+#pragma unroll 1
+    for (int i = 0; i < ITERATIONS; i++) {
+      copies_done<DEPTH - 1>();
+      __syncwarp();  // of all lanes
+      int first = first_token(item, i), coming = i + DEPTH;
+      if (first < item.end && first + 16 > item.begin) {
+        float s[2][4] = {};
+        scores(s, slot(i), q);
+        soften(run, s, first, item, scale);
+        add_values(run, s, slot(i));
+      }
+      __syncwarp();  // the stage has been read
+      if (coming < ITERATIONS) {
+        copy_tokens(slot(i), keys, values, item, first_token(item, coming));
+      } else if (more) {
+        copy_tokens(slot(i), keys, values, next, first_token(next, coming - ITERATIONS));
+      } else {
+        end_group();  // the count of pending groups stays the same
+      }
+    }
+    place = (place + ITERATIONS) % DEPTH;
+    Merged result = merge_warps(run);
+    elem* target = out + ((size_t)item.token * HEADS + first_head) * HEAD_DIM;
+    if (item.splits == 1) {
+      for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32)
+        target[i] = to_elem(result.values[i / HEAD_DIM * PARTIAL + i % HEAD_DIM] / result.stats[i / HEAD_DIM].y);
+    } else {
+      float* mine = partials + at * STRIDE + first_head * PARTIAL;
+      for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32)
+        mine[i / HEAD_DIM * PARTIAL + i % HEAD_DIM] = result.values[i / HEAD_DIM * PARTIAL + i % HEAD_DIM];
+      if (threadIdx.x < heads) {
+        mine[threadIdx.x * PARTIAL + HEAD_DIM] = result.stats[threadIdx.x].x;
+        mine[threadIdx.x * PARTIAL + HEAD_DIM + 1] = result.stats[threadIdx.x].y;
+      }
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        int* counter = arrived + item.row * gridDim.y + blockIdx.y;
+        last = atomicAdd(counter, 1) == item.splits - 1;
+        if (last) *counter = 0;  // for the next layer
+        __threadfence();
+      }
+      __syncthreads();
+      if (last) merge_splits(partials + item.first_item * STRIDE + first_head * PARTIAL, item.splits, STRIDE, heads, target);
+    }
+    item = next;
+  }
+}

@@ -1,0 +1,329 @@
+"""The kernels as operations on torch tensors: grids, shared memory and argument order live here, shapes in the `.cu` files.
+
+Every operation enqueues on one stream and returns at once. Outputs are the caller's, so that a CUDA graph sees fixed addresses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from cuda.core import Stream
+
+from kernels.launcher import Float, Int, KernelLibrary
+from kernels.shapes import (
+    MATVEC_ROWS,
+    SAMPLE_PARTS,
+    KernelShape,
+    decode_shared_bytes,
+    matvec_shared_bytes,
+    matvec_warps,
+    prefill_shared_bytes,
+)
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """Addresses that every attention call of a step shares. All int32."""
+
+    rows: Tensor  # [rows] permanent row
+    num_scheduled: Tensor  # [rows]
+    q_start: Tensor  # [rows] first token
+    context_lens: Tensor  # [rows] after this step
+    block_table: Tensor  # [max_rows, max_blocks]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeItems:
+    """The work list of decode attention for one window. All int32."""
+
+    items: Tensor  # [max_items, 8]
+    num_items: Tensor  # [1]
+    window: int  # 0: full attention
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeScratch:
+    """What splits of one row hand to the one that merges them."""
+
+    partials: Tensor  # float32 [max_items, num_heads * (head_dim + 2)]
+    arrived: Tensor  # int32 zeros [max_rows * num_kv_heads * tiles]
+
+
+class KernelOps:
+    """The operations for one model on one stream."""
+
+    def __init__(
+        self, library: KernelLibrary, shape: KernelShape, stream: Stream, multiprocessors: int, matvec_depth: int
+    ) -> None:
+        self._library = library
+        self._shape = shape
+        self._stream = stream
+        self._depth = matvec_depth
+        # Twice as many blocks as are resident at once: they walk over the items, and late starters even out the end.
+        walking = multiprocessors * (6 if shape.head_dim == 64 else 4)
+        self._decode_blocks = max(1, walking // (shape.num_kv_heads * shape.decode_tiles))
+        # Two blocks a multiprocessor stream weights; a third place is left for the next kernel's first copies.
+        self._matvec_blocks = 2 * multiprocessors
+        self._scale = Float(math.log2(math.e) / math.sqrt(shape.head_dim))
+        library.allow_shared("decode_attention", "decode_attention", decode_shared_bytes(shape))
+        library.allow_shared("prefill_attention", "prefill_attention", prefill_shared_bytes(shape))
+        for k in {shape.hidden_size, shape.q_size, shape.intermediate_size}:
+            for rows in (8, 16):
+                name = f"matvec-{k}-{rows}"
+                if name in library:
+                    for kernel in ("matvec", "matvec_float", "matvec_silu"):
+                        library.allow_shared(name, kernel, matvec_shared_bytes(k, rows, matvec_depth))
+
+    # Model
+
+    def embedding(self, table: Tensor, token_ids: Tensor, out: Tensor, tokens: int) -> None:
+        """out[t] = table[token_ids[t]]."""
+        self._launch("embedding", "embedding", (tokens,), 128, _at(table), _at(token_ids), _at(out))
+
+    def rms_norm(self, residual: Tensor, weight: Tensor, out: Tensor, tokens: int, epsilon: float) -> None:
+        """out = norm(residual) * weight."""
+        self._launch("rms_norm", "rms_norm", (tokens,), 128, _at(residual), _at(weight), _at(out), Float(epsilon))
+
+    def rms_norm_add(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        out: Tensor,
+        tokens: int,
+        epsilon: float,
+        rows: Tensor | None = None,
+    ) -> None:
+        """residual += x + bias; out = norm(residual) * weight. With `rows`, of those tokens only."""
+        arguments = (_at(x), _at(residual), _at(bias), _at(weight), _at(rows), _at(out), Float(epsilon))
+        self._launch("rms_norm", "rms_norm_add", (tokens,), 128, *arguments)
+
+    def silu_mul(self, x: Tensor, bias: Tensor | None, out: Tensor, tokens: int) -> None:
+        """out = silu(x[:, :wide]) * x[:, wide:]."""
+        blocks = -(-tokens * self._shape.intermediate_size // 8 // 256)
+        self._launch("silu_mul", "silu_mul", (blocks,), 256, _at(x), _at(bias), _at(out), Int(tokens))
+
+    def qkv_epilogue(
+        self,
+        qkv: Tensor,
+        bias: Tensor | None,
+        norms: tuple[Tensor | None, Tensor | None],
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        cache: Tensor,
+        tokens: int,
+        epsilon: float,
+    ) -> None:
+        """Bias, QK norm, rotation in place; keys and values into `cache` [2, blocks, kv_heads, block_size, head_dim]."""
+        shape = self._shape
+        heads_per_block = 128 // (shape.head_dim // 8)
+        grid = (tokens, -(-(shape.num_heads + 2 * shape.num_kv_heads) // heads_per_block))
+        self._launch(
+            "qkv_epilogue", "qkv_epilogue", grid, 128,
+            _at(qkv), _at(bias), _at(norms[0]), _at(norms[1]), _at(cos), _at(sin), _at(positions), _at(slots),
+            _at(cache), cache.stride(0) // 8, Float(epsilon),
+        )  # fmt: skip
+
+    def fits_matvec(self, k: int, tokens: int) -> bool:
+        """Whether the matrix-vector kernel takes a product of `tokens` rows over `k` columns."""
+        return tokens <= MATVEC_ROWS and f"matvec-{k}-8" in self._library
+
+    def matvec(self, weight: Tensor, x: Tensor, out: Tensor, tokens: int) -> None:
+        """out = x weight^T for at most 16 tokens; `out` in the model's dtype."""
+        n = weight.shape[0]
+        self._matvec(weight, tokens, "matvec", -(-n // 16), _at(weight), _at(x), _at(out), Int(n), Int(tokens))
+
+    def matvec_float(self, weight: Tensor, x: Tensor, out: Tensor, tokens: int) -> None:
+        """The same with `out` in float32, its rows out.stride(0) apart."""
+        n = weight.shape[0]
+        stride = Int(out.stride(0))
+        self._matvec(
+            weight, tokens, "matvec_float", -(-n // 16), _at(weight), _at(x), _at(out), Int(n), Int(tokens), stride
+        )
+
+    def matvec_silu(self, weight: Tensor, bias: Tensor | None, x: Tensor, out: Tensor, tokens: int) -> None:
+        """out = silu(gate) * up for a weight of gate rows, then up rows."""
+        n = weight.shape[0] // 2
+        self._matvec(
+            weight, tokens, "matvec_silu", -(-n // 8), _at(weight), _at(bias), _at(x), _at(out), Int(n), Int(tokens)
+        )
+
+    def _matvec(self, weight: Tensor, tokens: int, kernel: str, blocks: int, *arguments: int | Int) -> None:
+        k, rows = weight.shape[1], 8 if tokens <= 8 else 16
+        blocks = min(blocks, self._matvec_blocks)
+        shared = matvec_shared_bytes(k, rows, self._depth)
+        self._launch(f"matvec-{k}-{rows}", kernel, (blocks,), matvec_warps(k) * 32, *arguments, shared_bytes=shared)
+
+    # Attention
+
+    def plan_decode(self, step: StepTensors, rows: int, out: DecodeItems) -> None:
+        """Fill the work list of the step's single-token rows."""
+        self._launch(
+            "row_state", "plan_decode", (1,), 1024,
+            _at(step.rows), _at(step.num_scheduled), _at(step.q_start), _at(step.context_lens), Int(rows), Int(out.window),
+            _at(out.items), _at(out.num_items),
+        )  # fmt: skip
+
+    def decode_attention(
+        self, qkv: Tensor, cache: Tensor, step: StepTensors, work: DecodeItems, scratch: DecodeScratch, out: Tensor
+    ) -> None:
+        """Attention of the rows in the work list."""
+        shape = self._shape
+        grid = (self._decode_blocks, shape.num_kv_heads * shape.decode_tiles)
+        self._launch(
+            "decode_attention", "decode_attention", grid, 128,
+            _at(qkv), _at(cache), cache.stride(0) // 8, _at(step.block_table), Int(step.block_table.shape[1]),
+            _at(work.items), _at(work.num_items), self._scale, _at(scratch.partials), _at(scratch.arrived), _at(out),
+            shared_bytes=decode_shared_bytes(shape),
+        )  # fmt: skip
+
+    def prefill_attention(
+        self, qkv: Tensor, cache: Tensor, step: StepTensors, tiles: Tensor, window: int, out: Tensor
+    ) -> None:
+        """Attention of the chunks in `tiles` int32 [n, 2]."""
+        shape = self._shape
+        self._launch(
+            "prefill_attention", "prefill_attention", (tiles.shape[0], shape.num_kv_heads), 128 if shape.head_dim == 64 else 256,
+            _at(qkv), _at(cache), cache.stride(0) // 8, _at(step.block_table), Int(step.block_table.shape[1]), _at(step.rows),
+            _at(step.q_start), _at(step.num_scheduled), _at(step.context_lens), _at(tiles), Int(window), self._scale, _at(out),
+            shared_bytes=prefill_shared_bytes(shape),
+        )  # fmt: skip
+
+    # Rows
+
+    def apply_plan(self, arena: Tensor, plan: Tensor, segments_at: int, segments: int) -> None:
+        """Spread a plan over the arena: `segments` triples start at plan[segments_at]."""
+        self._launch("row_state", "apply_plan", (segments,), 128, _at(arena), _at(plan), Int(segments_at))
+
+    def prepare_tokens(
+        self,
+        step: StepTensors,
+        rows: int,
+        fields: Tensor,
+        tokens: Tensor,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+    ) -> None:
+        """Look up ids, positions and slots of the scheduled tokens and count them as computed."""
+        self._launch(
+            "row_state", "prepare_tokens", (rows,), 128,
+            _at(step.rows), _at(step.num_scheduled), _at(step.q_start), _at(fields), _at(tokens), Int(tokens.shape[1]),
+            _at(step.block_table), Int(step.block_table.shape[1]), _at(token_ids), _at(positions), _at(slots),
+            _at(step.context_lens),
+        )  # fmt: skip
+
+    def count_tokens(self, jobs: Tensor, fields: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Count tokens of rows with penalties; jobs int32 [n, 4]."""
+        arguments = (_at(jobs), _at(fields), _at(tokens), Int(tokens.shape[1]), _at(counts), Int(counts.shape[1]))
+        self._launch("row_state", "count_tokens", (jobs.shape[0],), 1024, *arguments)
+
+    # Sampling
+
+    def process_logits(
+        self,
+        logits: Tensor,
+        vocab: int,
+        sample_rows: Tensor,
+        rows: int,
+        fields: Tensor,
+        tokens: Tensor,
+        counts: Tensor,
+        processed: Tensor,
+        raw_state: Tensor,
+    ) -> None:
+        """Biases, masks and penalties of the rows that have any, into `processed`."""
+        self._launch(
+            "process_logits", "process_logits", (rows, SAMPLE_PARTS), 256,
+            _at(logits), Int(logits.stride(0)), Int(vocab), _at(sample_rows), _at(fields), _at(tokens), Int(tokens.shape[1]),
+            _at(counts), _at(processed), _at(raw_state),
+        )  # fmt: skip
+
+    def choose(
+        self,
+        logits: Tensor,
+        processed: Tensor,
+        vocab: int,
+        sample_rows: Tensor,
+        rows: int,
+        fields: Tensor,
+        scratch: tuple[Tensor, Tensor, Tensor],
+        chosen: Tensor,
+        status: Tensor,
+    ) -> None:
+        """One token for each row without truncation. scratch: partial [rows, parts, 2], raw_state [rows], arrived [rows]."""
+        partial, raw_state, arrived = scratch
+        self._launch(
+            "sample", "choose", (rows, SAMPLE_PARTS), 256,
+            _at(logits), _at(processed), Int(logits.stride(0)), Int(vocab), _at(sample_rows), _at(fields), _at(partial),
+            _at(raw_state), _at(arrived), _at(chosen), _at(status),
+        )  # fmt: skip
+
+    def choose_truncated(
+        self,
+        logits: Tensor,
+        processed: Tensor,
+        vocab: int,
+        sample_rows: Tensor,
+        rows: int,
+        fields: Tensor,
+        raw_state: Tensor,
+        chosen: Tensor,
+        status: Tensor,
+    ) -> None:
+        """One token for each row with top_k, top_p or min_p."""
+        self._launch(
+            "sample", "choose_truncated", (rows,), 1024,
+            _at(logits), _at(processed), Int(logits.stride(0)), Int(vocab), _at(sample_rows), _at(fields), _at(raw_state),
+            _at(chosen), _at(status),
+        )  # fmt: skip
+
+    def commit(
+        self,
+        chosen: Tensor,
+        status: Tensor,
+        sample_rows: Tensor,
+        rows: int,
+        fields: Tensor,
+        tokens: Tensor,
+        counts: Tensor,
+        result: Tensor,
+    ) -> None:
+        """Append the chosen tokens to their rows and to `result` [2, max_rows]."""
+        self._launch(
+            "sample", "commit", (-(-rows // 128),), 128,
+            _at(chosen), _at(status), _at(sample_rows), Int(rows), _at(fields), _at(tokens), Int(tokens.shape[1]),
+            _at(counts), Int(counts.shape[1]), _at(result), Int(result.shape[1]),
+        )  # fmt: skip
+
+    def logprobs(
+        self, logits: Tensor, vocab: int, jobs: Tensor, tokens: Tensor, ids: Tensor, values: Tensor, ranks: Tensor
+    ) -> None:
+        """Describe positions; jobs int32 [n, 4]."""
+        self._launch(
+            "logprobs", "logprobs", (jobs.shape[0],), 512,
+            _at(logits), Int(logits.stride(0)), Int(vocab), _at(jobs), _at(tokens), Int(tokens.shape[1]),
+            _at(ids), _at(values), _at(ranks),
+        )  # fmt: skip
+
+    def _launch(
+        self,
+        module: str,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: int,
+        *arguments: int | Int | Float,
+        shared_bytes: int = 0,
+    ) -> None:
+        self._library.launch(self._stream, module, kernel, grid, block, *arguments, shared_bytes=shared_bytes)
+
+
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,109 @@
+// Rows live on the device: token ids, block table and RowFields, all int32, in one arena. A step's plan arrives as one buffer of int32.
+//
+//   apply_plan       copies segments of the plan to where they belong in the arena: new rows, appended blocks, chunk tokens
+//   prepare_tokens   looks up the input token, position and cache slot of every scheduled token, and counts them as computed
+//   plan_decode      lists the (row, split) items of the step's decode attention
+//   count_tokens     keeps how often each token stands in a row with penalties
+//
+// Bound by latency: kilobytes in all. What matters is that the CPU never needs an answer: the token that step n sampled is in the
+// arena when step n + 1 looks it up.
+// Ladder
+//   1. the CPU holds the rows and sends ids, positions, slots and block tables each step: a synchronisation a step to learn the token
+//   2. one small copy for each changed tensor: a dozen launches a step
+//   3. one copy of one buffer, one kernel that spreads it (this one)
+#include "row_state.cuh"
+
+// plan[segments + 3 i ...] = (destination in the arena, source in the plan, length), in words; one block a segment.
+extern "C" __global__ void __launch_bounds__(128) apply_plan(int* __restrict__ arena, const int* __restrict__ plan, int segments) {
+  let_next_start();
+  wait_for_previous();
+  const int* segment = plan + segments + 3 * blockIdx.x;
+  int to = segment[0], from = segment[1], length = segment[2];
+  for (int i = threadIdx.x; i < length; i += 128) arena[(size_t)to + i] = plan[from + i];
+}
+
+// One block a row. num_scheduled 0 marks a padding row of a graph: its token gets slot and position -1, so nothing is stored for it.
+extern "C" __global__ void __launch_bounds__(128)
+prepare_tokens(const int* __restrict__ rows, const int* __restrict__ num_scheduled, const int* __restrict__ q_start, int* fields,
+               const int* __restrict__ tokens, int max_len, const int* __restrict__ block_table, int max_blocks,
+               int* __restrict__ token_ids, int* __restrict__ positions, int* __restrict__ slots, int* __restrict__ context_lens) {
+  let_next_start();
+  wait_for_previous();
+  int r = blockIdx.x, count = num_scheduled[r], row = rows[r], first = q_start[r];
+  if (count == 0) {
+    if (threadIdx.x == 0) token_ids[first] = positions[first] = slots[first] = -1, context_lens[r] = 0;
+    return;
+  }
+  int* num_computed = fields + (size_t)row * ROW_WORDS;
+  int start = *num_computed;
+  for (int i = threadIdx.x; i < count; i += 128) {
+    int position = start + i;
+    token_ids[first + i] = tokens[(size_t)row * max_len + position];
+    positions[first + i] = position;
+    slots[first + i] = block_table[(size_t)row * max_blocks + position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE;
+  }
+  __syncthreads();  // everyone has read it
+  if (threadIdx.x == 0) *num_computed = context_lens[r] = start + count;
+}
+
+// One block. Rows with one scheduled token become items of decode attention, a row's items one behind another. An item is
+//   (row of the step, first token, end, query's token), (row's first item, permanent row, row's splits, 0)
+extern "C" __global__ void __launch_bounds__(1024)
+plan_decode(const int* __restrict__ rows, const int* __restrict__ num_scheduled, const int* __restrict__ q_start,
+            const int* __restrict__ context_lens, int num_rows, int window, int4* __restrict__ items, int* __restrict__ num_items) {
+  __shared__ int warp_sums[32];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, base = 0;
+  let_next_start();
+  wait_for_previous();
+  for (int first = 0; first < num_rows; first += 1024) {
+    int r = first + threadIdx.x, begin = 0, split = 0, count = 0, context = 0;
+    if (r < num_rows && num_scheduled[r] == 1) {
+      context = context_lens[r];
+      begin = window > 0 ? max(0, context - window) : 0;
+      split = begin / SPLIT;
+      count = (context - 1) / SPLIT - split + 1;
+    }
+    int before = count;  // inclusive scan over the block
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      int other = __shfl_up_sync(~0u, before, d);
+      if (lane >= d) before += other;
+    }
+    if (lane == 31) warp_sums[warp] = before;
+    __syncthreads();
+    int total = 0;
+    for (int w = 0; w < 32; w++) {
+      if (w < warp) before += warp_sums[w];
+      total += warp_sums[w];
+    }
+    int at = base + before - count;
+    for (int i = 0; i < count; i++) {
+      items[2 * (at + i)] = make_int4(r, max(begin, (split + i) * SPLIT), min(context, (split + i + 1) * SPLIT), q_start[r]);
+      items[2 * (at + i) + 1] = make_int4(at, rows[r], count, 0);
+    }
+    base += total;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) *num_items = base;
+}
+
+// jobs: (row, first, length, clear) for each block: tokens [first, first + length) of the row are counted, after clearing where asked.
+// counts uint32 [max_rows, vocab]: bit 31 says that the token stands in the prompt, the rest counts outputs.
+extern "C" __global__ void __launch_bounds__(1024)
+count_tokens(const int4* __restrict__ jobs, const int* __restrict__ fields, const int* __restrict__ tokens, int max_len, u32* counts,
+             int vocab) {
+  let_next_start();
+  wait_for_previous();
+  int4 job = jobs[blockIdx.x];
+  u32* mine = counts + (size_t)job.x * vocab;
+  if (job.w) {
+    for (int i = threadIdx.x; i < vocab; i += 1024) mine[i] = 0;
+    __syncthreads();
+  }
+  int num_prompt = fields_of(fields, job.x).num_prompt;
+  for (int i = job.y + threadIdx.x; i < job.y + job.z; i += 1024) {
+    int token = tokens[(size_t)job.x * max_len + i];
+    if (i < num_prompt) atomicOr(mine + token, 0x80000000u);
+    else atomicAdd(mine + token, 1u);
+  }
+}

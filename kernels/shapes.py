@@ -1,0 +1,129 @@
+"""Which kernels a model needs, with which definitions: what a worker compiles at start and tests compile without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MATVEC_ROWS = 16
+"""Products with at most so many rows take the matrix-vector kernel, larger ones cuBLAS."""
+
+SAMPLE_PARTS = 16
+MAX_LOGPROBS = 20
+PREFILL_TILE_ROWS = 128
+DECODE_WARPS = 4
+
+Definitions = dict[str, int | str]
+
+
+class ShapeError(Exception):
+    """The kernels do not cover this model; the text names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelShape:
+    """What the kernels are specialised for. Sizes in elements; `split` in tokens."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    qk_norm: bool
+    float16: bool
+    split: int = 512  # tokens of a decode-attention item
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in (64, 128):
+            raise ShapeError(f"head_dim: the cuda backend supports 64 and 128, not {self.head_dim}")
+        if self.block_size % 16:
+            raise ShapeError(f"block_size: must be a multiple of 16 on the cuda backend, not {self.block_size}")
+        if self.hidden_size % 8 or self.intermediate_size % 8:
+            raise ShapeError("hidden_size and intermediate_size: must be multiples of 8 on the cuda backend")
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Width of the fused QKV product."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def decode_tiles(self) -> int:
+        """Blocks of 16 query heads that share a KV head."""
+        return -(-(self.num_heads // self.num_kv_heads) // 16)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """One source file with one set of definitions, and the kernels to take from it."""
+
+    source: str
+    definitions: Definitions
+    kernels: tuple[str, ...]
+
+
+def matvec_warps(k: int) -> int:
+    """Warps that share K evenly in steps of 32; 0 where the matrix-vector kernel does not fit."""
+    return next((warps for warps in range(8, 0, -1) if k % (32 * warps) == 0), 0)
+
+
+def matvec_spec(k: int, max_rows: int, depth: int, common: Definitions) -> KernelSpec:
+    """The matrix-vector kernel for `k` columns and up to `max_rows` (8 or 16) rows of x."""
+    definitions = {"K": k, "WARPS": matvec_warps(k), "M_MAX": max_rows, "DEPTH": depth, **common}
+    return KernelSpec("matvec.cu", definitions, ("matvec", "matvec_float", "matvec_silu"))
+
+
+def matvec_shared_bytes(k: int, max_rows: int, depth: int) -> int:
+    """Dynamic shared memory of a matrix-vector block."""
+    warps = matvec_warps(k)
+    steps = k // (32 * warps)
+    return warps * min(depth, steps) * (2 if steps <= 8 else 2 + max_rows // 8) * 512
+
+
+def decode_shared_bytes(shape: KernelShape) -> int:
+    """Dynamic shared memory of a decode-attention block: the rings of its warps and their results."""
+    pieces = 2 * (shape.head_dim // 32) + 4 * (shape.head_dim // 64)
+    rings = DECODE_WARPS * (3 if shape.head_dim == 64 else 2) * pieces * 512
+    rows = 8 if shape.num_heads // shape.num_kv_heads <= 8 else 16
+    return rings + DECODE_WARPS * rows * (shape.head_dim + 2) * 4 + rows * 8
+
+
+def prefill_shared_bytes(shape: KernelShape) -> int:
+    """Dynamic shared memory of a prefill-attention block: two stages of 64 keys and values."""
+    return 4 * 64 * shape.head_dim * 2
+
+
+def kernel_specs(shape: KernelShape, matvec_depth: int) -> dict[str, KernelSpec]:
+    """Everything that a model of this shape runs, by a name for launcher.py."""
+    common: Definitions = {"FLOAT16": 1} if shape.float16 else {}
+    heads: Definitions = {
+        "HEADS": shape.num_heads,
+        "KV_HEADS": shape.num_kv_heads,
+        "HEAD_DIM": shape.head_dim,
+        "BLOCK_SIZE": shape.block_size,
+        **common,
+    }
+    qk_norm: Definitions = {"QK_NORM": 1} if shape.qk_norm else {}
+    hidden: Definitions = {"HIDDEN": shape.hidden_size, **common}
+    rows = ("apply_plan", "prepare_tokens", "plan_decode", "count_tokens")
+    specs = {
+        "embedding": KernelSpec("embedding.cu", hidden, ("embedding",)),
+        "rms_norm": KernelSpec("rms_norm.cu", hidden, ("rms_norm", "rms_norm_add")),
+        "silu_mul": KernelSpec("silu_mul.cu", {"WIDE": shape.intermediate_size, **common}, ("silu_mul",)),
+        "qkv_epilogue": KernelSpec("qkv_epilogue.cu", {**heads, **qk_norm}, ("qkv_epilogue",)),
+        "decode_attention": KernelSpec("decode_attention.cu", {**heads, "SPLIT": shape.split}, ("decode_attention",)),
+        "prefill_attention": KernelSpec("prefill_attention.cu", heads, ("prefill_attention",)),
+        "row_state": KernelSpec("row_state.cu", {"BLOCK_SIZE": shape.block_size, "SPLIT": shape.split}, rows),
+        "process_logits": KernelSpec("process_logits.cu", {"PARTS": SAMPLE_PARTS}, ("process_logits",)),
+        "sample": KernelSpec("sample.cu", {"PARTS": SAMPLE_PARTS}, ("choose", "choose_truncated", "commit")),
+        "logprobs": KernelSpec("logprobs.cu", {"WANTED": MAX_LOGPROBS}, ("logprobs",)),
+    }
+    for k in sorted({shape.hidden_size, shape.q_size, shape.intermediate_size}):
+        if matvec_warps(k):
+            for max_rows in (8, 16):
+                specs[f"matvec-{k}-{max_rows}"] = matvec_spec(k, max_rows, matvec_depth, common)
+    return specs
