@@ -1,0 +1,1 @@
+"""The muscle of Octavo: weights, the paged KV cache, the model and the sampler behind one `Backend` seam."""

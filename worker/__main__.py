@@ -1,0 +1,155 @@
+"""The worker process: `python -m worker --help`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+
+from octavo.v1 import worker_pb2_grpc
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from service.discovery import Peer, Registry
+from service.lifecycle import Lifecycle, run
+from service.metrics import Metrics
+from service.server import PUBLIC_MESSAGE_BYTES, Server
+from service.settings import SettingsError, exit_on_settings_error, parse
+from worker.backend import BackendError
+from worker.backends.select import Selection, identity_of, select
+from worker.backends.torch_threads import quiet_threads
+from worker.engine import Engine
+from worker.enlist import Enlistment
+from worker.service import WorkerService
+from worker.settings import WorkerSettings
+from worker.step import StepOutput
+
+log = logging.getLogger("octavo.worker")
+
+SERVICES = ("octavo.v1.WorkerService",)
+
+
+class _WorkerCollector(Collector):
+    """The enlistment's counters, read when scraped."""
+
+    def __init__(self, enlistment: Enlistment) -> None:
+        self._enlistment = enlistment
+
+    def collect(self):  # type: ignore[no-untyped-def]  # prometheus-client leaves it untyped
+        worker = self._enlistment
+        yield CounterMetricFamily("octavo_worker_steps", "Steps run", value=worker.steps)
+        yield CounterMetricFamily("octavo_worker_tokens", "Tokens sampled", value=worker.tokens)
+        yield CounterMetricFamily(
+            "octavo_worker_device_seconds", "Device time spent in steps", value=worker.device_ns / 1e9
+        )
+        yield CounterMetricFamily(
+            "octavo_worker_gap_seconds", "Device time idle between steps", value=worker.gap_ns / 1e9
+        )
+        yield GaugeMetricFamily("octavo_worker_enlisted", "1 while enlisted", value=float(worker.session.epoch != 0))
+
+
+async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
+    """Load, serve until told to stop, drain."""
+    server = Server(settings, SERVICES, PUBLIC_MESSAGE_BYTES)
+    selection = select(settings)
+    identity = await _load(selection, life)
+    loop = asyncio.get_running_loop()
+
+    def on_output(epoch: int, output: StepOutput) -> None:
+        loop.call_soon_threadsafe(enlistment.on_output, epoch, output)
+
+    def on_failure(epoch: int, step_id: int, text: str) -> None:
+        loop.call_soon_threadsafe(enlistment.on_failure, epoch, step_id, text)
+
+    engine = Engine(selection.backend, on_output, on_failure, _die)
+    enlistment = Enlistment(settings, identity, engine)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(identity, enlistment), server.grpc)
+    metrics = Metrics()
+    metrics.registry.register(_WorkerCollector(enlistment))
+    registry = Registry(settings.redis) if settings.redis else None
+    try:
+        address = await server.start()
+        identity.hello.address = address
+        metrics.start(settings.metrics)
+        engine.start()
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(enlistment.run())
+            background = [tasks.create_task(_keep_health(server, enlistment))]
+            if registry is not None:
+                background.append(tasks.create_task(registry.watch("scheduler", _follow(enlistment))))
+            ready = tasks.create_task(_announce(life, enlistment, address, metrics.address, identity.hello.model))
+            await life.stopping.wait()
+            await server.set_serving(False)
+            enlistment.drain()
+            await asyncio.wait([running], timeout=settings.drain_timeout)
+            for task in (running, ready, *background):
+                task.cancel()
+        await server.stop(grace=0.5)
+    finally:
+        await asyncio.to_thread(engine.close)
+        metrics.stop()
+        if registry is not None:
+            await registry.close()
+
+
+async def _load(selection: Selection, life: Lifecycle):  # type: ignore[no-untyped-def]
+    def progress(what: str, done: int, total: int) -> None:
+        log.info("loading %s: %d of %d", what, done, total)
+
+    def load():  # type: ignore[no-untyped-def]
+        info = selection.backend.load(progress)
+        selection.backend.warm_up()
+        return info
+
+    try:
+        info = await asyncio.to_thread(load)
+    except BackendError as error:
+        raise SettingsError(str(error)) from None
+    return identity_of(selection, info, life.incarnation, life.name)
+
+
+def _follow(enlistment: Enlistment):  # type: ignore[no-untyped-def]
+    def changed(peers: frozenset[Peer]) -> None:
+        enlistment.set_schedulers(peer.address for peer in peers)
+
+    return changed
+
+
+async def _announce(life: Lifecycle, enlistment: Enlistment, address: str, metrics: str, model: str) -> None:
+    """Ready once a scheduler has welcomed us: the first real step has run already."""
+    await enlistment.welcomed.wait()
+    life.announce(address, metrics, model=model, scheduler=enlistment.scheduler)
+
+
+async def _keep_health(server: Server, enlistment: Enlistment) -> None:
+    """SERVING while enlisted and steps come back; a hung device makes the worker unready."""
+    serving = False
+    while True:
+        now = enlistment.welcomed.is_set() and not enlistment.session.hung(time.monotonic())
+        if now != serving:
+            serving = now
+            await server.set_serving(serving)
+        await asyncio.sleep(0.1)
+
+
+def _die(error: BaseException) -> None:
+    """An engine thread ended: nothing can be saved in this process."""
+    log.critical("the engine died", exc_info=error)
+    logging.shutdown()
+    os._exit(1)
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    quiet_threads()  # before anything imports torch
+    try:
+        settings = parse(WorkerSettings, "worker")
+    except SettingsError as error:
+        exit_on_settings_error(error, "worker")
+    return run("worker", settings, lambda life: serve(life, settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""The decoder of the Llama family as a sequence of kernels and cuBLAS products.
+
+A layer, with the matrix products in capitals (at most 16 tokens: our matrix-vector kernel, else cuBLAS):
+
+    norm · QKV · epilogue (bias, QK norm, rotation, cache append) · attention · O · residual + norm · GATE_UP, silu * up · DOWN
+
+The residual add of one layer's end is fused with the next one's norm. All tensors are allocated once: a CUDA graph may hold
+any of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.ops import DecodeItems, DecodeScratch, KernelOps, StepTensors
+from kernels.shapes import PREFILL_TILE_ROWS, KernelShape
+from worker.checkpoint.config import ModelConfig
+from worker.checkpoint.weights import LayerWeights, Weights
+from worker.model.rope import RotaryTable
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Activations of one step and the work lists of attention."""
+
+    token_ids: Tensor  # int32 [tokens]
+    positions: Tensor  # int32 [tokens]
+    slots: Tensor  # int32 [tokens]
+    hidden: Tensor  # [tokens, hidden] the residual
+    normed: Tensor  # [tokens, hidden]
+    qkv: Tensor  # [tokens, qkv]
+    attended: Tensor  # [tokens, q_size]
+    projected: Tensor  # [tokens, hidden] output of O or DOWN, not yet added
+    gate_up: Tensor  # [tokens, 2 * intermediate]
+    activated: Tensor  # [tokens, intermediate]
+    items: dict[int, DecodeItems]  # by window
+    scratch: DecodeScratch
+
+
+def allocate_workspace(
+    config: ModelConfig,
+    shape: KernelShape,
+    tokens: int,
+    max_rows: int,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Workspace:
+    """All tensors that a step of `tokens` tokens writes."""
+
+    def ints(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int32, device=device)
+
+    def elements(columns: int) -> Tensor:
+        return torch.zeros((tokens, columns), dtype=dtype, device=device)
+
+    max_items = max_rows * (max_model_len // shape.split + 2)
+    windows = {window or 0 for window in config.windows}
+    return Workspace(
+        token_ids=ints(tokens),
+        positions=ints(tokens),
+        slots=ints(tokens),
+        hidden=elements(config.hidden_size),
+        normed=elements(config.hidden_size),
+        qkv=elements(shape.qkv_size),
+        attended=elements(shape.q_size),
+        projected=elements(config.hidden_size),
+        gate_up=elements(2 * config.intermediate_size),
+        activated=elements(config.intermediate_size),
+        items={window: DecodeItems(ints(max_items, 8), ints(1), window) for window in windows},
+        scratch=DecodeScratch(
+            torch.empty((max_items, config.num_heads * (config.head_dim + 2)), dtype=torch.float32, device=device),
+            ints(max_rows * config.num_kv_heads * shape.decode_tiles),
+        ),
+    )
+
+
+class CudaDecoder:
+    """Weights, rotary table and workspace; the KV cache is attached once its size is known."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: KernelShape,
+        weights: Weights,
+        ops: KernelOps,
+        workspace: Workspace,
+        max_model_len: int,
+    ) -> None:
+        self.config = config
+        self.workspace = workspace
+        self._shape = shape
+        self._weights = weights
+        self._ops = ops
+        self._rope = RotaryTable(config.rope, config.head_dim, max_model_len, weights.embed.device)
+        self._cache: list[Tensor] = []
+
+    def attach_cache(self, cache: Tensor) -> None:
+        """`cache` [layers, 2, num_blocks, num_kv_heads, block_size, head_dim]."""
+        self._cache = list(cache)
+
+    def forward(self, tokens: int, step: StepTensors, rows: int, tiles: Tensor | None, decodes: bool) -> None:
+        """Enqueue all layers over the prepared `tokens`. Leaves `hidden` and `projected`, whose sum is the last layer's output.
+
+        `tiles`: work list of chunks (prefill_tiles), None if there is none. `decodes`: some row has a single token.
+        """
+        ops, space, config = self._ops, self.workspace, self.config
+        if decodes:
+            for items in space.items.values():
+                ops.plan_decode(step, rows, items)
+        ops.embedding(self._weights.embed, space.token_ids, space.hidden, tokens)
+        previous_bias: Tensor | None = None
+        for number, layer in enumerate(self._weights.layers):
+            if number == 0:
+                ops.rms_norm(space.hidden, layer.input_norm, space.normed, tokens, config.rms_norm_eps)
+            else:
+                self._add_and_norm(previous_bias, layer.input_norm, tokens)
+            self._attention(number, layer, tokens, step, tiles, decodes)
+            self._add_and_norm(layer.o_bias, layer.post_norm, tokens)
+            self._mlp(layer, tokens)
+            previous_bias = layer.down_bias
+
+    def logits(self, at: Tensor, count: int, out: Tensor) -> None:
+        """out[i] = lm_head(norm(output of token at[i])), float32; `at` int32 [count], -1 for padding, no token twice."""
+        ops, space, weights = self._ops, self.workspace, self._weights
+        bias = weights.layers[-1].down_bias
+        ops.rms_norm_add(
+            space.projected, space.hidden, bias, weights.norm, space.normed, count, self.config.rms_norm_eps, at
+        )
+        if ops.fits_matvec(self.config.hidden_size, count):
+            ops.matvec_float(weights.lm_head, space.normed, out, count)
+        else:
+            target = out[:count, : self.config.vocab_size]
+            torch.mm(space.normed[:count], weights.lm_head.t(), out_dtype=torch.float32, out=target)
+
+    def _attention(
+        self, number: int, layer: LayerWeights, tokens: int, step: StepTensors, tiles: Tensor | None, decodes: bool
+    ) -> None:
+        ops, space, config = self._ops, self.workspace, self.config
+        cache, window = self._cache[number], config.windows[number] or 0
+        self._product(layer.qkv, space.normed, space.qkv, tokens)
+        ops.qkv_epilogue(
+            space.qkv, layer.qkv_bias, (layer.q_norm, layer.k_norm), self._rope.cos, self._rope.sin, space.positions, space.slots,
+            cache, tokens, config.rms_norm_eps,
+        )  # fmt: skip
+        if decodes:
+            ops.decode_attention(space.qkv, cache, step, space.items[window], space.scratch, space.attended)
+        if tiles is not None:
+            ops.prefill_attention(space.qkv, cache, step, tiles, window, space.attended)
+        self._product(layer.o, space.attended, space.projected, tokens)
+
+    def _mlp(self, layer: LayerWeights, tokens: int) -> None:
+        ops, space = self._ops, self.workspace
+        if ops.fits_matvec(self.config.hidden_size, tokens):
+            ops.matvec_silu(layer.gate_up, layer.gate_up_bias, space.normed, space.activated, tokens)
+        else:
+            torch.mm(space.normed[:tokens], layer.gate_up.t(), out=space.gate_up[:tokens])
+            ops.silu_mul(space.gate_up, layer.gate_up_bias, space.activated, tokens)
+        self._product(layer.down, space.activated, space.projected, tokens)
+
+    def _add_and_norm(self, bias: Tensor | None, weight: Tensor, tokens: int) -> None:
+        space = self.workspace
+        self._ops.rms_norm_add(
+            space.projected, space.hidden, bias, weight, space.normed, tokens, self.config.rms_norm_eps
+        )
+
+    def _product(self, weight: Tensor, x: Tensor, out: Tensor, tokens: int) -> None:
+        if self._ops.fits_matvec(weight.shape[1], tokens):
+            self._ops.matvec(weight, x, out, tokens)
+        else:
+            torch.mm(x[:tokens], weight.t(), out=out[:tokens])
+
+
+def prefill_tiles(num_scheduled: np.ndarray, context_lens: np.ndarray, group: int) -> np.ndarray:
+    """Work list int32 [n, 2] (row of the step, tile) of rows with more than one token, the longest tiles first.
+
+    A tile's cost is the context that its last token sees; starting with the longest keeps the end of the launch even.
+    """
+    rows = np.flatnonzero(num_scheduled > 1)
+    counts = -(-num_scheduled[rows].astype(np.int64) * group // PREFILL_TILE_ROWS)
+    owner = np.repeat(rows, counts)
+    tile = np.arange(owner.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    last = np.minimum((tile + 1) * PREFILL_TILE_ROWS // group, num_scheduled[owner])
+    cost = context_lens[owner] - num_scheduled[owner] + last
+    order = np.argsort(-cost, kind="stable")
+    return np.stack((owner[order], tile[order]), axis=1).astype(np.int32)

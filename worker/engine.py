@@ -1,0 +1,133 @@
+"""Two threads and a backend: one launches steps, one waits for their results.
+
+The launch thread applies and enqueues steps in the order of the plans and never waits for the device; the collect thread hands each
+output to a callback. Between them stand at most as many steps as the scheduler lets run ahead. Both sleep in a queue when there is
+nothing to do. Used by the gRPC shell (worker/enlist.py) and directly, as a library.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from worker.backend import Backend, FatalBackendError
+from worker.step import Step, StepOutput
+
+log = logging.getLogger("octavo.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reset:
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    epoch: int
+    step: Step
+
+
+class Engine:
+    """Owns a loaded backend from `start` to `close`. Callbacks run on the engine's threads."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        on_output: Callable[[int, StepOutput], None],
+        on_failure: Callable[[int, int, str], None],
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        """on_output(epoch, output), on_failure(epoch, step_id, text): that step and all after it until `reset` are void."""
+        self._backend = backend
+        self._on_output = on_output
+        self._on_failure = on_failure
+        self._on_fatal = on_fatal
+        self._commands: queue.SimpleQueue[_Work | _Reset | _Close] = queue.SimpleQueue()
+        self._launched: queue.Queue[_Work | _Close] = queue.Queue()
+        self._void = False  # a step failed; nothing runs until the next reset
+        self._threads = [
+            threading.Thread(target=self._guard, args=(self._launch_loop,), name="launch", daemon=True),
+            threading.Thread(target=self._guard, args=(self._collect_loop,), name="collect", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Start both threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, epoch: int, step: Step) -> None:
+        """Run a step after all those before it."""
+        self._commands.put(_Work(epoch, step))
+
+    def reset(self, epoch: int) -> None:
+        """Forget every row, after the steps submitted so far have ended."""
+        self._commands.put(_Reset(epoch))
+
+    def close(self) -> None:
+        """Let submitted steps end, stop both threads and release the backend. Idempotent."""
+        self._commands.put(_Close())
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def _launch_loop(self) -> None:
+        while True:
+            command = self._commands.get()
+            if isinstance(command, _Work):
+                if not self._void:
+                    self._launch(command)
+                continue
+            self._launched.join()
+            if isinstance(command, _Close):
+                self._launched.put(command)
+                self._backend.close()
+                return
+            self._backend.reset()
+            self._void = False
+
+    def _launch(self, work: _Work) -> None:
+        try:
+            self._backend.begin(work.step)
+            self._backend.forward(work.step)
+            self._backend.sample(work.step)
+        except FatalBackendError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it was, this step failed and the rows are in doubt
+            self._fail(work, error)
+        else:
+            self._launched.put(work)
+
+    def _collect_loop(self) -> None:
+        while True:
+            work = self._launched.get()
+            if isinstance(work, _Close):
+                return
+            try:
+                output = self._backend.collect()
+                if not self._void:
+                    self._on_output(work.epoch, output)
+            except FatalBackendError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as in _launch
+                self._fail(work, error)
+            finally:
+                self._launched.task_done()
+
+    def _fail(self, work: _Work, error: Exception) -> None:
+        log.exception("step %d of epoch %d failed", work.step.step_id, work.epoch)
+        self._void = True
+        self._on_failure(work.epoch, work.step.step_id, f"{type(error).__name__}: {error}")
+
+    def _guard(self, loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except BaseException as error:  # noqa: BLE001 - a dead engine thread must end the process, not hang it
+            self._on_fatal(error)

@@ -1,0 +1,216 @@
+"""The gRPC shell of a worker: dials a scheduler, carries messages between its stream, the session and the engine.
+
+Owned by the event loop. The engine's threads reach it through `call_soon_threadsafe` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+from octavo.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+from service.auth import credentials, read_token
+from service.errors import OctavoError
+from service.server import open_channel
+from worker.engine import Engine
+from worker.session import Action, Execute, Identity, Leave, WorkerSession
+from worker.settings import WorkerSettings
+from worker.step import StepOutput
+
+log = logging.getLogger("octavo.enlist")
+
+_MAX_OUTBOUND = 4096  # messages; assets are the largest burst, 1 MiB a message
+_RETRY_SECONDS = 0.2
+_FAREWELL_SECONDS = 1.0
+
+_Stream = grpc.aio.StreamStreamCall[scheduler_pb2.EnlistRequest, scheduler_pb2.EnlistResponse]
+
+
+class Enlistment:
+    """Keeps one worker enlisted, with one scheduler at a time, until it is stopped."""
+
+    def __init__(self, settings: WorkerSettings, identity: Identity, engine: Engine) -> None:
+        self._settings = settings
+        self._metadata = credentials(read_token(settings.cluster_token_file))
+        self._model = identity.hello.model
+        self._engine = engine
+        self.session = WorkerSession(identity)
+        self._addresses: tuple[str, ...] = settings.scheduler
+        self._addresses_known = asyncio.Event()
+        if self._addresses:
+            self._addresses_known.set()
+        self._outbound: asyncio.Queue[scheduler_pb2.EnlistRequest] = asyncio.Queue(_MAX_OUTBOUND)
+        self._leave: asyncio.Future[Leave] | None = None
+        self._redial_to = ""
+        self.welcomed = asyncio.Event()
+        self.scheduler = ""
+        self.steps = self.tokens = self.device_ns = self.gap_ns = 0
+
+    def set_schedulers(self, addresses: Iterable[str]) -> None:
+        """Discovery knows these schedulers now."""
+        self._addresses = tuple(sorted(addresses))
+        if self._addresses:
+            self._addresses_known.set()
+        else:
+            self._addresses_known.clear()
+
+    async def run(self) -> None:
+        """Enlist, serve, and enlist again, until cancelled."""
+        while True:
+            await self._addresses_known.wait()
+            address = self._redial_to or await self._choose()
+            self._redial_to = ""
+            if address:
+                await self._serve_one(address)
+                if self.session.draining:
+                    return
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    def drain(self) -> None:
+        """Ask for no new requests; `run` returns when the scheduler lets the worker go."""
+        message = self.session.drain()
+        if message is not None:
+            self._send(message)
+        else:
+            self._end(Leave("draining"))
+
+    def on_output(self, epoch: int, output: StepOutput) -> None:
+        """The engine finished a step."""
+        self.steps += 1
+        self.tokens += int(output.num_tokens.sum())
+        self.device_ns += output.device_ns
+        self.gap_ns += output.gap_ns
+        message = self.session.on_output(epoch, output, self._now())
+        if message is not None:
+            self._send(message)
+
+    def on_failure(self, epoch: int, step_id: int, text: str) -> None:
+        """The engine could not run a step."""
+        self._perform(self.session.on_step_failed(epoch, step_id, text))
+
+    async def _choose(self) -> str:
+        """The scheduler with the fewest workers for our model among those that answer; empty if none does."""
+        if len(self._addresses) == 1:
+            return self._addresses[0]
+        counts = await asyncio.gather(*(self._count_workers(address) for address in self._addresses))
+        known = [(count, address) for count, address in zip(counts, self._addresses, strict=True) if count is not None]
+        return min(known)[1] if known else ""
+
+    async def _count_workers(self, address: str) -> int | None:
+        async with open_channel(self._settings, address) as channel:
+            stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+            try:
+                answer = await stub.ListWorkers(
+                    scheduler_pb2.ListWorkersRequest(), metadata=self._metadata, timeout=1.0, wait_for_ready=False
+                )
+            except grpc.aio.AioRpcError as error:
+                log.info("scheduler %s: %s", address, error.details())
+                return None
+        return sum(worker.model == self._model for worker in answer.workers)
+
+    async def _serve_one(self, address: str) -> None:
+        """One stream, from dialling to its end."""
+        self._outbound = asyncio.Queue(_MAX_OUTBOUND)
+        self._leave = asyncio.get_running_loop().create_future()
+        async with open_channel(self._settings, address) as channel:
+            stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+            call = stub.Enlist(metadata=self._metadata)
+            self._engine.reset(0)
+            self._send(self.session.connected(self._now()))
+            tasks = [
+                asyncio.create_task(self._write(call), name="enlist-write"),
+                asyncio.create_task(self._read(call, address), name="enlist-read"),
+                asyncio.create_task(self._tick(), name="enlist-tick"),
+            ]
+            try:
+                waiting: list[asyncio.Future[Any]] = [*tasks, self._leave]
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if self._leave.done():
+                    await self._flush(tasks[0])
+                elif tasks[0].done():
+                    # A stream that ended takes no messages; the reader hears why a moment later.
+                    await asyncio.wait([tasks[1]], timeout=_FAREWELL_SECONDS)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+                call.cancel()
+                self.session.disconnected()
+                self.welcomed.clear()
+                self.scheduler = ""
+        self._report(address, results)
+
+    async def _flush(self, writer: asyncio.Task[None]) -> None:
+        """Let what was said before leaving (a failed step) reach the scheduler."""
+        try:
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                joined = asyncio.create_task(self._outbound.join())
+                await asyncio.wait([joined, writer], return_when=asyncio.FIRST_COMPLETED)
+                joined.cancel()
+        except TimeoutError:
+            log.warning("the scheduler did not take our last messages")
+
+    def _report(self, address: str, results: list[BaseException | None]) -> None:
+        if self._leave is not None and self._leave.done():
+            leave = self._leave.result()
+            self._redial_to = leave.address
+            log.info("left scheduler %s: %s", address, leave.reason)
+            return
+        for result in results:
+            if isinstance(result, grpc.aio.AioRpcError):
+                log.warning("scheduler %s: %s: %s", address, result.code().name, result.details())
+                return
+            if isinstance(result, OctavoError):
+                log.error("scheduler %s: %s: %s", address, result.reason.name, result.message)
+                return
+            if isinstance(result, Exception) and not isinstance(result, asyncio.InvalidStateError):
+                raise result
+        log.warning("scheduler %s closed the stream", address)
+
+    async def _write(self, call: _Stream) -> None:
+        while True:
+            await call.write(await self._outbound.get())
+            self._outbound.task_done()
+
+    async def _read(self, call: _Stream, address: str) -> None:
+        while True:
+            message = await call.read()
+            if not isinstance(message, scheduler_pb2.EnlistResponse):  # grpc.aio.EOF
+                return
+            self._perform(self.session.on_message(message, self._now()))
+            if self.session.epoch and not self.welcomed.is_set():
+                self.scheduler = address
+                self.welcomed.set()
+                log.info("enlisted with %s, epoch %d", address, self.session.epoch)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.session.heartbeat_s)
+            self._perform(self.session.tick(self._now()))
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Execute):
+                self._engine.submit(action.epoch, action.step)
+            elif isinstance(action, Leave):
+                self._end(action)
+            else:
+                self._send(action)
+
+    def _send(self, message: scheduler_pb2.EnlistRequest) -> None:
+        try:
+            self._outbound.put_nowait(message)
+        except asyncio.QueueFull:
+            self._end(Leave(f"{_MAX_OUTBOUND} messages wait to be sent: the scheduler does not read"))
+
+    def _end(self, leave: Leave) -> None:
+        if self._leave is not None and not self._leave.done():
+            self._leave.set_result(leave)
+
+    def _now(self) -> float:
+        return time.monotonic()  # uvloop's clock stands still within a turn of the loop

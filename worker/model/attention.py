@@ -1,0 +1,227 @@
+"""Attention over the paged KV cache, in products whose bits do not depend on a row's neighbours.
+
+A step's tokens are cut into *tiles*: up to `tile_tokens` consecutive tokens of one row. Keys are cut into *splits* of a
+fixed number of positions, counted from position 0. A (tile, split) pair is a *unit*, and every unit is the same float32 product
+
+    [tile_tokens * group, head_dim] x [head_dim, SPLIT]        group = query heads per KV head
+
+however many rows a step has, how long they are or how they were chunked. The splits of a tile are then merged in order
+(Flash-Decoding, Dao et al. 2023: each split's softmax weighted by its log-sum-exp). Products of a fixed shape with at least three rows
+keep their bits under any batch count (measured on x86 with MKL, held by tests/unit/test_worker_backend.py).
+
+`AttentionPlan` is made once a step from positions and block tables and serves every layer with the same window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from worker.model.kv_cache import PagedKVCache
+
+SPLIT = 128
+"""Key positions a unit."""
+
+_PREFILL_TILE = 32
+_LEAST_ROWS = 4  # products of one or two rows take other code paths in BLAS, with other bits
+_MASKED = -1e30  # finite: a split that a token does not see at all must not make NaN
+_MAX_SLICE_UNITS = 512  # bounds the memory of gathered keys, values and scores
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """The tokens of one row in this step: positions start .. start + count, the first of them token number `first`."""
+
+    start: int
+    count: int
+    first: int
+    blocks: npt.NDArray[np.int32]  # [blocks of the row]
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Tiles that are computed at once. U units, N tiles, T tokens a tile."""
+
+    tile_tokens: int
+    queries: torch.Tensor | None  # int64 [U * T] token number of each query of each unit; None: unit i asks for token i
+    kv_index: torch.Tensor  # int64, index of the cache for [U * SPLIT] slots
+    mask: torch.Tensor  # float32 [U, T, 1, SPLIT], added to the scores
+    merge: torch.Tensor | None  # int64 [N * S] unit of each split of each tile, None: one split each
+    merge_mask: torch.Tensor | None  # float32 [N, S, 1], masks the places that stand for no split
+    places: torch.Tensor | None  # int64 [tokens] where the output of each token is among the N * T; None: place i
+    tokens: torch.Tensor  # int64 [tokens] its token number
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    row: RowSpan
+    start: int  # first position
+    count: int
+    first_split: int
+    num_splits: int
+
+
+class AttentionPlan:
+    """What attention reads and where its results go, for one step and one sliding window."""
+
+    def __init__(
+        self, rows: list[RowSpan], cache: PagedKVCache, block_size: int, group: int, window: int | None
+    ) -> None:
+        self.num_tokens = sum(row.count for row in rows)
+        self._group = group
+        decode_tile = -(-_LEAST_ROWS // group) if group < 3 else 1
+        decodes = [_tile(row, 0, 1, window) for row in rows if row.count == 1]
+        chunks = [
+            _tile(row, offset, min(_PREFILL_TILE, row.count - offset), window)
+            for row in rows
+            if row.count > 1
+            for offset in range(0, row.count, _PREFILL_TILE)
+        ]
+        self._slices = [
+            _slice(tiles, size, cache, block_size, window)
+            for kind, size in ((decodes, decode_tile), (chunks, _PREFILL_TILE))
+            for tiles in _bounded(kind)
+        ]
+
+    def attend(self, layer: int, cache: PagedKVCache, queries: torch.Tensor) -> torch.Tensor:
+        """Attention of queries float32 [tokens, num_heads, head_dim], scaled already, over what the cache holds.
+
+        The step's own keys and values must have been written. Returns float32 [tokens, num_heads * head_dim].
+        """
+        if len(self._slices) == 1:
+            return _attend_slice(self._slices[0], layer, cache, queries, self._group)
+        result = queries.new_empty((self.num_tokens, queries.shape[1] * queries.shape[2]))
+        for part in self._slices:
+            result.index_copy_(0, part.tokens, _attend_slice(part, layer, cache, queries, self._group))
+        return result
+
+
+def _attend_slice(part: _Slice, layer: int, cache: PagedKVCache, queries: torch.Tensor, group: int) -> torch.Tensor:
+    """One slice: float32 [tokens of the slice, num_heads * head_dim]."""
+    head_dim = queries.shape[-1]
+    kv_heads = queries.shape[1] // group
+    tokens = part.tile_tokens
+    units = part.mask.shape[0]
+    keys, values = cache.read(layer, part.kv_index).view(2, kv_heads * units, SPLIT, head_dim)
+    q = queries[: units * tokens] if part.queries is None else queries.index_select(0, part.queries)
+    q = q.view(units, tokens, kv_heads, group, head_dim)
+    q = q.permute(2, 0, 1, 3, 4).reshape(kv_heads * units, tokens * group, head_dim)
+    scores = torch.bmm(q, keys.transpose(1, 2))
+    scores.view(kv_heads, units, tokens, group, SPLIT).add_(part.mask)
+    weights = torch.softmax(scores, dim=-1)
+    output = torch.bmm(weights, values).view(kv_heads, units, tokens * group, head_dim)
+    if part.merge is not None and part.merge_mask is not None:
+        # The largest weight of a softmax is 1 / sum(exp(score - largest score)).
+        log_sum = scores.amax(-1) - weights.amax(-1).log()
+        output = _merge(output, log_sum.view(kv_heads, units, -1), part.merge, part.merge_mask)
+    output = output.view(kv_heads, -1, tokens, group, head_dim).permute(1, 2, 0, 3, 4)
+    output = output.reshape(-1, queries.shape[1] * head_dim)
+    return output[: len(part.tokens)] if part.places is None else output.index_select(0, part.places)
+
+
+def _merge(output: torch.Tensor, log_sum: torch.Tensor, merge: torch.Tensor, merge_mask: torch.Tensor) -> torch.Tensor:
+    """Merge the splits of each tile: output [kv_heads, U, M, head_dim] and log_sum [kv_heads, U, M] to [kv_heads, N, M, head_dim].
+
+    `cumsum` adds in order of the splits, so places that hold no split (weight 0, at the end) change nothing; `sum` would not
+    promise that. A tile with one split keeps its bits: its weight is exactly 1.
+    """
+    kv_heads, _, rows, head_dim = output.shape
+    tiles, splits, _ = merge_mask.shape
+    output = output.index_select(1, merge).view(kv_heads, tiles, splits, rows, head_dim)
+    log_sum = log_sum.index_select(1, merge).view(kv_heads, tiles, splits, rows) + merge_mask
+    weights = (log_sum - log_sum.amax(2, keepdim=True)).exp()
+    merged = (output * weights.unsqueeze(-1)).cumsum(2)[:, :, -1]
+    return merged / weights.cumsum(2)[:, :, -1].unsqueeze(-1)
+
+
+def _tile(row: RowSpan, offset: int, count: int, window: int | None) -> _Tile:
+    start = row.start + offset
+    lowest = 0 if window is None else max(0, start - window + 1)
+    first_split = lowest // SPLIT
+    return _Tile(row, start, count, first_split, (start + count - 1) // SPLIT + 1 - first_split)
+
+
+def _bounded(tiles: list[_Tile]) -> Iterator[list[_Tile]]:
+    """Cut a list of tiles where its units would pass the bound; one tile is never cut."""
+    batch: list[_Tile] = []
+    units = 0
+    for tile in tiles:
+        if batch and units + tile.num_splits > _MAX_SLICE_UNITS:
+            yield batch
+            batch, units = [], 0
+        batch.append(tile)
+        units += tile.num_splits
+    if batch:
+        yield batch
+
+
+def _slice(tiles: list[_Tile], tile_tokens: int, cache: PagedKVCache, block_size: int, window: int | None) -> _Slice:
+    num_splits = np.array([tile.num_splits for tile in tiles])
+    counts = np.array([tile.count for tile in tiles])
+    starts = np.array([tile.start for tile in tiles])
+    firsts = np.array([tile.row.first + tile.start - tile.row.start for tile in tiles])
+    first_units = np.cumsum(num_splits) - num_splits
+    # A tile with fewer tokens than its size repeats its last one; nobody reads those results.
+    offsets = np.minimum(np.arange(tile_tokens), counts[:, None] - 1)
+    unit_tile = np.repeat(np.arange(len(tiles)), num_splits)
+    unit_split = (
+        np.arange(len(unit_tile)) - first_units[unit_tile] + np.array([t.first_split for t in tiles])[unit_tile]
+    )
+    key_positions = unit_split[:, None] * SPLIT + np.arange(SPLIT)
+    query_positions = (starts[:, None] + offsets)[unit_tile]
+    visible = key_positions[:, None, :] <= query_positions[:, :, None]
+    if window is not None:
+        visible &= key_positions[:, None, :] > query_positions[:, :, None] - window
+    slots = _slots(tiles, key_positions, visible.any(1), unit_tile, block_size, cache.null_slot)
+    merge, merge_mask = _merge_plan(num_splits, first_units)
+    places = np.concatenate([np.arange(tile.count) + i * tile_tokens for i, tile in enumerate(tiles)])
+    tokens = np.concatenate([np.arange(tile.count) + first for tile, first in zip(tiles, firsts, strict=True)])
+    return _Slice(
+        tile_tokens=tile_tokens,
+        queries=_unless_identity((firsts[:, None] + offsets)[unit_tile].reshape(-1)),
+        kv_index=cache.index(torch.from_numpy(slots.reshape(-1))),
+        mask=torch.from_numpy(np.where(visible, np.float32(0), np.float32(_MASKED))).unsqueeze(2),
+        merge=merge,
+        merge_mask=merge_mask,
+        places=_unless_identity(places),
+        tokens=torch.from_numpy(tokens),
+    )
+
+
+def _unless_identity(index: Int64Array) -> torch.Tensor | None:
+    """The index, or None where it is 0, 1, 2 ...: the usual case of a step of decodes, which then gathers nothing."""
+    return None if np.array_equal(index, np.arange(len(index))) else torch.from_numpy(index)
+
+
+def _slots(
+    tiles: list[_Tile],
+    positions: Int64Array,
+    needed: npt.NDArray[np.bool_],
+    unit_tile: Int64Array,
+    block_size: int,
+    null_slot: int,
+) -> Int64Array:
+    """Slot of each key position [U, SPLIT]; the null slot for positions that no token of the tile sees."""
+    widest = max(len(tile.row.blocks) for tile in tiles)
+    tables = np.zeros((len(tiles), widest), np.int64)
+    for i, tile in enumerate(tiles):
+        tables[i, : len(tile.row.blocks)] = tile.row.blocks
+    blocks = tables[unit_tile[:, None], np.minimum(positions // block_size, widest - 1)]
+    return np.where(needed, blocks * block_size + positions % block_size, null_slot)
+
+
+def _merge_plan(num_splits: Int64Array, first_units: Int64Array) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    most = int(num_splits.max())
+    if most == 1:
+        return None, None
+    splits = np.arange(most)
+    present = splits < num_splits[:, None]
+    units = np.where(present, first_units[:, None] + splits, first_units[:, None])
+    mask = np.where(present, np.float32(0), np.float32(-np.inf))
+    return torch.from_numpy(units.reshape(-1)), torch.from_numpy(mask).unsqueeze(2)

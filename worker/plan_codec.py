@@ -1,0 +1,202 @@
+"""StepPlan to `Step`, checked; `StepOutput` to StepResult.
+
+The columns come from the wire and end as indices into device memory: this is the boundary where every one of them is checked
+against what the rows hold. `RowBooks` is the host's copy of what each row knows, kept in step with the plans.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from octavo.v1 import common_pb2, step_pb2
+
+from service.columns import check_range, pack, unpack, violation
+from worker.backend import BackendInfo
+from worker.step import Int32Array, LogprobColumns, NewRow, SamplingParams, Step, StepOutput
+
+
+class RowBooks:
+    """What each row holds after the newest plan: known tokens, computed tokens, blocks. Raises PROTOCOL_VIOLATION on a lie."""
+
+    def __init__(self, info: BackendInfo) -> None:
+        self._info = info
+        group = info.kv_groups[0]
+        self._block_size = group.block_size
+        self._num_blocks = group.num_blocks
+        self._max_row_blocks = -(-info.max_model_len // group.block_size)
+        self._active: npt.NDArray[np.bool_] = np.zeros(info.max_rows, np.bool_)
+        self._known: Int32Array = np.zeros(info.max_rows, np.int32)
+        self._computed: Int32Array = np.zeros(info.max_rows, np.int32)
+        self._blocks: Int32Array = np.zeros(info.max_rows, np.int32)
+
+    def reset(self) -> None:
+        """Forget every row."""
+        self._active[:] = False
+
+    def decode(self, plan: step_pb2.StepPlan) -> Step:
+        """The step of a plan, with every column checked. The books then show the state after it."""
+        info = self._info
+        freed = self._column("freed_rows", plan.freed_rows)
+        check_range("freed_rows", freed, 0, info.max_rows)
+        self._active[freed] = False
+        new_rows = tuple(self._start_row(new) for new in plan.new_rows)
+        append_rows = self._column("append_rows", plan.append_rows)
+        append_ids = self._column("append_block_ids", plan.append_block_ids, append_rows.size)
+        if plan.append_kv_groups:
+            groups = unpack("append_kv_groups", plan.append_kv_groups, np.uint8, append_rows.size)
+            check_range("append_kv_groups", groups, 0, len(info.kv_groups))
+        self._check_rows("append_rows", append_rows, active=True)
+        check_range("append_block_ids", append_ids, 0, self._num_blocks)
+        np.add.at(self._blocks, append_rows, 1)
+        if (self._blocks[append_rows] > self._max_row_blocks).any():
+            raise violation("append_rows", "a block table longer than the model's context")
+        chunk_rows, chunk_lens, chunk_ids = self._decode_chunks(plan)
+        rows, num_scheduled, num_samples = self._decode_work(plan)
+        return Step(
+            step_id=plan.step_id,
+            freed_rows=freed,
+            new_rows=new_rows,
+            append_rows=append_rows,
+            append_block_ids=append_ids,
+            chunk_rows=chunk_rows,
+            chunk_lens=chunk_lens,
+            chunk_token_ids=chunk_ids,
+            rows=rows,
+            num_scheduled=num_scheduled,
+            num_samples=num_samples,
+        )
+
+    def _start_row(self, new: step_pb2.NewRow) -> NewRow:
+        info = self._info
+        if not 0 <= new.row < info.max_rows or self._active[new.row]:
+            raise violation("new_rows.row", f"row {new.row} is out of range or in use")
+        token_ids = self._column("new_rows.token_ids", new.token_ids)
+        block_ids = self._column("new_rows.block_ids", new.block_ids)
+        if not new.num_computed < token_ids.size <= info.max_model_len:
+            raise violation("new_rows.token_ids", f"{token_ids.size} tokens, {new.num_computed} of them computed")
+        if not 0 < new.num_prompt_tokens <= info.max_model_len:
+            raise violation("new_rows.num_prompt_tokens", f"{new.num_prompt_tokens} is out of range")
+        check_range("new_rows.token_ids", token_ids, 0, info.vocab_size)
+        check_range("new_rows.block_ids", block_ids, 0, self._num_blocks)
+        if block_ids.size > self._max_row_blocks:
+            raise violation("new_rows.block_ids", "a block table longer than the model's context")
+        if new.HasField("grammar") or new.more_block_tables:
+            raise violation("new_rows", "grammar and further kv_groups were not claimed in Hello")
+        self._active[new.row] = True
+        self._known[new.row] = token_ids.size
+        self._computed[new.row] = new.num_computed
+        self._blocks[new.row] = block_ids.size
+        sampling = decode_sampling(new.sampling, info.vocab_size)
+        return NewRow(new.row, token_ids, new.num_prompt_tokens, new.num_computed, block_ids, new.seed, sampling)
+
+    def _decode_chunks(self, plan: step_pb2.StepPlan) -> tuple[Int32Array, Int32Array, Int32Array]:
+        rows = self._column("chunk_rows", plan.chunk_rows)
+        lens = self._column("chunk_lens", plan.chunk_lens, rows.size)
+        self._check_rows("chunk_rows", rows, active=True)
+        self._check_distinct("chunk_rows", rows)
+        check_range("chunk_lens", lens, 1, self._info.max_model_len + 1)
+        ids = self._column("chunk_token_ids", plan.chunk_token_ids, int(lens.sum(dtype=np.int64)))
+        check_range("chunk_token_ids", ids, 0, self._info.vocab_size)
+        self._known[rows] += lens
+        if (self._known[rows] > self._info.max_model_len).any():
+            raise violation("chunk_lens", "a row would know more tokens than the model's context")
+        return rows, lens, ids
+
+    def _decode_work(self, plan: step_pb2.StepPlan) -> tuple[Int32Array, Int32Array, Int32Array]:
+        info = self._info
+        rows = self._column("rows", plan.rows)
+        num_scheduled = self._column("num_scheduled", plan.num_scheduled, rows.size)
+        num_samples = unpack("num_samples", plan.num_samples, np.uint8, rows.size).astype(np.int32)
+        self._check_rows("rows", rows, active=True)
+        self._check_distinct("rows", rows)
+        check_range("num_scheduled", num_scheduled, 1, info.max_num_batched_tokens + 1)
+        check_range("num_samples", num_samples, 0, 2)
+        if int(num_scheduled.sum(dtype=np.int64)) > info.max_num_batched_tokens:
+            raise violation("num_scheduled", f"more than the budget of {info.max_num_batched_tokens} tokens")
+        self._computed[rows] += num_scheduled
+        after = self._computed[rows]
+        if (after > self._known[rows]).any():
+            raise violation("num_scheduled", "a row would compute tokens that it does not know")
+        if (after > self._blocks[rows] * self._block_size).any():
+            raise violation("num_scheduled", "a row would write behind its last block")
+        if ((num_samples > 0) & (after != self._known[rows])).any():
+            raise violation("num_samples", "a row would sample before its last known token")
+        self._known[rows] += num_samples
+        if plan.num_draft_tokens or plan.draft_token_ids or plan.adapter_slots:
+            raise violation("num_draft_tokens", "speculation and adapters were not claimed in Hello")
+        return rows, num_scheduled, num_samples
+
+    def _column(self, name: str, data: bytes, length: int | None = None) -> Int32Array:
+        return unpack(name, data, np.int32, length)
+
+    def _check_rows(self, name: str, rows: Int32Array, *, active: bool) -> None:
+        check_range(name, rows, 0, self._info.max_rows)
+        if rows.size and (self._active[rows] != active).any():
+            raise violation(name, "a row that holds no request")
+
+    def _check_distinct(self, name: str, rows: Int32Array) -> None:
+        if rows.size > 1 and np.bincount(rows).max() > 1:
+            raise violation(name, "a row twice")
+
+
+def decode_sampling(spec: common_pb2.SamplingSpec, vocab_size: int) -> SamplingParams:
+    """SamplingParams of the wire's SamplingSpec; ids are checked against the vocabulary."""
+    stops = _ids("stop_token_ids", spec.stop_token_ids, vocab_size)
+    allowed = _ids("allowed_token_ids", spec.allowed_token_ids, vocab_size)
+    bad_words = tuple(_ids("bad_words", word.token_ids, vocab_size) for word in spec.bad_words)
+    bias = dict(spec.logit_bias)
+    if bias and max(bias) >= vocab_size:
+        raise violation("logit_bias", "a token outside the vocabulary")
+    return SamplingParams(
+        temperature=spec.temperature,
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+        min_p=spec.min_p,
+        repetition_penalty=spec.repetition_penalty,
+        presence_penalty=spec.presence_penalty,
+        frequency_penalty=spec.frequency_penalty,
+        min_tokens=spec.min_tokens,
+        stop_token_ids=stops,
+        logit_bias=bias,
+        allowed_token_ids=allowed,
+        bad_words=bad_words,
+        logprobs=spec.logprobs if spec.HasField("logprobs") else None,
+        prompt_logprobs=spec.prompt_logprobs if spec.HasField("prompt_logprobs") else None,
+    )
+
+
+def encode_output(epoch: int, output: StepOutput) -> step_pb2.StepResult:
+    """The StepResult of a step that went well."""
+    result = step_pb2.StepResult(
+        epoch=epoch,
+        step_id=output.step_id,
+        status=step_pb2.STEP_STATUS_OK,
+        num_tokens=pack(output.num_tokens, np.uint8),
+        token_ids=pack(output.token_ids, np.int32),
+        device_ns=output.device_ns,
+        gap_ns=output.gap_ns,
+    )
+    if output.row_status.any():
+        result.row_status = pack(output.row_status, np.uint8)
+    if output.logprobs is not None:
+        result.logprobs.CopyFrom(_encode_logprobs(output.logprobs))
+    return result
+
+
+def _encode_logprobs(columns: LogprobColumns) -> common_pb2.LogprobColumns:
+    return common_pb2.LogprobColumns(
+        owner=pack(columns.owner, np.int32),
+        position=pack(columns.position, np.int32),
+        rank=pack(columns.rank, np.int32),
+        num_entries=pack(columns.num_entries, np.int32),
+        token_ids=pack(columns.token_ids, np.int32),
+        logprobs=pack(columns.logprobs, np.float32),
+    )
+
+
+def _ids(name: str, data: bytes, vocab_size: int) -> tuple[int, ...]:
+    ids: npt.NDArray[Any] = unpack(name, data, np.int32)
+    check_range(name, ids, 0, vocab_size)
+    return tuple(ids.tolist())

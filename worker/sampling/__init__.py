@@ -1,0 +1,1 @@
+"""From logits to tokens: masks, penalties, truncation, stateless noise, log-probabilities."""
