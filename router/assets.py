@@ -1,0 +1,239 @@
+"""A model's text side: tokenizer, chat template, defaults. Built from the bytes of its files, found by model digest."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from octavo.v1 import inference_pb2
+from tokenizers import Tokenizer
+
+from router import chat as chats
+from router.detokenize import TokenTable, UnsupportedDecoder, build_table
+from router.template import ChatTemplate, TemplateFailure
+from service.errors import OctavoError, Reason
+
+log = logging.getLogger("octavo.router.assets")
+
+Files = Mapping[str, bytes]
+_KEEP_UNSERVED = 4
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class AssetError(Exception):
+    """Files that make no usable tokenizer; the text names the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAssets:
+    """What the router knows of one model digest. Immutable, so that threads may share it."""
+
+    files: Files
+    tokenizer: Tokenizer
+    plain_tokenizer: Tokenizer  # writes special tokens in the text as ordinary text
+    table: TokenTable
+    template: ChatTemplate | None
+    tool_template: ChatTemplate | None
+    template_problem: str
+    eos_token_ids: tuple[int, ...]
+    generation_config: Mapping[str, Any]
+    normalizes: bool
+
+    @classmethod
+    def load(cls, files: Files) -> ModelAssets:
+        """Parse and unroll everything; a tenth of a second or so for a large vocabulary. Raises AssetError."""
+        if "tokenizer.json" not in files:
+            raise AssetError("tokenizer.json is missing")
+        try:
+            tokenizer = _tokenizer(files["tokenizer.json"])
+            plain = _tokenizer(files["tokenizer.json"])
+            plain.encode_special_tokens = True
+            table = build_table(tokenizer)
+        except UnsupportedDecoder as error:
+            raise AssetError(str(error)) from None
+        except Exception as error:  # noqa: BLE001 - the Rust library raises bare Exception for every kind of bad file
+            raise AssetError(f"tokenizer.json: {error}") from None
+        config, tokenizer_config, generation = (
+            _json(files, name) for name in ("config.json", "tokenizer_config.json", "generation_config.json")
+        )
+        template, tool_template, problem = _templates(files, tokenizer_config)
+        return cls(
+            files=files,
+            tokenizer=tokenizer,
+            plain_tokenizer=plain,
+            table=table,
+            template=template,
+            tool_template=tool_template,
+            template_problem=problem,
+            eos_token_ids=_eos_ids(config, generation, tokenizer_config, tokenizer),
+            generation_config=generation,
+            normalizes=json.loads(files["tokenizer.json"]).get("normalizer") is not None,
+        )
+
+    def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text to ids; special tokens written in it are not recognised."""
+        ids: list[int] = self.plain_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def render(self, chat: inference_pb2.Chat, now: datetime | None = None) -> str:
+        """The prompt of a conversation as text. Raises INVALID_ARGUMENT."""
+        template = (self.tool_template if chat.tools else None) or self.template
+        if template is None:
+            raise OctavoError(Reason.INVALID_ARGUMENT, self.template_problem)
+        try:
+            return template.render(
+                chats.messages(chat),
+                tools=chats.tools(chat),
+                template_args=chats.template_args(chat),
+                add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
+                continue_final_message=chat.continue_final_message,
+                now=now,
+            )
+        except TemplateFailure as error:
+            raise OctavoError(Reason.INVALID_ARGUMENT, str(error)) from None
+
+    def encode_rendered(self, prompt: str) -> list[int]:
+        """A rendered template to ids: special tokens are recognised, none are added."""
+        ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Ids to text, as `Tokenizer.decode` does."""
+        detokenizer = self.table.detokenizer(skip_special_tokens)
+        text, _ = detokenizer.feed(token_ids)
+        return text + detokenizer.finish()[0]
+
+    def max_characters(self, max_tokens: int) -> int:
+        """Texts that are longer surely have more tokens than that: no token stands for more bytes than the longest one.
+
+        Normalization can shorten a text (NFC: to a third at most), so a tokenizer with one gets three times as much.
+        """
+        return max_tokens * self.table.max_token_bytes * (3 if self.normalizes else 1)
+
+
+class AssetStore:
+    """Assets by digest, fetched and loaded once. Owned by the event loop; the loading runs in `executor`."""
+
+    def __init__(self, fetch: Callable[[bytes], Awaitable[Files]], executor: Executor) -> None:
+        self._fetch = fetch
+        self._executor = executor
+        self._tasks: dict[bytes, asyncio.Task[ModelAssets]] = {}
+
+    def ready(self, digest: bytes) -> bool:
+        """Whether `get` would answer at once."""
+        task = self._tasks.get(digest)
+        return task is not None and task.done() and not task.cancelled() and task.exception() is None
+
+    def want(self, digests: set[bytes]) -> None:
+        """These are served now: begin to load those that are missing or failed, and forget the oldest of the others.
+
+        A few others are kept, since a scheduler that restarts takes its models away only for a moment.
+        """
+        unserved = [d for d in self._tasks if d not in digests]
+        for digest in unserved[: max(0, len(unserved) - _KEEP_UNSERVED)]:
+            self._tasks.pop(digest).cancel()
+        for digest in digests:
+            self._task(digest)
+
+    async def get(self, digest: bytes) -> ModelAssets:
+        """The assets, once they are there. Raises NO_WORKER where they can't be had and UNSUPPORTED where they can't be used."""
+        task = self._task(digest)
+        try:
+            return await asyncio.shield(task)
+        except AssetError as error:
+            raise OctavoError(Reason.UNSUPPORTED, f"the model can't be served as text: {error}") from None
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise OctavoError(Reason.NO_WORKER, "the model is no longer served") from None
+            raise
+
+    async def close(self) -> None:
+        """Cancel what is still loading."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _task(self, digest: bytes) -> asyncio.Task[ModelAssets]:
+        task = self._tasks.get(digest)
+        failed = task is not None and task.done() and (task.cancelled() or isinstance(task.exception(), OctavoError))
+        if task is None or failed:
+            task = asyncio.get_running_loop().create_task(self._load(digest))
+            task.add_done_callback(_log_failure)
+            self._tasks[digest] = task
+        return task
+
+    async def _load(self, digest: bytes) -> ModelAssets:
+        files = await self._fetch(digest)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, ModelAssets.load, files)
+
+
+def _log_failure(task: asyncio.Task[ModelAssets]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.warning("a model's assets can't be loaded: %s", task.exception())
+
+
+def _tokenizer(data: bytes) -> Tokenizer:
+    tokenizer = Tokenizer.from_buffer(data)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _json(files: Files, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise AssetError(f"{name}: {error}") from None
+    if not isinstance(value, dict):
+        raise AssetError(f"{name}: no JSON object")
+    return value
+
+
+def _token_text(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _eos_ids(
+    config: dict[str, Any], generation: dict[str, Any], tokenizer_config: dict[str, Any], tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """generation_config has the full list; config.json and the tokenizer's eos_token are what is left without it."""
+    for source in (generation, config):
+        found = source.get("eos_token_id")
+        ids = [found] if isinstance(found, int) else found
+        if isinstance(ids, list) and ids and all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
+            return tuple(dict.fromkeys(ids))
+    text = _token_text(tokenizer_config.get("eos_token"))
+    token_id = tokenizer.token_to_id(text) if text else None
+    return () if token_id is None else (token_id,)
+
+
+def _templates(files: Files, tokenizer_config: dict[str, Any]) -> tuple[ChatTemplate | None, ChatTemplate | None, str]:
+    """Default template, template for tools, and why there is none. A file of its own goes before the key, as in transformers."""
+    special = {name: text for name in _SPECIAL if (text := _token_text(tokenizer_config.get(name))) is not None}
+    sources: dict[str, str] = {}
+    found = tokenizer_config.get("chat_template")
+    if isinstance(found, str):
+        sources["default"] = found
+    elif isinstance(found, list):
+        sources = {str(item["name"]): str(item["template"]) for item in found if "name" in item and "template" in item}
+    if "chat_template.json" in files:
+        sources["default"] = str(_json(files, "chat_template.json").get("chat_template", ""))
+    if "chat_template.jinja" in files:
+        sources["default"] = files["chat_template.jinja"].decode(errors="replace")
+    if not sources.get("default"):
+        return None, None, "the model has no chat template: send text or token_ids"
+    try:
+        tool_source = sources.get("tool_use")
+        tool_template = ChatTemplate(tool_source, special) if tool_source else None
+        return ChatTemplate(sources["default"], special), tool_template, ""
+    except TemplateFailure as error:
+        return None, None, str(error)

@@ -1,0 +1,212 @@
+"""Between the session and the gRPC shells: clocks, queues and wake-ups of one router process, all on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from octavo.v1 import scheduler_pb2
+
+from router.flush import FlushPolicy
+from router.request import Request
+from router.session import RouterSession
+from service.errors import OctavoError, Reason
+
+_MAX_OUTBOUND = 65_536
+
+
+class Outbound:
+    """Messages that wait to be written to one scheduler. Closed when its stream has to end."""
+
+    def __init__(self) -> None:
+        self._messages: collections.deque[scheduler_pb2.AttachRequest] = collections.deque()
+        self._wake = asyncio.Event()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the stream has to end; `ended` can be awaited."""
+        return self.ended.done()
+
+    def put(self, message: scheduler_pb2.AttachRequest) -> None:
+        """Append. A queue that nobody empties closes: that scheduler does not read."""
+        if len(self._messages) >= _MAX_OUTBOUND:
+            self.close()
+        if not self.closed:
+            self._messages.append(message)
+            self._wake.set()
+
+    def close(self) -> None:
+        """End the stream; what waits is lost with it."""
+        if not self.ended.done():
+            self.ended.set_result(None)
+        self._messages.clear()
+        self._wake.set()
+
+    async def get(self) -> scheduler_pb2.AttachRequest | None:
+        """The next message, or None once closed."""
+        while not self._messages and not self.closed:
+            self._wake.clear()
+            await self._wake.wait()
+        return self._messages.popleft() if self._messages else None
+
+
+@dataclass(slots=True, eq=False)
+class ClientStream:
+    """A client that waits for its request. `ready` is set by the hub and cleared by the one reader."""
+
+    request: Request
+    bounded: bool
+    ready: bool = False
+    _waiter: asyncio.Future[None] | None = field(default=None)
+
+    async def wait(self) -> None:
+        """Until the hub says that there is something to write (or the request is over)."""
+        if not self.ready:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self.ready = False
+
+    def wake(self) -> None:
+        """There is something to write."""
+        self.ready = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Hub:
+    """Owns the session and calls it with the time."""
+
+    def __init__(
+        self,
+        session: RouterSession,
+        *,
+        flush_interval: float = 0.008,
+        max_buffered_tokens: int = 4_096,
+        on_models: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_models` is called whenever the models served may have changed."""
+        self.session = session
+        self._flush: FlushPolicy[ClientStream] = FlushPolicy(flush_interval)
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._streams: dict[Request, ClientStream] = {}
+        self._outbound: dict[str, Outbound] = {}
+        self._max_buffered = max_buffered_tokens
+        self._on_models = on_models
+        self._loop = asyncio.get_running_loop()
+
+    def now(self) -> float:
+        """Seconds on the session's clock. Not the loop's: uvloop's stands still, in whole milliseconds, during an iteration."""
+        return time.monotonic()
+
+    # ---- schedulers
+
+    def link_opened(self, address: str) -> Outbound:
+        """A stream to this scheduler is open; its writer empties the queue returned."""
+        outbound = Outbound()
+        self._outbound[address] = outbound
+        self.session.link_opened(address, self.now())
+        self._pump()
+        return outbound
+
+    def link_closed(self, address: str) -> None:
+        """It has ended."""
+        outbound = self._outbound.pop(address, None)
+        if outbound is not None:
+            outbound.close()
+        self.session.link_closed(address, self.now())
+        self._on_models()
+        self._pump()
+
+    def receive(self, address: str, message: scheduler_pb2.AttachResponse) -> None:
+        """A message came from a scheduler."""
+        self.session.receive(address, message, self.now())
+        if message.HasField("models") or message.HasField("welcome"):
+            self._on_models()
+        self._pump()
+
+    async def run_clock(self, interval: float) -> None:
+        """Tick for ever. `interval` in seconds: a few in each heartbeat."""
+        while True:
+            self.session.tick(self.now())
+            self._pump()
+            await asyncio.sleep(interval)
+
+    # ---- clients
+
+    def submit(self, request: Request, *, bounded: bool) -> ClientStream:
+        """Start a request. `bounded`: its reader may be slow, so what it has not taken is limited. Raises OctavoError."""
+        self.session.submit(request, self.now())
+        stream = ClientStream(request, bounded)
+        self._streams[request] = stream
+        self._pump()
+        return stream
+
+    def close(self, stream: ClientStream, reason: scheduler_pb2.CancelReason) -> None:
+        """The client is served or gone: whatever still runs is cancelled."""
+        self._streams.pop(stream.request, None)
+        self._flush.forget(stream)
+        self.session.cancel(stream.request, reason, self.now())
+        self._pump()
+
+    def fail(self, request: Request, error: OctavoError) -> None:
+        """End a request with an error of the router's own."""
+        self.session.fail(request, error, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, self.now())
+        self._pump()
+
+    def detach(self) -> None:
+        """Say goodbye to all schedulers."""
+        self.session.detach()
+        self._perform()
+
+    # ---- what the session wants done
+
+    def _pump(self) -> None:
+        now = self.now()
+        for request in self.session.take_changed():
+            stream = self._streams.get(request)
+            if stream is None:
+                continue
+            if stream.bounded and request.error is None and request.num_buffered > self._max_buffered:
+                message = f"{request.num_buffered} tokens wait for the client, which does not read them"
+                error = OctavoError(Reason.SLOW_CONSUMER, message)
+                self.session.fail(request, error, scheduler_pb2.CANCEL_REASON_SLOW_CONSUMER, now)
+            if request.error is not None or self._flush.mark(stream, now):
+                stream.wake()
+        self._arm()
+        self._perform()
+
+    def _arm(self) -> None:
+        due_at = self._flush.due_at
+        if due_at is not None and self._flush_timer is None:
+            self._flush_timer = self._loop.call_later(max(0.0, due_at - self.now()), self._end_window)
+
+    def _perform(self) -> None:
+        actions = self.session.take_actions()
+        for address, message in actions.messages:
+            outbound = self._outbound.get(address)
+            if outbound is not None:
+                outbound.put(message)
+        for address in actions.cut:
+            cut = self._outbound.pop(address, None)
+            if cut is not None:
+                cut.close()
+        if actions.cut:
+            self._on_models()
+
+    def _end_window(self) -> None:
+        self._flush_timer = None
+        now, due_at = self.now(), self._flush.due_at
+        if due_at is None or due_at > now + 1e-3:  # the window has become longer
+            self._arm()
+            return
+        for stream in self._flush.take(now):
+            stream.wake()
+        # Runs after the streams just woken have written.
+        self._loop.call_soon(lambda: self._flush.spent(now, self.now()))

@@ -1,0 +1,76 @@
+"""The models that can be asked for now, merged over all schedulers; and those that were served before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from octavo.v1 import scheduler_pb2
+
+from service.errors import OctavoError, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """One digest under one name. `workers` are counted over all schedulers."""
+
+    name: str
+    digest: bytes
+    max_model_len: int
+    vocab_size: int
+    workers: int
+
+
+class ModelDirectory:
+    """What is served now, by name and digest. Owned by the session."""
+
+    def __init__(self) -> None:
+        self._by_digest: dict[bytes, KnownModel] = {}
+        self._names_seen: set[str] = set()
+
+    def update(self, served: Iterable[scheduler_pb2.ServedModel]) -> None:
+        """Replace everything by what the schedulers say now."""
+        merged: dict[bytes, KnownModel] = {}
+        for model in served:
+            if not model.workers:
+                self._names_seen.add(model.name)
+                continue
+            old = merged.get(model.digest)
+            merged[model.digest] = KnownModel(
+                model.name,
+                model.digest,
+                model.max_model_len if old is None else min(model.max_model_len, old.max_model_len),
+                model.vocab_size,
+                model.workers + (0 if old is None else old.workers),
+            )
+        self._by_digest = merged
+        self._names_seen.update(model.name for model in merged.values())
+
+    def all(self) -> list[KnownModel]:
+        """Ordered by name, then by digest."""
+        return sorted(self._by_digest.values(), key=lambda model: (model.name, model.digest))
+
+    def digests(self) -> set[bytes]:
+        """All digests served now."""
+        return set(self._by_digest)
+
+    def by_digest(self, digest: bytes) -> KnownModel | None:
+        """The model with this digest, if it is served now."""
+        return self._by_digest.get(digest)
+
+    def find(self, name: str) -> KnownModel:
+        """The model of this name; of several digests the one with most workers. "" is the only model there is.
+
+        Raises MODEL_UNKNOWN, NO_WORKER, or INVALID_ARGUMENT where "" could be several.
+        """
+        found = [model for model in self.all() if name in ("", model.name)]
+        if not name and len({model.name for model in found}) > 1:
+            names = ", ".join(sorted({model.name for model in found}))
+            raise OctavoError(Reason.INVALID_ARGUMENT, f"model: must be one of {names}")
+        if found:
+            return max(found, key=lambda model: model.workers)
+        if not name or name in self._names_seen or not self._names_seen:
+            raise OctavoError(
+                Reason.NO_WORKER, f"no worker serves {name or 'any model'} at present", retry_after_ms=1_000
+            )
+        raise OctavoError(Reason.MODEL_UNKNOWN, f"no model named {name!r}")

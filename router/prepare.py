@@ -1,0 +1,220 @@
+"""From a client's message to a request that can be submitted: model, tokens, defaults, ticket, resume."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeVar
+
+import numpy as np
+from octavo.v1 import inference_pb2
+
+from router.assets import AssetStore, ModelAssets
+from router.models import KnownModel, ModelDirectory
+from router.output import Output, ReplayError
+from router.request import Request, RequestSpec
+from router.resolve import ModelLimits, Resolved, check_prompt, resolve, sequence_seed
+from router.ticket import Ticket, TicketOffice, invalid
+from router.validate import Violations, check_request
+from service.columns import pack
+from service.errors import OctavoError, Reason
+
+T = TypeVar("T")
+
+
+class TextPool:
+    """Threads for templates and tokenizers, with a bound on the text that waits for them."""
+
+    def __init__(self, threads: int = 2, max_waiting_bytes: int = 64 << 20) -> None:
+        self.executor = ThreadPoolExecutor(threads, thread_name_prefix="text")
+        self._max_waiting = max_waiting_bytes
+        self._waiting = 0
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """`work()` in a thread; `size` is its text in bytes. Raises QUEUE_FULL where too much waits already."""
+        if self._waiting + size > self._max_waiting:
+            raise OctavoError(Reason.QUEUE_FULL, "too much text waits to be tokenized", retry_after_ms=200)
+        self._waiting += size
+        future = asyncio.get_running_loop().run_in_executor(self.executor, work)
+        future.add_done_callback(lambda _: self._release(size))
+        return await future
+
+    def _release(self, size: int) -> None:
+        self._waiting -= size
+
+    def close(self) -> None:
+        """Let the threads end; what waits is dropped."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """`now`: the session's steady clock, seconds; `wall`: Unix time, seconds, for tickets and templates only."""
+
+    now: Callable[[], float]
+    wall: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Ready to be submitted. `started` lacks only the cached tokens."""
+
+    request: Request
+    started: inference_pb2.Started
+
+
+class Preparation:
+    """Prepares requests. Holds nothing of any of them."""
+
+    def __init__(
+        self, models: ModelDirectory, assets: AssetStore, pool: TextPool, tickets: TicketOffice, clocks: Clocks
+    ) -> None:
+        self._models = models
+        self._assets = assets
+        self._pool = pool
+        self._tickets = tickets
+        self._clocks = clocks
+
+    async def prepare(self, message: inference_pb2.GenerateRequest, tenant: str, deadline: float | None) -> Prepared:
+        """Raises OctavoError for whatever is wrong with the request. `deadline` is on the steady clock."""
+        now, wall = self._clocks.now(), self._clocks.wall()
+        check_request(message)
+        ticket = self._tickets.check(message.resume.ticket, tenant) if message.HasField("resume") else None
+        model = self._pinned(ticket, message.model) if ticket else self._models.find(message.model)
+        assets = await self._assets.get(model.digest)
+        limits = ModelLimits(model.max_model_len, model.vocab_size)
+        accepted = wall if ticket is None else ticket.arrival_ms / 1e3
+        prompt = await self.tokenize(message, assets, limits, accepted)
+        check_prompt(prompt, limits, given=message.WhichOneof("input") == "token_ids")
+        column = pack(prompt, np.int32)
+        if ticket is None:
+            seed = message.sampling.seed if message.sampling.HasField("seed") else secrets.randbits(64)
+            ticket = Ticket(_new_id(), tenant, round(wall * 1e3), seed, model.digest, hashlib.sha256(column).digest())
+        elif ticket.prompt_hash != hashlib.sha256(column).digest():
+            raise invalid("the ticket belongs to a request with another prompt")
+        spec_of = await self._pool.run(0, lambda: resolve(message.sampling, assets, limits, len(prompt)))
+        spec = RequestSpec(
+            request_id=ticket.request_id,
+            tenant=tenant,
+            model=model.name,
+            digest=model.digest,
+            seed=ticket.seed,
+            group_id=int.from_bytes(hashlib.blake2b(ticket.request_id.encode(), digest_size=8).digest(), "little"),
+            priority=message.priority,
+            cache_salt=hashlib.sha256(b"octavo tenant" + tenant.encode()).digest(),
+            prompt_column=column,
+            num_prompt_tokens=len(prompt),
+            sampling=spec_of.sampling,
+            # A clock that was set back must not make a request younger than it is.
+            arrival=now - max(0.0, wall - accepted),
+            deadline=deadline,
+            resumed=message.HasField("resume"),
+        )
+        request = _request(spec, spec_of, assets)
+        if message.HasField("resume"):
+            _replay(request, message.resume)
+        return Prepared(request, self._started(spec, ticket))
+
+    async def tokenize(
+        self,
+        message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest,
+        assets: ModelAssets,
+        limits: ModelLimits,
+        accepted: float,
+    ) -> list[int]:
+        """The prompt's token ids. Raises PROMPT_TOO_LONG where its size alone shows it, before any tokenizing."""
+        kind = message.WhichOneof("input")
+        if isinstance(message, inference_pb2.GenerateRequest) and kind == "token_ids":
+            if len(message.token_ids.ids) > limits.max_model_len:
+                raise _too_long(len(message.token_ids.ids), limits)
+            return list(message.token_ids.ids)
+        if kind == "text":
+            add_special = not isinstance(message, inference_pb2.TokenizeRequest) or (
+                message.add_special_tokens or not message.HasField("add_special_tokens")
+            )
+            _check_size(message.text, assets, limits)
+            return await self._pool.run(len(message.text), lambda: assets.encode_text(message.text, add_special))
+        return (await self.tokenize_chat(message.chat, assets, limits, accepted))[1]
+
+    async def tokenize_chat(
+        self, chat: inference_pb2.Chat, assets: ModelAssets, limits: ModelLimits, accepted: float
+    ) -> tuple[str, list[int]]:
+        """The rendered template and its token ids."""
+
+        def work() -> tuple[str, list[int]]:
+            prompt = assets.render(chat, datetime.fromtimestamp(accepted))
+            _check_size(prompt, assets, limits)
+            return prompt, assets.encode_rendered(prompt)
+
+        return await self._pool.run(chat.ByteSize(), work)
+
+    def _pinned(self, ticket: Ticket, name: str) -> KnownModel:
+        model = self._models.by_digest(ticket.digest)
+        if model is not None:
+            return model
+        self._models.find(name)  # MODEL_UNKNOWN or NO_WORKER, if it is not served at all
+        raise OctavoError(Reason.MODEL_CHANGED, "the version of the model that the stream began with is gone")
+
+    def _started(self, spec: RequestSpec, ticket: Ticket) -> inference_pb2.Started:
+        return inference_pb2.Started(
+            request_id=spec.request_id,
+            model=spec.model,
+            digest=spec.digest.hex(),
+            seed=spec.seed,
+            ticket=self._tickets.issue(ticket),
+            prompt_tokens=spec.num_prompt_tokens,
+        )
+
+
+def _request(spec: RequestSpec, resolved: Resolved, assets: ModelAssets) -> Request:
+    outputs = [
+        Output(index, resolved.rules, assets.table.detokenizer(resolved.skip_special_tokens))
+        for index in range(resolved.n)
+    ]
+    seeds = [sequence_seed(spec.seed, index) for index in range(resolved.n)]
+    return Request(spec, outputs, seeds, assets.table)
+
+
+def _replay(request: Request, resume: inference_pb2.Resume) -> None:
+    """Bring each output to where the client stands. Raises INVALID_ARGUMENT."""
+    wrong = Violations()
+    wrong.require(resume.seed == request.spec.seed, "resume.seed", "must be the seed that Started told")
+    for position, state in enumerate(resume.outputs):
+        sequence = request.sequences[state.index]
+        path = f"resume.outputs[{position}]"
+        if any(token_id >= 2**31 for token_id in state.token_ids):
+            wrong.add(f"{path}.token_ids", "ids must be below 2^31")
+            continue
+        try:
+            sequence.output.replay(state.token_ids, state.text_bytes)
+        except ReplayError as error:
+            wrong.add(path, str(error))
+            continue
+        ended = bool(sequence.output.finish_reason)
+        wrong.require(ended or not state.finished, f"{path}.finished", "these tokens do not end the output")
+        sequence.finished_sent = state.finished
+    wrong.raise_if_any()
+
+
+def _check_size(text: str, assets: ModelAssets, limits: ModelLimits) -> None:
+    if len(text) > assets.max_characters(limits.max_model_len):
+        raise OctavoError(
+            Reason.PROMPT_TOO_LONG,
+            f"a prompt of {len(text)} characters exceeds the model's context of {limits.max_model_len} tokens",
+        )
+
+
+def _too_long(count: int, limits: ModelLimits) -> OctavoError:
+    return OctavoError(
+        Reason.PROMPT_TOO_LONG,
+        f"{count} prompt tokens exceed the model's context of {limits.max_model_len} tokens",
+    )
+
+
+def _new_id() -> str:
+    return "req-" + secrets.token_hex(12)

@@ -1,0 +1,186 @@
+"""A request as the router runs it: n sequences, what is known of them, and the messages that its client still has to get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
+
+from router.detokenize import TokenTable
+from router.logprobs import PositionLogprobs, to_message
+from router.output import Output
+from service.columns import pack
+from service.errors import OctavoError
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """What never changes in the life of a request.
+
+    `prompt_column` is int32 [num_prompt_tokens]; times are seconds on the caller's clock.
+    """
+
+    request_id: str
+    tenant: str
+    model: str
+    digest: bytes
+    seed: int
+    group_id: int
+    priority: int
+    cache_salt: bytes
+    prompt_column: bytes
+    num_prompt_tokens: int
+    sampling: common_pb2.SamplingSpec
+    arrival: float
+    deadline: float | None
+    # Was accepted by another router before: never refused for want of room.
+    resumed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One output and where it runs. `link` and `handle` belong to the session; -1 is no handle."""
+
+    request: Request
+    output: Output
+    seed: int
+    link: str = ""
+    handle: int = -1
+    attempt: int = 0
+    # Submissions since the last new token: bounds a request that never gets on.
+    tries: int = 0
+    not_before: float = 0.0
+    homeless_since: float = 0.0
+    admitted: bool = False
+    # Schedulers that had no room or no worker for it.
+    refused_by: set[str] = field(default_factory=set)
+    done: bool = False
+    finished_sent: bool = False
+    logprobs: dict[int, inference_pb2.TokenLogprobs] = field(default_factory=dict)
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    queue_ms: float = 0.0
+    cached_tokens: int = 0
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it has got anywhere: then it is carried on, not refused."""
+        return self.admitted or self.request.spec.resumed or len(self.output.token_ids) > 0
+
+
+class Request:
+    """All sequences of one client request. Owned by the session until done; the shell takes messages from it."""
+
+    def __init__(self, spec: RequestSpec, outputs: list[Output], seeds: list[int], table: TokenTable) -> None:
+        self.spec = spec
+        self.sequences = [Sequence(self, output, seed) for output, seed in zip(outputs, seeds, strict=True)]
+        self.error: OctavoError | None = None
+        self.prompt_logprobs: dict[int, PositionLogprobs] = {}
+        self._table = table
+        self._prompt_logprobs_sent = not spec.sampling.HasField("prompt_logprobs")
+
+    @property
+    def done(self) -> bool:
+        """Nothing more will come from below; messages may still wait in `take`."""
+        return self.error is not None or all(sequence.done for sequence in self.sequences)
+
+    @property
+    def delivered(self) -> bool:
+        """Every output's end has been taken."""
+        return all(sequence.finished_sent for sequence in self.sequences)
+
+    @property
+    def admitted(self) -> bool:
+        """Whether some sequence has been planned."""
+        return any(sequence.admitted or sequence.done for sequence in self.sequences)
+
+    @property
+    def num_buffered(self) -> int:
+        """Tokens that the client has not taken yet."""
+        buffered = 0
+        for sequence in self.sequences:
+            buffered += sequence.output.num_buffered
+        return buffered
+
+    def note_logprobs(self, sequence: Sequence, positions: list[PositionLogprobs]) -> None:
+        """Keep the log-probabilities of prompt tokens and of output tokens that were not delivered yet."""
+        for one in positions:
+            index = one.position - self.spec.num_prompt_tokens
+            if index >= 0:
+                sequence.logprobs[index] = to_message(one, self._table)
+            elif sequence.output.index == 0 and not self._prompt_logprobs_sent:
+                self.prompt_logprobs[one.position] = one
+
+    def take(self) -> list[inference_pb2.GenerateResponse]:
+        """Deltas and ends that can leave now, in order; each is handed out once."""
+        messages = []
+        for sequence in self.sequences:
+            output = sequence.output
+            delta = output.take(sequence.logprobs if self.spec.sampling.HasField("logprobs") else None)
+            if delta is not None:
+                if output.index == 0 and not self._prompt_logprobs_sent:
+                    self._add_prompt_logprobs(delta)
+                messages.append(inference_pb2.GenerateResponse(delta=delta))
+            if sequence.done and not sequence.finished_sent and self.error is None:
+                sequence.finished_sent = True
+                messages.append(inference_pb2.GenerateResponse(finished=self._finished(sequence)))
+        return messages
+
+    def submission(self, sequence: Sequence, now: float) -> scheduler_pb2.Submit:
+        """The message that starts `sequence`, or goes on with it, at a scheduler."""
+        spec = self.spec
+        submit = scheduler_pb2.Submit(
+            handle=sequence.handle,
+            request_id=spec.request_id,
+            task=scheduler_pb2.TASK_GENERATE,
+            model=spec.model,
+            digest=spec.digest,
+            tenant=spec.tenant,
+            cache_salt=spec.cache_salt,
+            priority=spec.priority,
+            group_id=spec.group_id,
+            index=sequence.output.index,
+            seed=sequence.seed,
+            attempt=sequence.attempt,
+            waited_ms=max(0, round((now - spec.arrival) * 1e3)),
+            sampling=spec.sampling,
+            prompt=[scheduler_pb2.Segment(token_ids=spec.prompt_column)],
+            output_token_ids=pack(sequence.output.token_ids, np.int32),
+            num_prompt_tokens=spec.num_prompt_tokens,
+        )
+        if spec.deadline is not None:
+            submit.remaining_ms = max(0, round((spec.deadline - now) * 1e3))
+        if sequence.output.index > 0 or len(sequence.output.token_ids) > 0:
+            submit.sampling.ClearField("prompt_logprobs")
+        return submit
+
+    def _add_prompt_logprobs(self, delta: inference_pb2.Delta) -> None:
+        self._prompt_logprobs_sent = True
+        for position in range(self.spec.num_prompt_tokens):
+            one = self.prompt_logprobs.get(position)
+            empty = one is None or position == 0
+            delta.prompt_logprobs.append(
+                inference_pb2.TokenLogprobs() if empty or one is None else to_message(one, self._table)
+            )
+        self.prompt_logprobs.clear()
+
+    def _finished(self, sequence: Sequence) -> inference_pb2.Finished:
+        output, arrival = sequence.output, self.spec.arrival
+        first, end = sequence.first_token_at, sequence.finished_at
+        return inference_pb2.Finished(
+            index=output.index,
+            finish_reason=output.finish_reason,  # type: ignore[arg-type]
+            stop_match=output.stop_match,
+            usage=inference_pb2.Usage(
+                prompt_tokens=self.spec.num_prompt_tokens,
+                completion_tokens=len(output.token_ids),
+                cached_tokens=sequence.cached_tokens,
+            ),
+            timing=inference_pb2.Timing(
+                queue_ms=sequence.queue_ms,
+                ttft_ms=0.0 if first is None else (first - arrival) * 1e3,
+                total_ms=0.0 if end is None else (end - arrival) * 1e3,
+                migrations=sequence.attempt,
+            ),
+        )

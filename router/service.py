@@ -1,0 +1,229 @@
+"""InferenceService over gRPC: a thin shell. What a request means is in prepare.py, how it runs in session.py."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from octavo.v1 import common_pb2, inference_pb2, inference_pb2_grpc, scheduler_pb2
+
+from router.assets import AssetStore, ModelAssets
+from router.hub import ClientStream, Hub
+from router.idempotency import IdempotencyKeys
+from router.models import KnownModel
+from router.prepare import Preparation, Prepared, TextPool
+from router.resolve import ModelLimits
+from router.stats import Stats
+from router.validate import Violations, check_chat
+from service.errors import OctavoError, Reason, abort
+
+_CHUNK_BYTES = 1 << 20
+_TENANT = "default"
+# Started waits so long for the first plan, seconds: then it can tell the cached tokens, and a refusal comes as a plain status.
+_STARTED_AFTER = 0.1
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """The public door. Every error is a status with a reason of the closed list."""
+
+    def __init__(self, hub: Hub, assets: AssetStore, preparation: Preparation, pool: TextPool, stats: Stats) -> None:
+        self._hub = hub
+        self._assets = assets
+        self._preparation = preparation
+        self._pool = pool
+        self._stats = stats
+        self._keys = IdempotencyKeys()
+        self.draining = False
+
+    async def Generate(  # type: ignore[override]  # grpc.aio takes coroutines that write, too
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> None:
+        """Streams. A client that hangs up cancels this handler, and with it everything below."""
+        try:
+            async with self._running(request, context, bounded=True) as (prepared, stream):
+                await _wait_for_plan(stream)
+                await context.write(inference_pb2.GenerateResponse(started=_started(prepared)))
+                running = stream.request
+                while True:
+                    for message in running.take():
+                        await context.write(message)
+                    if running.error is not None:
+                        raise running.error
+                    if running.delivered:
+                        return
+                    await stream.wait()
+        except OctavoError as error:
+            await abort(context, error)
+
+    async def Complete(self, request: inference_pb2.CompleteRequest, context: Any) -> inference_pb2.CompleteResponse:
+        """The same, collected."""
+        try:
+            async with self._running(request.request, context, bounded=False) as (prepared, stream):
+                outputs = [inference_pb2.Output(index=s.output.index) for s in stream.request.sequences]
+                texts: list[list[str]] = [[] for _ in outputs]
+                while not stream.request.done:
+                    await stream.wait()
+                    if stream.request.error is not None:
+                        raise stream.request.error
+                for message in stream.request.take():
+                    _collect(message, outputs, texts)
+                for output, text in zip(outputs, texts, strict=True):
+                    output.text = "".join(text)
+                started = prepared.started
+                return inference_pb2.CompleteResponse(
+                    request_id=started.request_id,
+                    model=started.model,
+                    digest=started.digest,
+                    seed=started.seed,
+                    outputs=outputs,
+                )
+        except OctavoError as error:
+            await abort(context, error)
+
+    async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:
+        """Text or chat to ids, by the very code that Generate uses."""
+        try:
+            kind = request.WhichOneof("input")
+            wrong = Violations()
+            if kind is None:
+                wrong.add("input", "one of text and chat must be set")
+            elif kind == "chat":
+                check_chat(request.chat, wrong)
+            wrong.raise_if_any()
+            model, assets = await self._model(request.model)
+            limits = ModelLimits(model.max_model_len, model.vocab_size)
+            prompt, now = "", time.time()
+            if kind == "chat":
+                prompt, ids = await self._preparation.tokenize_chat(request.chat, assets, limits, now)
+            else:
+                ids = await self._preparation.tokenize(request, assets, limits, now)
+            return inference_pb2.TokenizeResponse(token_ids=ids, prompt=prompt, max_model_len=model.max_model_len)
+        except OctavoError as error:
+            await abort(context, error)
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Any
+    ) -> inference_pb2.DetokenizeResponse:
+        """Ids to text."""
+        try:
+            model, assets = await self._model(request.model)
+            for index, token_id in enumerate(request.token_ids):
+                if token_id >= model.vocab_size:
+                    wrong = Violations()
+                    wrong.add(f"token_ids[{index}]", f"must be below the vocabulary size {model.vocab_size}")
+                    wrong.raise_if_any()
+            skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
+            ids = list(request.token_ids)
+            text = await self._pool.run(4 * len(ids), lambda: assets.decode(ids, skip))
+            return inference_pb2.DetokenizeResponse(text=text)
+        except OctavoError as error:
+            await abort(context, error)
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Any
+    ) -> inference_pb2.ListModelsResponse:
+        """What some worker holds now."""
+        return inference_pb2.ListModelsResponse(
+            models=[
+                inference_pb2.Model(
+                    name=model.name,
+                    digest=model.digest.hex(),
+                    max_model_len=model.max_model_len,
+                    vocab_size=model.vocab_size,
+                    workers=model.workers,
+                    ready=self._assets.ready(model.digest),
+                )
+                for model in self._hub.session.models.all()
+            ]
+        )
+
+    async def GetModelAssets(  # type: ignore[override]  # as above
+        self, request: inference_pb2.GetModelAssetsRequest, context: Any
+    ) -> None:
+        """The files, in chunks."""
+        try:
+            _, assets = await self._model(request.model)
+        except OctavoError as error:
+            await abort(context, error)
+        for name, data in assets.files.items():
+            for at in range(0, max(len(data), 1), _CHUNK_BYTES):
+                chunk = common_pb2.AssetChunk(data=data[at : at + _CHUNK_BYTES])
+                if at == 0:
+                    chunk.name, chunk.size = name, len(data)
+                await context.write(inference_pb2.GetModelAssetsResponse(chunk=chunk))
+
+    async def _model(self, name: str) -> tuple[KnownModel, ModelAssets]:
+        model = self._hub.session.models.find(name)
+        return model, await self._assets.get(model.digest)
+
+    @asynccontextmanager
+    async def _running(
+        self, message: inference_pb2.GenerateRequest, context: Any, *, bounded: bool
+    ) -> AsyncIterator[tuple[Prepared, ClientStream]]:
+        """A request from preparation to its end; leaving it cancels what still runs."""
+        try:
+            if self.draining:
+                raise OctavoError(Reason.DRAINING, "this router is shutting down")
+            prepared = await self._preparation.prepare(message, _TENANT, self._deadline(context))
+            request = prepared.request
+            claim = self._keys.claim(
+                _TENANT, message.idempotency_key, message.attempt, lambda error: self._hub.fail(request, error)
+            )
+            try:
+                stream = self._hub.submit(request, bounded=bounded)
+            except OctavoError:
+                self._keys.release(claim)
+                raise
+        except OctavoError as error:
+            self._stats.refused(error.reason.name)
+            raise
+        try:
+            yield prepared, stream
+        finally:
+            self._hub.close(stream, scheduler_pb2.CANCEL_REASON_CLIENT)
+            self._keys.release(claim)
+            self._stats.ended(request, self._hub.now())
+
+    def _deadline(self, context: Any) -> float | None:
+        remaining = context.time_remaining()
+        return None if remaining is None else self._hub.now() + max(0.0, remaining)
+
+
+async def _wait_for_plan(stream: ClientStream) -> None:
+    """Until the request is planned, or over, or it takes too long to wait with Started."""
+    try:
+        async with asyncio.timeout(_STARTED_AFTER):
+            while not (stream.request.done or stream.request.admitted or stream.request.num_buffered):
+                await stream.wait()
+    except TimeoutError:
+        return
+    if stream.request.error is not None:
+        raise stream.request.error
+
+
+def _started(prepared: Prepared) -> inference_pb2.Started:
+    prepared.started.cached_tokens = prepared.request.sequences[0].cached_tokens
+    return prepared.started
+
+
+def _collect(
+    message: inference_pb2.GenerateResponse, outputs: list[inference_pb2.Output], texts: list[list[str]]
+) -> None:
+    if message.HasField("delta"):
+        delta = message.delta
+        texts[delta.index].append(delta.text)
+        output = outputs[delta.index]
+        output.token_ids.extend(delta.token_ids)
+        output.logprobs.extend(delta.logprobs)
+        output.prompt_logprobs.extend(delta.prompt_logprobs)
+        return
+    finished = message.finished
+    output = outputs[finished.index]
+    output.finish_reason = finished.finish_reason
+    if finished.HasField("stop_match"):
+        output.stop_match.CopyFrom(finished.stop_match)
+    output.usage.CopyFrom(finished.usage)
+    output.timing.CopyFrom(finished.timing)

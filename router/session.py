@@ -1,0 +1,423 @@
+"""The router's side of Attach, sans I/O: which sequence runs where, and that each of its tokens is taken exactly once.
+
+Events and `now` (seconds on any steady clock) come in; `take_actions` gives the messages to send and the streams to
+cut, `take_changed` the requests that have something new for their clients. gRPC, sockets and clocks are in attach.py;
+the simulation runs this very object.
+
+A sequence is always in one of three places: running under a handle on one link, homeless (waiting for a scheduler that
+serves its digest), or done. A stream that ends, is silent beyond its lease or breaks the protocol makes its sequences
+homeless; they are submitted again, here or elsewhere, with the outputs so far.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from octavo.v1 import common_pb2, scheduler_pb2
+
+from router import batch
+from router.link import PROTOCOL, Link
+from router.logprobs import PositionLogprobs
+from router.models import ModelDirectory
+from router.placement import Candidate, affinity, choose
+from router.request import Request, Sequence
+from service.errors import OctavoError, Reason
+
+log = logging.getLogger("octavo.router.session")
+
+_RUNNING = common_pb2.FINISH_REASON_UNSPECIFIED
+_CANCEL_STOP = scheduler_pb2.CANCEL_REASON_STOP_STRING
+_CANCEL_DEADLINE = scheduler_pb2.CANCEL_REASON_DEADLINE
+_MAX_TRIES = 20
+_MAX_BACKOFF = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """Who the router is and how long it waits. Durations in seconds."""
+
+    incarnation: int
+    name: str = ""
+    heartbeat: float = 0.1
+    lease: float = 0.3
+    # How long an accepted sequence waits for a scheduler before its stream breaks (resumably).
+    patience: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Actions:
+    """What the shell has to do: messages by address, in order; then streams to cut."""
+
+    messages: list[tuple[str, scheduler_pb2.AttachRequest]]
+    cut: list[str]
+
+
+class RouterSession:
+    """All links and all requests of one router process."""
+
+    def __init__(self, settings: SessionSettings) -> None:
+        self._settings = settings
+        self._links: dict[str, Link] = {}
+        self._requests: dict[Request, None] = {}
+        self._homeless: dict[Sequence, None] = {}
+        self._changed: dict[Request, None] = {}
+        self._messages: list[tuple[str, scheduler_pb2.AttachRequest]] = []
+        self._cut: list[str] = []
+        self._ticked_at: float | None = None
+        self.models = ModelDirectory()
+        self.dropped_tokens = 0  # came twice
+
+    # ---- what the shell asks
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are not done."""
+        return len(self._requests)
+
+    @property
+    def num_attached(self) -> int:
+        """Schedulers that welcomed us."""
+        return sum(link.attached for link in self._links.values())
+
+    def requests(self) -> list[Request]:
+        """Requests that are not done."""
+        return list(self._requests)
+
+    def take_actions(self) -> Actions:
+        """Everything to do since the last call."""
+        actions = Actions(self._messages, self._cut)
+        self._messages, self._cut = [], []
+        return actions
+
+    def take_changed(self) -> Iterable[Request]:
+        """Requests with something new: tokens, an end, an admission or an error."""
+        changed, self._changed = self._changed, {}
+        return changed
+
+    # ---- streams
+
+    def link_opened(self, address: str, now: float) -> None:
+        """A new stream to this scheduler is open."""
+        if address in self._links:
+            self.link_closed(address, now)
+        self._links[address] = Link(address, opened_at=now, heard_at=now, lease=self._settings.lease)
+        hello = scheduler_pb2.RouterHello(
+            incarnation=self._settings.incarnation, protocol=PROTOCOL, name=self._settings.name
+        )
+        self._messages.append((address, scheduler_pb2.AttachRequest(hello=hello)))
+
+    def link_closed(self, address: str, now: float) -> None:
+        """The stream to this scheduler has ended. Its sequences go on elsewhere, or here once it is back."""
+        link = self._links.pop(address, None)
+        if link is None:
+            return
+        self._update_models()
+        for sequence in list(link.running.values()):
+            self._make_homeless(sequence, now)
+        self._place_homeless(now)
+
+    def receive(self, address: str, message: scheduler_pb2.AttachResponse, now: float) -> None:
+        """A message of this scheduler's stream. One that breaks the protocol costs it the stream."""
+        link = self._links.get(address)
+        if link is None:
+            return
+        link.heard_at = now
+        kind = message.WhichOneof("message")
+        if kind == "welcome":
+            self._welcome(link, message, now)
+            return
+        if not link.attached or message.epoch != link.epoch:
+            return
+        if kind == "tokens":
+            try:
+                entries = batch.parse(message.tokens)
+            except OctavoError as error:
+                self._cut_link(link, str(error), now)
+                return
+            for entry in entries:
+                self._entry(link, entry, now)
+        elif kind == "admitted":
+            self._admitted(link, message.admitted)
+        elif kind == "failed":
+            self._failed(link, message.failed, now)
+        elif kind == "cancelled":
+            link.cancelling.discard(message.cancelled.handle)
+        elif kind == "load":
+            link.load = message.load
+        elif kind == "models":
+            link.set_models(list(message.models.models))
+            self._update_models()
+            self._place_homeless(now)
+        elif kind == "go_away":
+            self._go_away(link, now)
+        else:
+            self._cut_link(link, "a message of an unknown kind", now)
+
+    # ---- requests
+
+    def submit(self, request: Request, now: float) -> None:
+        """Start a request. Raises MODEL_CHANGED or NO_WORKER where nobody serves its digest and it was not accepted before."""
+        if not request.spec.resumed and not self._candidates(request.sequences[0]):
+            raise self._nobody(request)
+        self._requests[request] = None
+        for sequence in request.sequences:
+            if sequence.output.finish_reason:  # a resume of what had ended
+                self._done(sequence, now)
+            else:
+                sequence.homeless_since = now
+                self._place(sequence, now)
+
+    def cancel(self, request: Request, reason: scheduler_pb2.CancelReason, now: float) -> None:
+        """Give up what still runs of a request. Without effect on one that is done."""
+        self._requests.pop(request, None)
+        for sequence in request.sequences:
+            if not sequence.done:
+                self._leave(sequence, reason)
+                sequence.done = True
+                sequence.finished_at = now
+
+    def fail(self, request: Request, error: OctavoError, reason: scheduler_pb2.CancelReason, now: float) -> None:
+        """End a request with an error."""
+        if request.done:
+            return
+        self.cancel(request, reason, now)
+        request.error = error
+        self._changed[request] = None
+
+    # ---- time
+
+    def tick(self, now: float) -> None:
+        """Heartbeats, leases, deadlines, sequences that wait. To be called a few times in each heartbeat interval."""
+        stalled = self._ticked_at is not None and now - self._ticked_at > self._settings.lease / 2
+        self._ticked_at = now
+        for link in list(self._links.values()):
+            if stalled:  # our own loop stood still: what they sent meanwhile has not been read yet
+                link.heard_at = now
+            if now - link.heard_at > link.lease:
+                self._cut_link(link, f"silent for {now - link.heard_at:.1f} s", now)
+            elif link.attached and now >= link.beat_at:
+                link.beat_at = now + link.heartbeat
+                self._send(link, heartbeat=scheduler_pb2.RouterHeartbeat())
+        for request in [r for r in self._requests if r.spec.deadline is not None and now >= r.spec.deadline]:
+            self.fail(request, OctavoError(Reason.DEADLINE, "the deadline passed"), _CANCEL_DEADLINE, now)
+        self._place_homeless(now)
+
+    def detach(self) -> None:
+        """Say goodbye to every scheduler; nothing may run any more."""
+        for link in self._links.values():
+            if link.attached:
+                self._send(link, detach=scheduler_pb2.Detach())
+
+    # ---- messages of a scheduler
+
+    def _welcome(self, link: Link, message: scheduler_pb2.AttachResponse, now: float) -> None:
+        welcome = message.welcome
+        if link.attached or welcome.protocol != PROTOCOL or not message.epoch:
+            self._cut_link(link, f"a Welcome that we can't accept (protocol {welcome.protocol})", now)
+            return
+        link.epoch = message.epoch
+        link.incarnation = welcome.incarnation
+        link.heartbeat = max(welcome.heartbeat_ms, 10) / 1e3
+        link.lease = max(welcome.lease_ms, 30) / 1e3
+        link.set_models(list(welcome.models))
+        self._update_models()
+        self._place_homeless(now)
+
+    def _admitted(self, link: Link, message: scheduler_pb2.Admitted) -> None:
+        sequence = link.running.get(message.handle)
+        if sequence is None or sequence.admitted:
+            return
+        sequence.admitted = True
+        sequence.cached_tokens = message.cached_tokens
+        sequence.queue_ms = float(message.queue_ms)
+        self._changed[sequence.request] = None
+
+    def _entry(self, link: Link, entry: batch.Entry, now: float) -> None:
+        sequence = link.running.get(entry.handle)
+        if sequence is None:  # cancelled, or resubmitted elsewhere
+            return
+        output, have = sequence.output, len(sequence.output.token_ids)
+        if entry.first_output_index > have:
+            self._resubmit_after_gap(link, sequence, entry, now)
+            return
+        fresh = entry.token_ids[have - entry.first_output_index :]
+        self.dropped_tokens += len(entry.token_ids) - len(fresh)
+        if entry.logprobs:
+            self._note_logprobs(sequence, entry.logprobs)
+        if fresh:
+            if sequence.first_token_at is None:
+                sequence.first_token_at = now
+            sequence.tries = 0
+            output.append(fresh)
+        if entry.finish_reason and not output.finish_reason:
+            if entry.first_output_index + len(entry.token_ids) < have:
+                self._resubmit_after_gap(link, sequence, entry, now)  # an end that lies behind us is not ours
+                return
+            output.end(entry.finish_reason)
+        if output.finish_reason:
+            if entry.finish_reason:
+                self._release_handle(link, sequence)
+            self._done(sequence, now)
+        self._changed[sequence.request] = None
+
+    def _note_logprobs(self, sequence: Sequence, positions: list[PositionLogprobs]) -> None:
+        standing = sequence.request.spec.num_prompt_tokens + len(sequence.output.token_ids)
+        prompt = sequence.request.spec.num_prompt_tokens
+        wanted = [one for one in positions if one.position >= standing or one.position < prompt]
+        sequence.request.note_logprobs(sequence, wanted)
+
+    def _failed(self, link: Link, message: scheduler_pb2.Failed, now: float) -> None:
+        sequence = link.running.get(message.handle)
+        if sequence is None:
+            link.cancelling.discard(message.handle)
+            return
+        self._release_handle(link, sequence)
+        reason = _reason(message.reason)
+        error = OctavoError(reason, message.message or reason.name, retry_after_ms=message.retry_after_ms)
+        sequence.refused_by.add(link.address)
+        elsewhere = bool(self._candidates(sequence))
+        go_on = error.rule.resumable and sequence.accepted and reason is not Reason.SLOW_CONSUMER
+        once_more = reason is Reason.INTERNAL and sequence.attempt == 0
+        if (go_on or once_more or (error.rule.retryable and elsewhere)) and sequence.tries < _MAX_TRIES:
+            if go_on or once_more:
+                sequence.refused_by.clear()
+            self._make_homeless(sequence, now)
+            if elsewhere and not once_more:
+                sequence.not_before = now
+            self._place(sequence, now)
+        else:
+            self.fail(sequence.request, error, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)
+
+    def _go_away(self, link: Link, now: float) -> None:
+        """Move everything that another scheduler can take now; the rest stays until the stream ends."""
+        link.draining = True
+        for sequence in list(link.running.values()):
+            if self._candidates(sequence):
+                self._leave(sequence, scheduler_pb2.CANCEL_REASON_UNSPECIFIED)
+                self._make_homeless(sequence, now)
+                sequence.not_before = now
+                self._place(sequence, now)
+
+    # ---- placing
+
+    def _candidates(self, sequence: Sequence) -> list[Candidate]:
+        digest = sequence.request.spec.digest
+        return [
+            Candidate(link.address, link.serves(digest), len(link.running))
+            for link in self._links.values()
+            if link.attached and not link.draining and link.serves(digest) and link.address not in sequence.refused_by
+        ]
+
+    def _place_homeless(self, now: float) -> None:
+        for sequence in list(self._homeless):
+            if sequence in self._homeless:
+                self._place(sequence, now)
+
+    def _place(self, sequence: Sequence, now: float) -> None:
+        """Submit a sequence that runs nowhere, or let it wait."""
+        candidates = self._candidates(sequence) if now >= sequence.not_before else []
+        if not candidates:
+            self._homeless[sequence] = None
+            if now - sequence.homeless_since > self._settings.patience:
+                nobody = self._nobody(sequence.request)
+                self.fail(sequence.request, nobody, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)
+            return
+        self._homeless.pop(sequence, None)
+        spec = sequence.request.spec
+        link = self._links[choose(candidates, affinity(spec.cache_salt, spec.prompt_column))]
+        sequence.link, sequence.handle = link.address, link.new_handle()
+        sequence.tries += 1
+        link.running[sequence.handle] = sequence
+        self._send(link, submit=sequence.request.submission(sequence, now))
+
+    def _make_homeless(self, sequence: Sequence, now: float) -> None:
+        """Its stream or its submission is lost: the next one is another attempt, later each time nothing came of it."""
+        self._forget_handle(sequence)
+        sequence.attempt += 1
+        sequence.homeless_since = now
+        backoff = 0.0 if sequence.tries <= 1 else min(_MAX_BACKOFF, 0.025 * 2**sequence.tries)
+        sequence.not_before = now + backoff
+        self._homeless[sequence] = None
+        if sequence.tries >= _MAX_TRIES:
+            error = OctavoError(Reason.LOST, f"lost {sequence.tries} times without a new token")
+            self.fail(sequence.request, error, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)
+
+    def _resubmit_after_gap(self, link: Link, sequence: Sequence, entry: batch.Entry, now: float) -> None:
+        log.warning(
+            "%s: tokens from %d on came where %d belong; submitting it again",
+            sequence.request.spec.request_id,
+            entry.first_output_index,
+            len(sequence.output.token_ids),
+        )
+        if entry.finish_reason:
+            self._release_handle(link, sequence)
+        else:
+            self._leave(sequence, scheduler_pb2.CANCEL_REASON_UNSPECIFIED)
+        self._make_homeless(sequence, now)
+        if not sequence.done:
+            self._place(sequence, now)
+
+    def _nobody(self, request: Request) -> OctavoError:
+        spec = request.spec
+        if any(model.name == spec.model for model in self.models.all()) and not self.models.by_digest(spec.digest):
+            return OctavoError(
+                Reason.MODEL_CHANGED, f"the version of {spec.model} that the request is pinned to is gone"
+            )
+        return OctavoError(Reason.NO_WORKER, f"no worker serves {spec.model} at present", retry_after_ms=1_000)
+
+    # ---- handles and ends
+
+    def _done(self, sequence: Sequence, now: float) -> None:
+        """It has its finish reason. Where the scheduler does not know yet, tell it."""
+        self._leave(sequence, _CANCEL_STOP)
+        sequence.done = True
+        sequence.finished_at = now
+        request = sequence.request
+        self._changed[request] = None
+        if request.done:
+            self._requests.pop(request, None)
+
+    def _leave(self, sequence: Sequence, reason: scheduler_pb2.CancelReason) -> None:
+        """Free its row and forget its handle until the scheduler acknowledges."""
+        link = self._links.get(sequence.link)
+        handle = sequence.handle
+        self._forget_handle(sequence)
+        if link is None or handle < 0:
+            return
+        link.cancelling.add(handle)
+        count = len(sequence.output.token_ids)
+        self._send(link, cancel=scheduler_pb2.Cancel(handle=handle, reason=reason, num_output_tokens=count))
+
+    def _release_handle(self, link: Link, sequence: Sequence) -> None:
+        """A terminal entry came: the handle is free."""
+        link.running.pop(sequence.handle, None)
+        sequence.handle, sequence.link = -1, ""
+
+    def _forget_handle(self, sequence: Sequence) -> None:
+        link = self._links.get(sequence.link)
+        if link is not None:
+            link.running.pop(sequence.handle, None)
+        sequence.handle, sequence.link = -1, ""
+        self._homeless.pop(sequence, None)
+
+    def _cut_link(self, link: Link, why: str, now: float) -> None:
+        log.warning("leaving the scheduler at %s: %s", link.address, why)
+        self._cut.append(link.address)
+        self.link_closed(link.address, now)
+
+    def _send(self, link: Link, **message: object) -> None:
+        request = scheduler_pb2.AttachRequest(epoch=link.epoch, **message)  # type: ignore[arg-type]
+        self._messages.append((link.address, request))
+
+    def _update_models(self) -> None:
+        self.models.update(model for link in self._links.values() for model in link.models.values())
+
+
+def _reason(number: int) -> Reason:
+    """A reason of a newer scheduler that we don't know is a defect as far as the client is concerned."""
+    try:
+        return Reason(number)
+    except ValueError:
+        return Reason.INTERNAL

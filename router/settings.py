@@ -1,0 +1,35 @@
+"""The router's flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.settings import CommonSettings, SettingsError, flag, split_address
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSettings(CommonSettings):
+    """The router: takes client requests, turns text into tokens and tokens into text, and streams."""
+
+    listen: str = flag("address to serve gRPC on, HOST:PORT (port 0: any free one) or unix:PATH", "127.0.0.1:50051")
+    scheduler: tuple[str, ...] = flag("address of a scheduler, HOST:PORT or unix:PATH; repeatable", ())
+    flush_ms: float = flag("longest wait of a token under load, milliseconds", 8.0)
+    max_buffered_tokens: int = flag("tokens that may wait for a client that reads slowly", 4_096)
+    text_threads: int = flag("threads for templates and tokenizing", 2)
+    ticket_key_file: Path | None = flag(
+        "file with the key of resume tickets, shared by all routers; made if it is not there", None
+    )
+    patience: float = flag("seconds that accepted requests wait for a scheduler that is gone", 30.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.flush_ms <= 1_000:
+            raise SettingsError("--flush-ms must be above 0 and at most 1000")
+        if self.max_buffered_tokens < 1 or self.text_threads < 1 or self.patience < 0:
+            raise SettingsError("--max-buffered-tokens and --text-threads must be at least 1, --patience not negative")
+        if not self.scheduler and self.redis is None:
+            raise SettingsError("--scheduler or --redis must say where schedulers are")
+        for address in self.scheduler:
+            if not address.startswith("unix:"):
+                split_address(address)
