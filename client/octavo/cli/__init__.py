@@ -1,0 +1,1 @@
+"""The `octavo` command. One module for each group of commands; main.py puts them together."""

@@ -1,0 +1,1 @@
+"""Models on disk: the cache, what fills it, and GGUF conversion. Needs the extra `octavo[models]`."""
