@@ -1,0 +1,79 @@
+# Everything one does in a checkout. `make help` lists it.
+PYTHON ?= python3
+MODEL ?=
+WORKERS ?= 1
+BACKEND ?=
+RUNTIME ?= processes
+NAME ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(CURDIR)/.venv/bin
+LOCAL := $(BIN)/python -m deploy.local
+export PYTHONDONTWRITEBYTECODE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help up down logs ps worker env dev client test test-gpu lint protos protos-check bench clean
+
+help: ## this list
+	@echo "Octavo: an LLM server of gRPC microservices. Targets:"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@echo "Settings: MODEL=smollm2|ORG/NAME|DIRECTORY|mock  WORKERS=1  BACKEND=torch|cuda|mock"
+	@echo "          RUNTIME=processes|docker  PYTHON=python3  HF_TOKEN from the environment"
+
+ifeq ($(RUNTIME),docker)
+up: client
+else
+up: env
+endif
+up: ## start a cluster and wait until it serves (MODEL= WORKERS= BACKEND= RUNTIME=)
+	@$(LOCAL) up --model "$(MODEL)" --workers "$(WORKERS)" --backend "$(BACKEND)" --runtime "$(RUNTIME)"
+
+down: ## stop it
+	@if [ -x "$(BIN)/python" ]; then $(LOCAL) down; else echo "No cluster runs here."; fi
+
+logs: ## follow the logs (NAME=worker-1 for one process)
+	@$(LOCAL) logs --name "$(NAME)"
+
+ps: ## the processes, their addresses and health
+	@$(LOCAL) ps
+
+worker: ## add a worker to the running cluster (MODEL= for another model)
+	@$(LOCAL) worker --model "$(MODEL)" --backend "$(BACKEND)"
+
+test: dev ## all tests that need no GPU (PYTEST_ARGS=)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu: dev ## the tests that need a CUDA device; on a machine without one they say so
+	@$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+lint: dev ## ruff, mypy and buf
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint protos
+
+protos: dev ## generate the stubs beside the .proto files
+	PYTHON="$(BIN)/python" protos/gen.sh
+
+protos-check: dev ## fail where the committed stubs are not those of the .proto files
+	@scratch="$$(mktemp -d)" && trap 'rm -rf "$$scratch"' EXIT && cp -R protos/. "$$scratch" \
+	    && find "$$scratch" -name '*_pb2*' -delete && PYTHON="$(BIN)/python" "$$scratch/gen.sh" \
+	    && diff -r -x __pycache__ protos "$$scratch" && echo "stubs: as generated"
+
+bench: env ## measure the running cluster (BENCH_ARGS=)
+	@$(BIN)/octavo bench $(BENCH_ARGS)
+
+env: ## the Python environment .venv of the services and the client
+	@$(PYTHON) -m deploy.environment local
+
+dev: # what tests and checks need besides
+	@$(PYTHON) -m deploy.environment dev
+
+client: # without the services: they run in containers
+	@$(PYTHON) -m deploy.environment client
+
+clean: ## stop the cluster, remove state and caches (.venv and models stay)
+	@if [ -x "$(BIN)/python" ] && [ -d .run ]; then $(LOCAL) down; fi
+	rm -rf .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

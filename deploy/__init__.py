@@ -1,0 +1,1 @@
+"""How Octavo is installed and started: environments, the local cluster, images."""

