@@ -1,0 +1,1 @@
+"""Benchmarks: load, workloads and results."""

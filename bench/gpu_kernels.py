@@ -1,0 +1,258 @@
+"""Kernel by kernel: time, bytes or operations, and the share of what this device can do, measured in the same run. JSON to --out.
+
+    python -m bench.gpu_kernels [--out FILE]
+
+Each figure is the median of graph replays; inputs rotate where they would otherwise stay in the cache. Shapes are those of
+Llama-3.2-1B unless a name says 8b.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cuda.core import Device, Stream
+
+from kernels.cache import CubinCache, default_directory
+from kernels.compiler import Compiler, architecture_of
+from kernels.launcher import KernelLibrary
+from kernels.ops import DecodeItems, DecodeScratch, KernelOps, StepTensors
+from kernels.shapes import KernelShape, kernel_specs
+from worker.backends.cuda_model import prefill_tiles
+from worker.backends.cuda_rows import DeviceRows
+from worker.backends.cuda_sampler import CudaSampler
+from worker.step import NewRow, SamplingParams, Step
+
+LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False)
+LLAMA_8B = KernelShape(4096, 14336, 32, 8, 128, 16, qk_norm=False, float16=False)
+VOCAB = 128_256
+
+Body = Callable[[], object]
+
+
+def seconds_of(bodies: Sequence[Body], repeats: int = 15) -> float:
+    """Time of one body, from replays of a graph of all of them."""
+    for body in bodies:
+        body()
+    torch.cuda.current_stream().synchronize()
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    for body in bodies:
+        body()
+    graph.capture_end()
+    times = []
+    for _ in range(repeats):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / 1e3 / len(bodies))
+    return float(statistics.median(times))
+
+
+def random(*size: int) -> torch.Tensor:
+    return torch.randn(size, device="cuda", dtype=torch.bfloat16) * 0.05
+
+
+def ints(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+class Bench:
+    """Collects rows of (name, seconds, bytes, operations)."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        copied = torch.zeros(1 << 30, dtype=torch.int32, device="cuda")
+        target = torch.empty_like(copied)
+        self.bandwidth = 8 * copied.numel() / seconds_of([lambda: torch.neg(copied, out=target)])
+        a, b = random(8192, 8192), random(8192, 8192)
+        self.operations = 2 * 8192**3 / seconds_of([lambda: torch.mm(a, b)], 7)
+
+    def add(self, name: str, bodies: Sequence[Body], num_bytes: float = 0, operations: float = 0) -> None:
+        """Time it and print its row."""
+        seconds = seconds_of(bodies)
+        row: dict[str, Any] = {"name": name, "us": round(seconds * 1e6, 2)}
+        if num_bytes:
+            row |= {
+                "TB_per_s": round(num_bytes / seconds / 1e12, 3),
+                "share": round(num_bytes / seconds / self.bandwidth, 3),
+            }
+        if operations:
+            row |= {
+                "TFLOP_per_s": round(operations / seconds / 1e12, 1),
+                "share": round(operations / seconds / self.operations, 3),
+            }
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+
+
+def make_ops(shape: KernelShape) -> KernelOps:
+    Device(0).set_current()
+    properties = torch.cuda.get_device_properties(0)
+    compiler = Compiler(architecture_of(properties.major, properties.minor), CubinCache(default_directory()))
+    depth = 8 if Device(0).properties.max_shared_memory_per_block_optin >= 160 * 1024 else 4
+    library = KernelLibrary(compiler, kernel_specs(shape, depth), 0, overlap=properties.major >= 9)
+    stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+    return KernelOps(library, shape, stream, properties.multi_processor_count, depth)
+
+
+def products(bench: Bench, ops: KernelOps) -> None:
+    """All matrix products of one step, ours against cuBLAS."""
+    sizes = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)]
+    layers = [[random(*size) for size in sizes] for _ in range(16)]
+    head = random(VOCAB, 2048)
+    weights = [weight for layer in layers for weight in layer]
+    total = 2.0 * (sum(weight.numel() for weight in weights) + head.numel())
+    for tokens in (1, 2, 4, 8, 16):
+        x = {2048: random(16, 2048), 8192: random(16, 8192)}
+        outs = {n: random(16, n) for n in (3072, 2048, 16384)}
+        logits = torch.empty((16, VOCAB), dtype=torch.float32, device="cuda")
+
+        def ours(tokens: int = tokens, x: Any = x, outs: Any = outs, logits: Any = logits) -> None:
+            for weight in weights:
+                ops.matvec(weight, x[weight.shape[1]], outs[weight.shape[0]], tokens)
+            ops.matvec_float(head, x[2048], logits, tokens)
+
+        def library(tokens: int = tokens, x: Any = x, outs: Any = outs, logits: Any = logits) -> None:
+            for weight in weights:
+                torch.mm(x[weight.shape[1]][:tokens], weight.t(), out=outs[weight.shape[0]][:tokens])
+            torch.mm(x[2048][:tokens], head.t(), out_dtype=torch.float32, out=logits[:tokens])
+
+        bench.add(f"all products, {tokens} rows, matvec", [ours], total)
+        bench.add(f"all products, {tokens} rows, cuBLAS", [library], total)
+    x1, out1 = random(16, 2048), random(16, 16384)
+    for index, (n, k) in enumerate(sizes):
+        xk = x1 if k == 2048 else random(16, 8192)
+        bodies = [partial(ops.matvec, layer[index], xk, out1, 1) for layer in layers]
+        bench.add(f"matvec {n}x{k}, 1 row", bodies, 2.0 * n * k)
+
+
+def attention(bench: Bench, shape: KernelShape, name: str) -> None:
+    """Decode over several batch shapes, prefill of 8,192 tokens."""
+    ops = make_ops(shape)
+    for rows, context in ((1, 640), (1, 8192), (32, 4096), (256, 384)):
+        blocks = -(-context // 16)
+        copies = 4 if rows * context < 50_000 else 1
+        caches = [random(2, rows * blocks, shape.num_kv_heads, 16, shape.head_dim) for _ in range(copies)]
+        table = torch.randperm(rows * blocks, device="cuda").to(torch.int32).view(rows, blocks)
+        step = StepTensors(ints(range(rows)), ints([1] * rows), ints(range(rows)), ints([context] * rows), table)
+        most = rows * (context // shape.split + 2)
+        work = DecodeItems(ints([[0] * 8] * most), ints([0]), 0)
+        partials = torch.empty((most, shape.num_heads * (shape.head_dim + 2)), dtype=torch.float32, device="cuda")
+        scratch = DecodeScratch(partials, ints([0] * rows * shape.num_kv_heads))
+        qkv, out = random(rows, shape.qkv_size), random(rows, shape.q_size)
+        ops.plan_decode(step, rows, work)
+        bodies = [partial(ops.decode_attention, qkv, cache, step, work, scratch, out) for cache in caches] * (
+            8 // copies
+        )
+        size = 4.0 * rows * context * shape.num_kv_heads * shape.head_dim
+        bench.add(f"{name} decode attention, {rows} rows of {context}", bodies, size)
+    tokens = 8192
+    cache = random(2, tokens // 16, shape.num_kv_heads, 16, shape.head_dim)
+    table = torch.randperm(tokens // 16, device="cuda").to(torch.int32)[None]
+    step = StepTensors(ints([0]), ints([tokens]), ints([0]), ints([tokens]), table)
+    tiles = prefill_tiles(
+        step.num_scheduled.cpu().numpy(), step.context_lens.cpu().numpy(), shape.num_heads // shape.num_kv_heads
+    )
+    on_device = torch.from_numpy(tiles).cuda()
+    qkv, out = random(tokens, shape.qkv_size), random(tokens, shape.q_size)
+    operations = 2.0 * tokens * tokens * shape.head_dim * shape.num_heads
+    bench.add(
+        f"{name} prefill attention, {tokens}",
+        [lambda: ops.prefill_attention(qkv, cache, step, on_device, 0, out)],
+        0,
+        operations,
+    )
+    q = random(1, shape.num_heads, tokens, shape.head_dim)
+    bench.add(
+        f"{name} torch SDPA, {tokens}", [lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)], 0, operations
+    )
+
+
+def elementwise(bench: Bench, ops: KernelOps) -> None:
+    """The small kernels, at a decode batch of 256 and a chunk of 8,192."""
+    for tokens in (256, 8192):
+        hidden, x, normed, weight = (random(size, 2048) for size in (tokens, tokens, tokens, 1))
+        bench.add(
+            f"rms_norm_add, {tokens}", [partial(ops.rms_norm_add, x, hidden, None, weight, normed, tokens, 1e-5)] * 8,
+            8.0 * tokens * 2048,
+        )  # fmt: skip
+        wide, act = random(tokens, 16384), random(tokens, 8192)
+        bench.add(
+            f"silu_mul, {tokens}",
+            [partial(ops.silu_mul, wide, None, act, tokens)] * 8,
+            6.0 * tokens * 8192,
+        )
+        qkv, cache = random(tokens, 3072), random(2, 600, 8, 16, 64)
+        cos = torch.rand(tokens, 64, device="cuda")
+        place = torch.arange(tokens, dtype=torch.int32, device="cuda")
+        bench.add(
+            f"qkv_epilogue, {tokens}",
+            [partial(ops.qkv_epilogue, qkv, None, (None, None), cos, cos, place, place, cache, tokens, 1e-5)] * 8,
+            4.0 * tokens * 3072,
+        )  # fmt: skip
+
+
+def sampling(bench: Bench, ops: KernelOps) -> None:
+    """A batch of 1 and of 256 over the whole vocabulary."""
+    device = torch.device("cuda")
+    rows = DeviceRows(ops, 256, 64, 16, VOCAB, device)
+    sampler = CudaSampler(ops, rows, 256, VOCAB, device)
+    sampler.logits.normal_(0, 3)
+    none, order = np.zeros(0, np.int32), torch.arange(256, dtype=torch.int32, device=device)
+    kinds = {
+        "greedy": SamplingParams(temperature=0),
+        "temperature": SamplingParams(temperature=0.8),
+        "top_k 50": SamplingParams(temperature=0.8, top_k=50),
+        "top_p 0.9": SamplingParams(temperature=0.8, top_p=0.9),
+        "penalties": SamplingParams(temperature=0, repetition_penalty=1.1),
+    }
+    for name, params in kinds.items():
+        new = tuple(NewRow(i, np.arange(2, dtype=np.int32), 2, 2, np.zeros(1, np.int32), i, params) for i in range(256))
+        rows.apply(Step(0, none, new, none, none, none, none, none, none, none, none))
+        for count in (1, 256):
+            flags = int(rows.flags[0])
+            body = partial(sampler.sample, order, count, bool(flags & 1), bool(flags & 2))
+            bench.add(f"sample {name}, {count} rows", [body] * 4, 4.0 * count * VOCAB)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        bench = Bench()
+        print(
+            f"copy {bench.bandwidth / 1e12:.2f} TB/s, bfloat16 product {bench.operations / 1e12:.0f} TFLOP/s",
+            flush=True,
+        )
+        ops = make_ops(LLAMA_1B)
+        products(bench, ops)
+        elementwise(bench, ops)
+        sampling(bench, ops)
+        attention(bench, LLAMA_1B, "1b")
+        attention(bench, LLAMA_8B, "8b")
+    report = {
+        "device": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "copy_TB_per_s": bench.bandwidth / 1e12,
+        "bfloat16_TFLOP_per_s": bench.operations / 1e12,
+        "kernels": bench.rows,
+    }
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
