@@ -1,0 +1,20 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports torch: one thread a test process, since pytest-xdist runs as many processes as there are cores, and
+# thread pools that spin against each other make a step many times slower. The services that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+from octavo.models.pull import pull
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The default model, converted; from the user's cache, shared with `make up`. Downloads 93 MB the first time."""
+    return pull("smollm2")

@@ -1,0 +1,96 @@
+"""What the GPU tests share: operations for a shape on the current stream, errors against a reference, paged caches."""
+
+from __future__ import annotations
+
+import torch
+from cuda.core import Device, Stream
+
+from kernels.cache import CubinCache, default_directory
+from kernels.compiler import Compiler, architecture_of
+from kernels.launcher import KernelLibrary
+from kernels.ops import KernelOps
+from kernels.shapes import KernelShape, kernel_specs
+
+BLOCK = 16
+
+
+def make_shape(
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    hidden: int = 512,
+    wide: int = 1024,
+    qk_norm: bool = False,
+    split: int = 256,
+) -> KernelShape:
+    return KernelShape(hidden, wide, heads, kv_heads, head_dim, BLOCK, qk_norm, False, split)
+
+
+def make_ops(shape: KernelShape) -> KernelOps:
+    Device(0).set_current()
+    properties = torch.cuda.get_device_properties(0)
+    compiler = Compiler(architecture_of(properties.major, properties.minor), CubinCache(default_directory()))
+    depth = 8 if Device(0).properties.max_shared_memory_per_block_optin >= 160 * 1024 else 4
+    library = KernelLibrary(compiler, kernel_specs(shape, depth), 0, overlap=properties.major >= 9)
+    stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+    return KernelOps(library, shape, stream, properties.multi_processor_count, depth)
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error in the norm; infinite where `out` holds NaN."""
+    difference = float((out.float() - expected.float()).norm() / expected.float().norm())
+    return difference if difference == difference else float("inf")
+
+
+def random(*size: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(size, device="cuda", generator=generator) * scale).to(torch.bfloat16)
+
+
+def ints(values: object) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def poisoned(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.full(size, float("nan"), dtype=dtype, device="cuda")
+
+
+class PagedRows:
+    """Rows with random keys and values in shuffled blocks of a cache whose other slots are NaN."""
+
+    def __init__(self, lengths: list[int], kv_heads: int, head_dim: int, seed: int = 0, window: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.lengths = lengths
+        counts = [-(-length // BLOCK) for length in lengths]
+        order = torch.randperm(sum(counts) + 7, generator=generator).tolist()
+        self.cache = poisoned(2, sum(counts) + 7, kv_heads, BLOCK, head_dim)
+        self.block_table = torch.full(
+            (len(lengths) + 3, max(counts) + 2), sum(counts) + 6, dtype=torch.int32, device="cuda"
+        )
+        self.rows = torch.randperm(len(lengths) + 3, generator=generator)[: len(lengths)].to(torch.int32).cuda()
+        self.keys, self.values = [], []
+        for i, length in enumerate(lengths):
+            blocks = [order.pop() for _ in range(counts[i])]
+            self.block_table[int(self.rows[i]), : counts[i]] = ints(blocks)
+            keys = random(length, kv_heads, head_dim, seed=seed * 1000 + 2 * i)
+            values = random(length, kv_heads, head_dim, seed=seed * 1000 + 2 * i + 1)
+            live = range(max(0, length - window) if window else 0, length)  # a window's past is freed: NaN
+            for block in range(counts[i]):
+                first, end = max(block * BLOCK, live.start), min(block * BLOCK + BLOCK, length)
+                if first < end:
+                    place = slice(first - block * BLOCK, end - block * BLOCK)
+                    self.cache[0, blocks[block], :, place] = keys[first:end].transpose(0, 1)
+                    self.cache[1, blocks[block], :, place] = values[first:end].transpose(0, 1)
+            self.keys.append(keys)
+            self.values.append(values)
+
+    def attention(self, i: int, queries: torch.Tensor, first: int, window: int) -> torch.Tensor:
+        """float32 reference for queries [n, heads, head_dim] at positions first .. first + n - 1 of row i."""
+        group = queries.shape[1] // self.keys[i].shape[1]
+        keys = self.keys[i].float().repeat_interleave(group, 1)
+        values = self.values[i].float().repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) / queries.shape[2] ** 0.5
+        position = torch.arange(first, first + len(queries), device="cuda")[:, None]
+        key = torch.arange(len(keys), device="cuda")[None, :]
+        hidden = (key > position) | ((key <= position - window) if window else torch.zeros_like(key > position))
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)

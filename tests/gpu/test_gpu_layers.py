@@ -1,0 +1,96 @@
+"""Embedding, norms, SiLU, the QKV epilogue and matrix-vector products against float32 on the same device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.gpu.gpu_harness import error, ints, make_ops, make_shape, poisoned, random
+from worker.model.rope import rotate
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("hidden", [576, 2048, 4096])
+def test_embedding_norms_and_silu(hidden: int) -> None:
+    ops = make_ops(make_shape(hidden=hidden, wide=3 * hidden))
+    table, ids = random(100, hidden), ints([5, 99, 0, 5, -1])
+    out = poisoned(5, hidden)
+    ops.embedding(table, ids, out, 5)
+    assert torch.equal(out, table[[5, 99, 0, 5, 0]])
+
+    weight, bias = random(hidden, seed=1), random(hidden, seed=2)
+    residual, x = random(5, hidden, seed=3), random(5, hidden, seed=4)
+    ops.rms_norm(residual, weight, out, 5, 1e-5)
+    assert error(out, F.rms_norm(residual.float(), (hidden,), weight.float(), 1e-5)) < 5e-3
+    expected_sum = (residual + (x + bias)).float()
+    before = residual.clone()
+    gathered = poisoned(3, hidden)
+    ops.rms_norm_add(x, residual, bias, weight, gathered, 3, 1e-5, ints([4, -1, 2]))
+    expected = F.rms_norm(expected_sum, (hidden,), weight.float(), 1e-5)
+    assert error(gathered[[0, 2]], expected[[4, 2]]) < 5e-3
+    assert torch.isnan(gathered[1]).all()
+    assert torch.equal(residual[[0, 1, 3]], before[[0, 1, 3]])
+    ops.rms_norm_add(x, before, bias, weight, out, 5, 1e-5)
+    assert torch.equal(before.float(), expected_sum)
+    assert error(out, expected) < 5e-3
+
+    wide = random(7, 6 * hidden, seed=5)
+    activated = poisoned(7, 3 * hidden)
+    ops.silu_mul(wide, None, activated, 7)
+    gate, up = wide.float().chunk(2, -1)
+    assert error(activated, F.silu(gate) * up) < 5e-3
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_qkv_epilogue(head_dim: int, qk_norm: bool) -> None:
+    heads, kv_heads, tokens = 7, 1, 9
+    shape = make_shape(heads, kv_heads, head_dim, qk_norm=qk_norm)
+    ops = make_ops(shape)
+    qkv = random(tokens, shape.qkv_size, seed=1)
+    bias, q_norm, k_norm = random(shape.qkv_size, seed=2), random(head_dim, seed=3), random(head_dim, seed=4)
+    angles = torch.outer(torch.arange(40.0), torch.rand(head_dim // 2)).cuda()
+    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    positions, slots = ints([3, 17, 0, 39, 5, 6, 7, 8, -1]), ints([35, 2, 79, 16, 0, 1, 50, 51, -1])
+    cache = poisoned(2, 5, kv_heads, 16, head_dim)
+    x = (qkv + bias).float().view(tokens, -1, head_dim)
+    q, k, v = x.split((heads, kv_heads, kv_heads), 1)
+    if qk_norm:
+        q, k = F.rms_norm(q, (head_dim,), q_norm.float(), 1e-6), F.rms_norm(k, (head_dim,), k_norm.float(), 1e-6)
+    at = positions.clamp(min=0).long()
+    q, k = (rotate(part, cos[at][:, None], sin[at][:, None]) for part in (q, k))
+    untouched = qkv[8].clone()
+    ops.qkv_epilogue(qkv, bias, (q_norm, k_norm), cos, sin, positions, slots, cache, tokens, 1e-6)
+    assert error(qkv[:8, : shape.q_size].view(8, heads, head_dim), q[:8]) < 5e-3
+    assert torch.equal(qkv[8], untouched)
+    written = cache.transpose(2, 3).reshape(2, 80, kv_heads, head_dim)
+    place = slots[:8].long()
+    assert error(written[0, place], k[:8]) < 5e-3
+    assert torch.equal(written[1, place].float(), v[:8])
+    others = torch.ones(80, dtype=torch.bool, device="cuda").index_fill(0, place, False)
+    assert torch.isnan(written[:, others]).all()
+
+
+@pytest.mark.parametrize("k", [512, 576, 2048, 8192])
+@pytest.mark.parametrize("n", [96, 2050])
+def test_matvec(k: int, n: int) -> None:
+    ops = make_ops(make_shape(hidden=k, wide=512))
+    weight, x = random(n, k, seed=1, scale=0.05), random(16, k, seed=2)
+    exact = x.double() @ weight.double().t()
+    alone = []
+    for tokens in (1, 2, 3, 7, 8, 9, 15, 16):
+        out, floats = poisoned(17, n), poisoned(17, n + 6, dtype=torch.float32)
+        ops.matvec(weight, x[:tokens].clone(), out, tokens)
+        ops.matvec_float(weight, x[:tokens].clone(), floats, tokens)
+        assert error(out[:tokens], exact[:tokens]) < 4e-3
+        assert error(floats[:tokens, :n], exact[:tokens]) < 1e-5
+        assert torch.isnan(out[tokens:]).all()
+        assert torch.isnan(floats[:, n:]).all()
+        alone.append(floats[0, :n].clone())
+    assert all(torch.equal(alone[0], other) for other in alone), "a row's bits depend on how many rows there are"
+    silu, bias = poisoned(16, n // 2), random(n, seed=3)
+    ops.matvec_silu(weight, bias, x, silu, 16)
+    gate, up = ((exact.to(torch.bfloat16) + bias).double()).chunk(2, -1)
+    assert error(silu, F.silu(gate) * up) < 8e-3

@@ -1,0 +1,54 @@
+"""Stand-ins for the services, for tests of what starts them: the same flags, ready files, health and signals, and no work."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+# The services' own library, without the services: serves health, writes its arguments down, ends at SIGTERM.
+STAND_IN = '''
+    import json, os, sys
+    from dataclasses import dataclass
+    from service.lifecycle import run
+    from service.server import Server
+    from service.settings import CommonSettings, SettingsError, exit_on_settings_error, flag, parse
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings(CommonSettings):
+        """A stand-in."""
+        scheduler: tuple[str, ...] = flag("scheduler", ())
+        model: str = flag("model", "")
+        backend: str = flag("backend", "")
+        served_name: str | None = flag("served name", None)
+        threads: int = flag("threads", 0)
+        ticket_key_file: str | None = flag("key of resume tickets", None)
+        crash: str = flag("how to fail", "")
+
+    async def serve(life):
+        settings = life.settings
+        if settings.crash:
+            raise SettingsError("told to fail: " + settings.crash)
+        server = Server(settings, [], 1 << 20)
+        address = await server.start()
+        await server.set_serving(True)
+        print("arguments " + json.dumps(sys.argv[1:]), flush=True)
+        life.announce(address, "127.0.0.1:1")
+        await life.stopping.wait()
+        print("drained", flush=True)
+        await server.stop(0)
+
+    try:
+        settings = parse(Settings, "SERVICE")
+    except SettingsError as error:
+        exit_on_settings_error(error, "SERVICE")
+    sys.exit(run("SERVICE", settings, serve))
+'''
+
+
+def write_stand_ins(root: Path) -> None:
+    """Put the packages router, scheduler and worker into `root`."""
+    for service in ("router", "scheduler", "worker"):
+        (root / service).mkdir()
+        (root / service / "__init__.py").touch()
+        main = textwrap.dedent(STAND_IN).replace("SERVICE", service)
+        (root / service / "__main__.py").write_text(main)

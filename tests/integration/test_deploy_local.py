@@ -1,0 +1,167 @@
+"""`make up`, `ps`, `worker`, `logs` and `down` as one types them, in a checkout whose services are stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.environment import ROOT
+from service.probe import probe
+from tests.integration.deploy_stand_ins import write_stand_ins
+
+# They look for the default ports: one at a time.
+pytestmark = pytest.mark.xdist_group("deploy-local")
+
+
+class Checkout:
+    """A copy of what `make` runs, in a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for folder in ("deploy", "service", "protos"):
+            shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        (root / "client").mkdir()
+        write_stand_ins(root)
+
+    def run(self, *arguments: str, expect: int = 0) -> str:
+        """`python -m deploy.local ARGUMENTS`; what it prints."""
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.local", *arguments],
+            cwd=self.root,
+            env={**os.environ, "PYTHONPATH": str(self.root)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == expect, done.stdout
+        return done.stdout
+
+    @property
+    def cluster_file(self) -> Path:
+        return self.root / ".run" / "cluster.json"
+
+    def ready(self, name: str) -> dict[str, object]:
+        facts: dict[str, object] = json.loads((self.root / ".run" / "ready" / f"{name}.json").read_text())
+        return facts
+
+    def break_worker(self) -> None:
+        """Workers end before they are ready."""
+        (self.root / "worker" / "__main__.py").write_text("raise SystemExit('no weights here')")
+
+
+@pytest.fixture
+def checkout() -> Iterator[Checkout]:
+    # Its path is short, as a Unix socket's must be, and holds a space, as paths of users may.
+    root = Path(tempfile.mkdtemp(prefix="octavo "))
+    made = Checkout(root)
+    try:
+        yield made
+    finally:
+        made.run("down")
+        shutil.rmtree(root)
+
+
+def test_a_day_in_the_life(checkout: Checkout) -> None:
+    assert "No cluster runs here" in checkout.run("down")
+    assert "No cluster runs here" in checkout.run("ps", expect=1)
+    assert "no cluster runs here" in checkout.run("worker", expect=1)
+
+    said = checkout.run("up", "--model", "mock:tiny", "--workers", "2")
+    facts = json.loads(checkout.cluster_file.read_text())
+    router = facts["router"][0]
+    assert facts["model"] == "tiny"
+    assert sorted(facts["metrics"]) == ["router-1", "scheduler-1", "worker-1", "worker-2"]
+    assert router in said
+    assert "grpcurl -plaintext" in said
+    assert probe(router) == "SERVING"
+
+    assert "runs here already" in checkout.run("up")
+    assert "make worker MODEL=mock" in checkout.run("up", "--model", "mock")
+
+    assert "worker-3 serves tiny" in checkout.run("worker")
+    table = checkout.run("ps")
+    for name in ("redis", "scheduler-1", "router-1", "worker-1", "worker-2", "worker-3"):
+        assert f"{name} " in table
+    assert table.count("serving") == 5
+    log = checkout.run("logs", "--name", "worker-3", "--no-follow")
+    assert '"--model", "mock:tiny"' in log
+
+    assert "Stopped" in checkout.run("down")
+    assert not checkout.cluster_file.exists()
+    assert probe(router).startswith("UNAVAILABLE")
+    assert "drained" in (checkout.root / ".run" / "logs" / "worker-3.log").read_text()
+
+
+def test_taken_ports_are_passed_by_and_a_killed_process_comes_back(checkout: Checkout) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", 50051))
+            taken.listen(1)
+        except OSError:
+            pass  # someone else has it, which serves as well
+        checkout.run("up", "--model", "mock")
+        facts = json.loads(checkout.cluster_file.read_text())
+        assert facts["router"] != ["127.0.0.1:50051"]
+    before = checkout.ready("router-1")
+    os.kill(int(str(before["pid"])), signal.SIGKILL)
+    after = before
+    deadline = time.monotonic() + 30
+    while after["pid"] == before["pid"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+        with contextlib.suppress(FileNotFoundError):  # between the old process and the new one there is no ready file
+            after = checkout.ready("router-1")
+    assert after["address"] == before["address"]
+    assert after["pid"] != before["pid"]
+
+
+def test_a_process_that_dies_at_the_start_ends_it_with_its_log(checkout: Checkout) -> None:
+    checkout.break_worker()
+    said = checkout.run("up", "--model", "mock", expect=1)
+    assert "worker-1 does not stay up" in said
+    assert "no weights here" in said
+    assert "No cluster runs here" in checkout.run("ps", expect=1)
+
+
+def test_a_worker_that_fails_leaves_the_cluster_as_it_was(checkout: Checkout) -> None:
+    checkout.run("up", "--model", "mock")
+    router = json.loads(checkout.cluster_file.read_text())["router"][0]
+    checkout.break_worker()
+    assert "no weights here" in checkout.run("worker", expect=1)
+    assert "worker-2" not in checkout.run("ps")
+    assert probe(router) == "SERVING"
+
+
+def test_an_interrupted_start_is_cleaned_up_by_the_next(checkout: Checkout) -> None:
+    checkout.run("up", "--model", "mock")
+    checkout.cluster_file.unlink()  # as if make up had been killed before the end
+    assert "stopping what is left" in checkout.run("up", "--model", "mock")
+    assert checkout.cluster_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--workers", "0"), "at least 1"),
+        (("--model", "/no/such/directory"), "no such directory"),
+    ],
+)
+def test_what_cannot_be_started_is_said_in_a_sentence(
+    checkout: Checkout, arguments: tuple[str, ...], text: str
+) -> None:
+    said = checkout.run("up", *arguments, expect=1)
+    assert text in said
+    assert "Traceback" not in said

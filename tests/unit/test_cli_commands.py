@@ -1,0 +1,285 @@
+"""The commands, run in this process against a scripted router."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from octavo.cli import chat, inspect, serve, terminal
+from octavo.cli.main import app
+from octavo.client.admin import Snapshot
+from octavo.v1 import inference_pb2 as pb
+from octavo.v1 import scheduler_pb2
+from typer.testing import CliRunner, Result
+
+from service.errors import OctavoError, Reason
+from tests.unit.client_fake_router import DIGEST, FakeRouter, Play, whole_text
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cluster of this checkout, no settings of this user."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("OCTAVO_ADDRESS", "OCTAVO_SCHEDULER", "OCTAVO_CLUSTER_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(*arguments: str, stdin: str | None = None, **env: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), input=stdin, env={"COLUMNS": "200", **env})
+
+
+def test_generate_streams_the_text() -> None:
+    with FakeRouter() as router:
+        result = run(
+            "generate", "hi", "-n", "4", "--stop", "A", "--stop", "B", "--stats", OCTAVO_ADDRESS=router.address
+        )
+        assert (result.exit_code, result.stdout) == (0, whole_text(4) + "\n")
+        assert "4 tokens" in result.stderr and "ended by length" in result.stderr
+        request = router.requests[0]
+        assert request.text == "hi"
+        assert list(request.sampling.stop) == ["A", "B"]
+        assert not request.sampling.HasField("temperature")
+
+
+def test_generate_reads_stdin_and_uses_the_template() -> None:
+    with FakeRouter() as router:
+        assert run("generate", "-", "--chat", "--address", router.address, stdin="from a pipe").exit_code == 0
+        (turn,) = router.requests[0].chat.messages
+        assert (turn.role, turn.content[0].text) == ("user", "from a pipe")
+
+
+def test_an_error_is_one_sentence_with_its_reason() -> None:
+    play = Play(break_at=2, error=OctavoError(Reason.POISON, "it killed\nits workers"))
+    with FakeRouter([play]) as router:
+        result = run("generate", "hi", "--address", router.address)
+    assert result.exit_code == 1
+    assert result.stdout == whole_text(2) + "\n"
+    assert result.stderr == "error: POISON: it killed its workers\n"
+
+
+def test_nobody_there_is_one_sentence() -> None:
+    result = run("models", "--address", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: UNAVAILABLE: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_settings_errors_are_one_sentence() -> None:
+    result = run("models", "--token-file", "absent")
+    assert (result.exit_code, result.stderr) == (1, "error: absent: No such file or directory\n")
+
+
+def test_wrong_usage_is_2() -> None:
+    for arguments in (("generate",), ("generate", "x", "--max-tokens", "none"), ("nothing",), ("inspect", "--hz", "0")):
+        result = run(*arguments)
+        assert result.exit_code == 2, arguments
+        assert "Usage" in result.stderr
+
+
+def test_every_command_has_help() -> None:
+    result = run("--help")
+    for name in ("generate", "chat", "models", "tokenize", "pull", "convert", "serve", "workers", "inspect", "bench"):
+        assert name in result.stdout
+        assert run(name, "--help").exit_code == 0
+
+
+def test_tokenize_and_models() -> None:
+    with FakeRouter() as router:
+        assert run("tokenize", "ab", "--address", router.address).stdout == "97 98\n"
+        assert run("tokenize", "ab", "--count", "--chat", "--address", router.address).stdout == "2\n"
+        assert "fake" in run("models", "--address", router.address).stdout
+        (model,) = json.loads(run("models", "--json", "--address", router.address).stdout)
+        assert (model["digest"], model["ready"]) == (DIGEST, True)
+
+
+def test_chat_once() -> None:
+    with FakeRouter() as router:
+        result = run("chat", "-M", "hi", "-s", "be brief", "--address", router.address)
+        assert result.stdout == whole_text(6) + "\n"
+        assert "6 tokens" in result.stderr
+        assert [(turn.role, turn.content[0].text) for turn in router.requests[0].chat.messages] == [
+            ("system", "be brief"),
+            ("user", "hi"),
+        ]
+
+
+def test_chat_keeps_the_turns_and_obeys_commands() -> None:
+    lines = "first\nsecond\n/help\n/reset\nthird\n/system be kind\nfourth\n/nonsense\n\n/quit\nnever\n"
+    with FakeRouter() as router:
+        result = run("chat", "--address", router.address, stdin=lines)
+        assert result.exit_code == 0
+        asked = [[turn.content[0].text for turn in request.chat.messages] for request in router.requests]
+    answer = whole_text(6)
+    assert asked == [["first"], ["first", answer, "second"], ["third"], ["be kind", "fourth"]]
+    assert "/reset" in result.stderr and "no command /nonsense" in result.stderr
+    assert result.stdout == (answer + "\n") * 4
+
+
+def test_chat_from_a_pipe_ends_with_its_input_and_with_its_first_error() -> None:
+    with FakeRouter() as router:
+        assert run("chat", "--address", router.address, stdin="").exit_code == 0
+    with FakeRouter([Play(refuse=OctavoError(Reason.MODEL_UNKNOWN, "no such model"))]) as router:
+        result = run("chat", "--address", router.address, stdin="a\nb\n")
+        assert (result.exit_code, len(router.requests)) == (1, 1)
+
+
+def test_chat_goes_on_after_an_error_and_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed: list[str | type[BaseException]] = ["one", KeyboardInterrupt, "two", "three", EOFError]
+
+    def type_next(prompt: str) -> str:
+        item = typed.pop(0)
+        if isinstance(item, str):
+            return item
+        raise item
+
+    def interrupted(text: str) -> None:
+        raise KeyboardInterrupt
+
+    plays = [Play(refuse=OctavoError(Reason.POISON, "no")), Play(), Play()]
+    with FakeRouter(plays) as router, chat.Client(router.address) as client:
+        conversation = chat.Conversation(client, {})
+        monkeypatch.setattr("builtins.input", type_next)
+        monkeypatch.setattr(terminal, "printable", lambda text: interrupted(text) if len(typed) == 2 else text)
+        chat._converse(conversation, interactive=True)
+        asked = [[turn.content[0].text for turn in request.chat.messages] for request in router.requests]
+    # "one" failed and is forgotten; the answer to "two" was stopped by Ctrl-C after its first piece, which is kept.
+    assert asked == [["one"], ["two"], ["two", whole_text(2), "three"]]
+    captured = capsys.readouterr()
+    assert "POISON" in captured.err and "stopped" in captured.err
+
+
+def test_a_terminal_is_not_sent_escape_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert terminal.printable("\x1b[2Ja\nb\tc") == "\x1b[2Ja\nb\tc"  # a pipe gets what the model wrote
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert terminal.printable("\x1b[2Ja\nb\tc\x9b") == "\N{REPLACEMENT CHARACTER}[2Ja\nb\tc\N{REPLACEMENT CHARACTER}"
+
+
+def _status(name: str = "w0", incarnation: int = 5, **fields: Any) -> scheduler_pb2.WorkerStatus:
+    return scheduler_pb2.WorkerStatus(
+        name=name, incarnation=incarnation, model="m", model_digest=b"\xab", max_rows=8, blocks_total=100, **fields
+    )
+
+
+def _inspection(**fields: Any) -> scheduler_pb2.WorkerInspection:
+    plan = scheduler_pb2.PlanSummary(step_id=7, num_tokens=12, decode_rows=3, chunk_rows=1)
+    row = scheduler_pb2.RowInspection(row=2, num_prompt_tokens=10, block_ids=struct.pack("<3i", 4, 5, 6))
+    return scheduler_pb2.WorkerInspection(status=_status(**fields), last_plan=plan, rows=[row])
+
+
+def _message(*workers: scheduler_pb2.WorkerInspection, full: bool = False, gone: list[int] | None = None) -> Any:
+    queue = scheduler_pb2.QueueStatus(waiting=3, waiting_tokens=99, counters={"preempted": 4})
+    return scheduler_pb2.InspectResponse(full=full, uptime_ms=1000, queue=queue, workers=workers, gone=gone or [])
+
+
+def test_workers() -> None:
+    with FakeRouter(workers=[_status(draining=True, blocks_used=7)]) as router:
+        assert "draining" in run("workers", "--scheduler", router.address).stdout
+        (worker,) = json.loads(run("workers", "--json", OCTAVO_SCHEDULER=router.address).stdout)
+        assert (worker["incarnation"], worker["blocks_used"], worker["model_digest"]) == ("5", 7, "ab")
+    with FakeRouter() as router:
+        assert run("workers", "--scheduler", router.address).stdout == "no worker is enlisted\n"
+
+
+def test_inspect_once_and_as_json() -> None:
+    messages = [_message(_inspection(), full=True), _message(_inspection(name="w1", incarnation=6)), _message(gone=[5])]
+    with FakeRouter(inspections=messages) as router:
+        shown = run("inspect", "--rows", "--scheduler", router.address).stdout
+        assert "waiting 3" in shown and "#7: 12 tokens" in shown and "4 5 6" in shown and "preempted 4" in shown
+        (once,) = run("inspect", "--json", "--once", "--scheduler", router.address).stdout.splitlines()
+        worker = json.loads(once)["workers"][0]
+        assert worker["rows"][0]["block_ids"] == [4, 5, 6]
+        assert worker["last_plan"]["step_id"] == 7
+        lines = run("inspect", "--json", "--scheduler", router.address).stdout.splitlines()
+        names = [[item["status"]["name"] for item in json.loads(line)["workers"]] for line in lines]
+        assert names == [["w0"], ["w0", "w1"], ["w1"]]
+    with FakeRouter() as router:
+        assert run("inspect", "--once", "--scheduler", router.address).exit_code == 1
+
+
+def test_inspect_needs_the_right_token() -> None:
+    with FakeRouter(token="sixteen characters") as router:
+        assert run("inspect", "--scheduler", router.address).stderr == "error: UNAUTHENTICATED: no token\n"
+
+
+def test_a_full_message_replaces_the_snapshot() -> None:
+    snapshot = Snapshot()
+    snapshot.update(_message(_inspection(), full=True))
+    snapshot.update(_message(_inspection(incarnation=9), full=True))
+    assert list(snapshot.workers) == [9]
+
+
+@pytest.mark.parametrize(
+    ("used", "cached", "bar"), [(0, 0, "·" * 16), (1, 1, "█▒" + "·" * 14), (100, 0, "█" * 16), (99, 1, "█" * 16)]
+)
+def test_block_occupancy(used: int, cached: int, bar: str) -> None:
+    assert inspect.occupancy(_status(blocks_used=used, blocks_cached=cached)) == f"{bar} {used}+{cached}/100"
+
+
+def test_pull_and_convert_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "octavo.models.pull", None)
+    monkeypatch.setitem(sys.modules, "octavo.models.gguf_convert", None)
+    for arguments in (("pull", "smollm2"), ("convert", "a.gguf", "out")):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert "pip install 'octavo[models]'" in result.stderr
+
+
+def test_pull_and_convert_tell_what_is_wrong(tmp_path: Path) -> None:
+    result = run("pull", "no-such-model", OCTAVO_CACHE=str(tmp_path))
+    assert result.exit_code == 1
+    assert "no-such-model" in result.stderr
+    (tmp_path / "bad.gguf").write_bytes(b"not a gguf file")
+    result = run("convert", "bad.gguf", "out")
+    assert result.exit_code == 1
+    assert "bad.gguf" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_serve_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "deploy").is_dir()])
+    for name in [name for name in sys.modules if name == "deploy" or name.startswith("deploy.")]:
+        monkeypatch.delitem(sys.modules, name)
+    result = run("serve", "mock")
+    assert result.exit_code == 1
+    assert "checkout" in result.stderr
+
+
+def test_serve_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+    module = types.ModuleType("deploy.cluster")
+    module.ServeOptions = lambda **options: options  # type: ignore[attr-defined]
+    module.serve = lambda model, options: calls.append((model, options)) or 3  # type: ignore[attr-defined,func-returns-value]
+    monkeypatch.setitem(sys.modules, "deploy.cluster", module)
+    result = run("serve", "mock", "--max-model-len", "512", "--workers", "2", "--port", "7", "--backend", "mock")
+    assert result.exit_code == 3
+    assert calls == [
+        (
+            "mock",
+            {
+                "workers": 2,
+                "listen": "127.0.0.1:7",
+                "backend": "mock",
+                "served_name": None,
+                "worker_flags": {"max_model_len": 512},
+            },
+        )
+    ]
+
+
+def test_the_checkout_is_found_from_inside(tmp_path: Path) -> None:
+    root = Path(serve.__file__).parents[3]
+    assert serve.find_checkout(root / "client" / "octavo") == root
+    assert serve.find_checkout(tmp_path) is None
+
+
+def test_the_summary_of_an_answer_without_tokens() -> None:
+    answer = terminal.Answer()
+    answer.write(iter([pb.Started(), pb.Finished()]))
+    assert answer.summary() == "no tokens"

@@ -1,0 +1,96 @@
+"""Every kernel compiles for every architecture without a GPU, and the hot ones keep everything in registers."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
+
+from kernels.cache import CubinCache, default_directory
+from kernels.compiler import ARCHITECTURES, SOURCE_DIR, CompileError, Compiler, architecture_of
+from kernels.resources import parse_resources
+from kernels.shapes import KernelShape, KernelSpec, ShapeError, kernel_specs, matvec_warps
+
+LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False)
+LLAMA_8B = KernelShape(4096, 14336, 32, 8, 128, 16, qk_norm=False, float16=False)
+HOT = {
+    "matvec",
+    "matvec_float",
+    "matvec_silu",
+    "decode_attention",
+    "prefill_attention",
+    "rms_norm_add",
+    "silu_mul",
+    "qkv_epilogue",
+    "choose",
+}
+
+
+def all_specs() -> list[KernelSpec]:
+    """What the two shapes need; for the second one only what depends on it."""
+    first, second = kernel_specs(LLAMA_1B, 8), kernel_specs(LLAMA_8B, 8)
+    return [*first.values(), *(second[name] for name in ("decode_attention", "prefill_attention", "matvec-14336-16"))]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_and_hot_ones_do_not_spill(architecture: str) -> None:
+    compiler = Compiler(architecture, CubinCache(default_directory()))
+    specs = all_specs()
+    with ThreadPoolExecutor(2) as pool:
+        modules = list(pool.map(lambda spec: compiler.compile(spec.source, spec.definitions), specs))
+    for spec, module in zip(specs, modules, strict=True):
+        assert module.cubin[:4] == b"\x7fELF"
+        assert set(module.resources) == set(spec.kernels), spec.source
+        for name, resources in module.resources.items():
+            if name in HOT:
+                assert (resources.spill_stores, resources.spill_loads, resources.stack) == (0, 0, 0), (
+                    f"{name}: {module.log}"
+                )
+
+
+def test_every_source_is_in_the_list() -> None:
+    assert {path.name for path in SOURCE_DIR.glob("*.cu")} == {spec.source for spec in all_specs()}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE_DIR.glob("*.cu")), ids=lambda path: path.name)
+def test_a_source_says_what_it_computes_what_bounds_it_and_how_it_got_there(path: Path) -> None:
+    header = path.read_text().split("#include")[0]
+    assert "// Bound by " in header
+    assert "// Ladder\n//   1. " in header
+    assert "(this one)" in header or "mma.sync" in header
+
+
+def test_float16_compiles_too() -> None:
+    shape = KernelShape(512, 512, 8, 2, 64, 16, qk_norm=True, float16=True)
+    compiler = Compiler("sm_80", CubinCache(default_directory()))
+    for name in ("decode_attention", "prefill_attention", "qkv_epilogue", "matvec-512-8"):
+        spec = kernel_specs(shape, 4)[name]
+        assert compiler.compile(spec.source, spec.definitions).cubin
+
+
+def test_shapes_that_the_kernels_do_not_cover_are_named() -> None:
+    with pytest.raises(ShapeError, match="head_dim"):
+        KernelShape(2048, 8192, 32, 8, 80, 16, qk_norm=False, float16=False)
+    with pytest.raises(ShapeError, match="block_size"):
+        KernelShape(2048, 8192, 32, 8, 64, 24, qk_norm=False, float16=False)
+    with pytest.raises(CompileError, match=r"7\.5"):
+        architecture_of(7, 5)
+    assert architecture_of(9, 0) == "sm_90a"
+    assert [matvec_warps(k) for k in (2048, 576, 896, 100)] == [8, 6, 7, 0]
+
+
+def test_the_report_of_the_assembler_is_read() -> None:
+    log = (
+        "ptxas info    : Compiling entry function 'a' for 'sm_90a'\n"
+        "ptxas         .     256 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 34 registers, used 1 barriers, 256 bytes cumulative stack size, 4896 bytes smem\n"
+        "ptxas info    : Compiling entry function 'unfinished' for 'sm_90a'\n"
+    )
+    found = parse_resources(log)
+    assert set(found) == {"a"}
+    assert (found["a"].registers, found["a"].stack, found["a"].spill_stores, found["a"].spill_loads, found["a"].shared) == (
+        34, 256, 12, 16, 4896,
+    )  # fmt: skip

@@ -1,0 +1,203 @@
+"""Attaching: several schedulers, broken ones, assets, and the process as a whole."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from octavo.v1 import common_pb2, inference_pb2, inference_pb2_grpc, scheduler_pb2
+
+from router.assets import AssetStore
+from router.hub import Outbound
+from service.errors import OctavoError, Reason, from_rpc_error
+from tests.unit.test_router_fakes import (
+    DIGEST,
+    FakeScheduler,
+    RouterUnderTest,
+    Say,
+    asset_files,
+    byte_level_tokenizer,
+    eventually,
+    served,
+    tokens,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = byte_level_tokenizer().encode("hello world", add_special_tokens=False).ids
+Message = scheduler_pb2.AttachRequest
+
+
+async def say_one_then_wait(message: Message, say: Say) -> None:
+    if message.HasField("submit") and not message.submit.output_token_ids:
+        await say(tokens(0, (message.submit.handle, 0, IDS[:1], 0)))
+
+
+async def say_the_rest(message: Message, say: Say) -> None:
+    if message.HasField("submit"):
+        done = len(message.submit.output_token_ids) // 4
+        if done:
+            await say(tokens(0, (message.submit.handle, done, [*IDS[done:], 1], common_pb2.FINISH_REASON_STOP)))
+
+
+def test_a_stream_moves_to_another_scheduler() -> None:
+    async def main() -> None:
+        schedulers = [FakeScheduler(say_one_then_wait), FakeScheduler(say_one_then_wait)]
+        addresses = [await scheduler.start() for scheduler in schedulers]
+        async with RouterUnderTest(addresses) as router:
+            call = router.stub.Generate(inference_pb2.GenerateRequest(text="hello"))
+            text = ""
+            while not text:
+                text += (await call.read()).delta.text
+            (home,) = [s for s in schedulers if s.submits()]
+            (other,) = [s for s in schedulers if s is not home]
+            other.script = say_the_rest
+            await home.stop()
+            while (message := await call.read()) is not grpc.aio.EOF:
+                text += message.delta.text
+            assert text == "hello world"
+            assert len(other.submits()) == 1 and other.submits()[0].attempt == 1
+            router.attachments.set_addresses([other.address])
+            await eventually(lambda: router.session.num_attached == 1)
+        await other.stop()
+
+    asyncio.run(main())
+
+
+def test_one_scheduler_serves_two_models() -> None:
+    async def main() -> None:
+        scheduler = FakeScheduler(say_one_then_wait)
+        scheduler.models = [served(), served("second", b"2" * 32)]
+        async with RouterUnderTest([await scheduler.start()]) as router:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await router.stub.Tokenize(inference_pb2.TokenizeRequest(text="x"))
+            error = from_rpc_error(caught.value)
+            assert error is not None and "second, tiny" in error.message
+            for name in ("tiny", "second"):
+                await router.stub.Tokenize(inference_pb2.TokenizeRequest(text="x", model=name))
+            models = (await router.stub.ListModels(inference_pb2.ListModelsRequest())).models
+            assert [(m.name, m.ready) for m in models] == [("second", True), ("tiny", True)]
+        await scheduler.stop()
+
+    asyncio.run(main())
+
+
+def test_assets_are_fetched_again_after_a_failure_but_bad_ones_are_not() -> None:
+    async def main() -> None:
+        answers: list[Any] = [OctavoError(Reason.NO_WORKER, "later"), asset_files(), {"tokenizer.json": b"?"}]
+        asked = []
+
+        async def fetch(digest: bytes) -> dict[str, bytes]:
+            asked.append(digest)
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer  # type: ignore[no-any-return]
+
+        with ThreadPoolExecutor(1) as executor:
+            store = AssetStore(fetch, executor)
+            with pytest.raises(OctavoError, match="later"):
+                await store.get(DIGEST)
+            assert not store.ready(DIGEST)
+            assert (await store.get(DIGEST)).eos_token_ids == (1,)
+            assert store.ready(DIGEST)
+            store.want(set())
+            assert store.ready(DIGEST)  # a scheduler may be away for a moment
+            for _ in range(2):
+                with pytest.raises(OctavoError) as caught:
+                    await store.get(b"bad" + bytes(29))
+                assert caught.value.reason is Reason.UNSUPPORTED
+            assert len(asked) == 3
+            await store.close()
+
+    asyncio.run(main())
+
+
+def test_a_link_that_was_cut_is_dialled_again() -> None:
+    """Also while the writer hangs because the scheduler does not read."""
+
+    async def main() -> None:
+        scheduler = FakeScheduler(say_one_then_wait)
+        async with RouterUnderTest([await scheduler.start()]) as router:
+            for epoch in (1, 2):
+                await eventually(lambda: router.session.num_attached == 1 and scheduler.epoch == epoch)  # noqa: B023
+                router.hub._outbound[scheduler.address].close()
+            await eventually(lambda: router.session.num_attached == 1 and scheduler.epoch == 3)
+        await scheduler.stop()
+
+    asyncio.run(main())
+
+
+def test_a_queue_that_nobody_empties_closes() -> None:
+    async def main() -> None:
+        queue = Outbound()
+        message = scheduler_pb2.AttachRequest()
+        for _ in range(65_536):
+            queue.put(message)
+        assert not queue.closed and await queue.get() is message
+        queue.put(message)
+        queue.put(message)
+        assert queue.closed and await queue.get() is None
+
+    asyncio.run(main())
+
+
+def run_router(*flags: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "router", *flags], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_the_process_serves_and_ends(tmp_path: Path) -> None:
+    ready = tmp_path / "ready.json"
+    process = run_router("--listen", "127.0.0.1:0", "--scheduler", "127.0.0.1:1", "--ready-file", str(ready))
+    try:
+
+        async def main() -> None:
+            await eventually(ready.exists, 30.0)
+            address = json.loads(ready.read_text())["address"]
+            async with grpc.aio.insecure_channel(address) as channel:
+                health: Any = health_pb2_grpc.HealthStub(channel)
+                answer = await health.Check(health_pb2.HealthCheckRequest(service="octavo.v1.InferenceService"))
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+                assert not (await stub.ListModels(inference_pb2.ListModelsRequest())).models
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.Tokenize(inference_pb2.TokenizeRequest(text="x"))
+                error = from_rpc_error(caught.value)
+                assert error is not None and error.reason is Reason.NO_WORKER
+
+        asyncio.run(main())
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 0, errors
+        assert not ready.exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--scheduler"),
+        (("--scheduler", "nonsense"), "HOST:PORT"),
+        (("--scheduler", "h:1", "--flush-ms", "0"), "--flush-ms"),
+        (("--scheduler", "h:1", "--listen", "0.0.0.0:0"), "--listen"),
+    ],
+)
+def test_settings_that_can_not_be_used_end_with_2(flags: tuple[str, ...], message: str) -> None:
+    process = run_router(*flags)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert message in errors and "Traceback" not in errors

@@ -1,0 +1,112 @@
+"""When messages leave, and which scheduler requests go to."""
+
+from __future__ import annotations
+
+import random
+
+from router.flush import FlushPolicy
+from router.placement import Candidate, affinity, choose
+from service.columns import pack
+
+
+def test_light_load_leaves_at_once() -> None:
+    policy: FlushPolicy[int] = FlushPolicy(interval=0.008, burst=8)
+    for step in range(100):
+        assert policy.mark(0, step * 0.002)
+    assert policy.due_at is None
+
+
+def test_heavy_load_waits_for_the_window_and_is_merged() -> None:
+    policy: FlushPolicy[int] = FlushPolicy(interval=0.008, burst=4)
+    assert [policy.mark(key, 0.0) for key in range(6)] == [True] * 4 + [False] * 2
+    assert policy.due_at == 0.008
+    for key in (5, 4, 5, 1):
+        assert not policy.mark(key, 0.004)
+    assert policy.take(0.008) == [4, 5, 1]
+    assert policy.due_at is None
+
+
+def test_no_one_waits_longer_than_the_interval() -> None:
+    """Any arrivals: each mark leaves at once or at a window's end that is at most one interval away."""
+    generator = random.Random(1)
+    policy: FlushPolicy[int] = FlushPolicy(interval=0.008, burst=2)
+    now, since, messages = 0.0, {}, 0
+    for _ in range(5_000):
+        now += generator.expovariate(3_000)
+        due_at = policy.due_at
+        if due_at is not None and now >= due_at:
+            for key in policy.take(due_at):
+                assert due_at - since.pop(key) <= 0.008 + 1e-9
+                messages += 1
+        key = generator.randrange(8)
+        if policy.mark(key, now):
+            messages += 1
+            assert key not in since
+        else:
+            since.setdefault(key, now)
+    assert messages <= (now / 0.008 + 1) * (8 + 2)
+
+
+def test_a_stream_that_is_gone_is_forgotten() -> None:
+    policy: FlushPolicy[int] = FlushPolicy(burst=0)
+    policy.mark(1, 0.0)
+    policy.forget(1)
+    policy.forget(2)
+    assert policy.due_at is None and policy.take(1.0) == []
+
+
+def keys(count: int) -> list[bytes]:
+    return [affinity(b"salt", pack([i] * 300, "int32")) for i in range(count)]
+
+
+def test_requests_with_one_prefix_go_to_one_scheduler() -> None:
+    idle = [Candidate(name, 1, 0) for name in "abc"]
+    for key in keys(50):
+        assert len({choose(order, key) for order in (idle, idle[::-1])}) == 1
+    prefix = list(range(256))
+    assert affinity(b"s", pack([*prefix, 1], "int32")) == affinity(b"s", pack([*prefix, 2], "int32"))
+    assert affinity(b"s", pack(prefix, "int32")) != affinity(b"t", pack(prefix, "int32"))
+
+
+def test_a_scheduler_that_comes_takes_only_its_share() -> None:
+    three = [Candidate(name, 1, 0) for name in "abc"]
+    four = [*three, Candidate("d", 1, 0)]
+    before = [choose(three, key) for key in keys(400)]
+    after = [choose(four, key) for key in keys(400)]
+    moved = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert set(moved) == {"d"} and 60 < len(moved) < 140
+
+
+def test_no_scheduler_gets_more_than_its_bound() -> None:
+    """Even if all requests share one prefix, and in proportion to workers."""
+    workers = {"a": 1, "b": 1, "c": 2}
+    load = dict.fromkeys(workers, 0)
+    (key,) = keys(1)
+    for _ in range(400):
+        load[choose([Candidate(name, workers[name], load[name]) for name in workers], key)] += 1
+    assert all(load[name] <= 1.25 * 400 * workers[name] / 4 + 1 for name in workers)
+    assert sum(load.values()) == 400
+
+
+def test_writing_never_takes_more_than_two_thirds_of_the_time() -> None:
+    policy: FlushPolicy[int] = FlushPolicy(interval=0.008, burst=0)
+    now, writing = 0.0, 0.0
+    for _ in range(50):
+        for key in range(256):
+            policy.mark(key, now)
+        due_at = policy.due_at
+        assert due_at is not None
+        begun = due_at
+        writing += 50e-6 * len(policy.take(begun))
+        now = begun + 50e-6 * 256
+        policy.spent(begun, now)
+    assert writing <= 0.67 * (now + 0.0128)
+
+
+def test_a_short_flush_does_not_lengthen_the_window() -> None:
+    policy: FlushPolicy[int] = FlushPolicy(interval=0.008, burst=0)
+    policy.mark(1, 0.0)
+    policy.take(0.008)
+    policy.spent(0.008, 0.009)
+    policy.mark(1, 0.01)
+    assert policy.due_at == 0.016

@@ -1,0 +1,133 @@
+"""What all processes share: settings, tokens, bindings, errors, columns."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2
+from octavo.v1 import common_pb2
+
+from service.auth import check_binding, read_token
+from service.columns import check_range, pack, unpack
+from service.errors import RULES, FieldViolation, OctavoError, Reason
+from service.settings import CommonSettings, SettingsError, flag, parse, split_address
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(CommonSettings):
+    """An example."""
+
+    peers: tuple[str, ...] = flag("repeatable", ())
+    size: int = flag("a number", 3)
+    eager: bool = flag("yes or no", False)
+
+
+def test_flags_win_over_variables_and_variables_over_defaults() -> None:
+    env = {"OCTAVO_SIZE": "5", "OCTAVO_PEERS": "a:1,b:2", "OCTAVO_EAGER": "yes", "OCTAVO_NAME": ""}
+    settings = parse(Example, "example", ["--size", "7"], env)
+    assert (settings.size, settings.peers, settings.eager, settings.name) == (7, ("a:1", "b:2"), True, None)
+    assert parse(Example, "example", ["--peers", "x:1", "--peers", "y:2"], env).peers == ("x:1", "y:2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--size", "many"], "--size: 'many' is no int"),
+        (["--eager", "maybe"], "--eager"),
+        (["--log-level", "loud"], "none of debug"),
+        (["--sise", "1"], "unrecognized arguments"),
+        (["--heartbeat-ms", "500"], "below --lease-ms"),
+        (["--tls-cert", "x"], "belong together"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_that_names_it(argv: list[str], text: str) -> None:
+    with pytest.raises(SettingsError, match=text):
+        parse(Example, "example", argv, {})
+
+
+@pytest.mark.parametrize("service", ["scheduler", "router", "worker"])
+def test_a_service_refuses_bad_settings_with_code_2_and_no_traceback(service: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", service, "--lease-ms", "soon"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--lease-ms" in done.stderr
+
+
+@pytest.mark.parametrize("address", ["host", ":1", "host:", "host:70000", "host:x"])
+def test_addresses_are_checked(address: str) -> None:
+    with pytest.raises(SettingsError):
+        split_address(address)
+    assert split_address("[::1]:80") == ("::1", 80)
+
+
+def test_off_loopback_a_token_is_needed(tmp_path: Path) -> None:
+    outside = Example(listen="0.0.0.0:0")
+    with pytest.raises(SettingsError, match="reachable from other machines"):
+        check_binding(outside, None)
+    check_binding(outside, "secret")
+    check_binding(Example(listen="127.0.0.1:0"), None)
+    check_binding(Example(listen="unix:/tmp/x"), None)
+    short = tmp_path / "token"
+    short.write_text("short")
+    with pytest.raises(SettingsError, match="16 characters"):
+        read_token(short)
+
+
+def test_every_reason_of_the_contract_has_a_rule() -> None:
+    names = {name.removeprefix("ERROR_REASON_") for name in common_pb2.ErrorReason.keys()} - {"UNSPECIFIED"}  # noqa: SIM118
+    assert names == set(Reason.__members__) == {reason.name for reason in RULES}
+    assert all(common_pb2.ErrorReason.Value(f"ERROR_REASON_{reason.name}") == reason for reason in Reason)
+
+
+def test_an_error_travels_with_its_details() -> None:
+    error = OctavoError(Reason.QUEUE_FULL, "full", violations=[FieldViolation("a.b", "is bad")], retry_after_ms=1500)
+    status = error.to_status()
+    assert status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    found: dict[str, Any] = {}
+    for detail in status.details:
+        for kind in (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo):
+            message = kind()
+            if any_pb2.Any.Is(detail, message.DESCRIPTOR):
+                detail.Unpack(message)
+                found[kind.__name__] = message
+    assert found["ErrorInfo"].reason == "QUEUE_FULL"
+    assert found["BadRequest"].field_violations[0].field == "a.b"
+    assert found["RetryInfo"].retry_delay.ToMilliseconds() == 1500
+
+
+def test_columns_are_little_endian_and_checked() -> None:
+    assert pack([1, -1], np.int32) == b"\x01\0\0\0\xff\xff\xff\xff"
+    assert unpack("c", b"\x01\0\0\0", np.int32, 1).tolist() == [1]
+    with pytest.raises(OctavoError, match="whole number"):
+        unpack("c", b"\0\0\0", np.int32)
+    with pytest.raises(OctavoError, match="2 elements where 1 belong"):
+        unpack("c", bytes(8), np.int32, 1)
+    with pytest.raises(OctavoError, match="column c"):
+        check_range("c", np.array([3]), 0, 3)
+
+
+def test_a_process_announces_itself_drains_on_sigterm_and_leaves_with_0(tmp_path: Path) -> None:
+    ready = tmp_path / "ready.json"
+    argv = [sys.executable, "-m", "scheduler", "--listen", "127.0.0.1:0", "--ready-file", str(ready)]
+    with subprocess.Popen(
+        argv, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "ready:" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    assert not ready.exists()

@@ -1,0 +1,216 @@
+"""Checkpoints that cannot be served are refused with the file and the tensor or key named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from worker.backend import BackendError
+from worker.backends.torch_backend import TorchBackend, TorchSettings
+from worker.backends.torch_memory import check_sequence_fits, choose_num_blocks
+from worker.checkpoint.config import load_config, parse_config
+from worker.checkpoint.errors import CheckpointError
+from worker.checkpoint.weights import expected_tensors, load_weights
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 17,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def make_tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    config = parse_config(Path("config.json"), CONFIG)
+    return {name: torch.randn(shape, generator=generator) for name, shape in expected_tensors(config)}
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> Path:
+    (folder / "config.json").write_text(json.dumps(config or CONFIG))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def load(folder: Path) -> Any:
+    return load_weights(folder, load_config(folder), torch.float32, torch.device("cpu"), quiet)
+
+
+def test_projections_are_fused_in_order_and_converted(tmp_path: Path) -> None:
+    tensors = make_tensors()
+    write(tmp_path, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    seen: list[tuple[int, int]] = []
+    weights = load_weights(
+        tmp_path,
+        load_config(tmp_path),
+        torch.float32,
+        torch.device("cpu"),
+        lambda what, done, total: seen.append((done, total)),
+    )
+    prefix = "model.layers.1.self_attn."
+    expected = torch.cat([tensors[f"{prefix}{name}_proj.weight"].bfloat16().float() for name in "qkv"])
+    assert torch.equal(weights.layers[1].qkv, expected)
+    gate_up = torch.cat(
+        [tensors[f"model.layers.0.mlp.{name}_proj.weight"].bfloat16().float() for name in ("gate", "up")]
+    )
+    assert torch.equal(weights.layers[0].gate_up, gate_up)
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+def test_a_sharded_checkpoint_loads_like_a_single_file(tmp_path: Path) -> None:
+    tensors = make_tensors()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[:7], "b.safetensors": names[7:]}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for shard, held in shards.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / shard)
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(load(tmp_path).layers[0].down, tensors["model.layers.0.mlp.down_proj.weight"])
+    index["weight_map"][names[0]] = "b.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"b\.safetensors: tensor {names[0]} is missing"):
+        load(tmp_path)
+    index["weight_map"][names[0]] = "../b.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="without folders"):
+        load(tmp_path)
+
+
+def _missing(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[NORM]
+
+
+def _extra(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.2.input_layernorm.weight"] = torch.zeros(8)
+
+
+def _shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[NORM] = torch.zeros(9)
+
+
+def _dtype(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[NORM] = torch.zeros(8, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_missing, f"tensor {NORM} is missing"),
+        (_extra, r"model.safetensors: tensor model.layers.2.input_layernorm.weight is not part of the model"),
+        (_shape, rf"model.safetensors: tensor {NORM} has shape \[9\], config.json asks for \[8\]"),
+        (_dtype, rf"model.safetensors: tensor {NORM} has dtype I8"),
+    ],
+)
+def test_wrong_tensors_are_named(
+    tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    tensors = make_tensors()
+    damage(tensors)
+    with pytest.raises(CheckpointError, match=message):
+        load(write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -1])
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, keep: int) -> None:
+    path = write(tmp_path, make_tensors()) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is truncated"):
+        load(tmp_path)
+
+
+def test_a_header_that_lies_about_an_extent_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"tensor x: 8 bytes do not hold shape \[3\] of F32"):
+        load(tmp_path)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures: 'GPT2LMHeadModel' is not supported"),
+        ({"architectures": None}, "architectures: is missing"),
+        ({"hidden_size": None}, "hidden_size: is missing"),
+        ({"hidden_size": "8"}, "hidden_size: must be a whole number"),
+        ({"hidden_size": 10}, "hidden_size: 10 is no multiple"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: must be at least 1"),
+        ({"head_dim": 3}, "head_dim: must be even"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps: must be above 0"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: quantised"),
+        ({"torch_dtype": "float8"}, "dtype: 'float8' is not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type: 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: is missing"),
+        ({"rope_scaling": 4}, "rope_scaling: must be an object"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: must be true or false"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window: must be at least 1"),
+    ],
+)
+def test_a_config_that_lies_names_its_key(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        parse_config(Path("dir/config.json"), {**CONFIG, **change})
+    assert str(caught.value).startswith("dir/config.json: ")
+    assert message in str(caught.value)
+
+
+def test_a_config_that_disagrees_with_the_tensors_names_both(tmp_path: Path) -> None:
+    write(tmp_path, make_tensors(), {**CONFIG, "intermediate_size": 13})
+    with pytest.raises(
+        CheckpointError, match=r"mlp\.gate_proj\.weight has shape \[12, 8\], config\.json asks for \[13, 8\]"
+    ):
+        load(tmp_path)
+
+
+def test_out_of_memory_is_a_sentence_with_numbers() -> None:
+    gib = 2**30
+    assert choose_num_blocks(None, 0.5, 4 * gib, gib, 100) == 2
+    assert choose_num_blocks(None, 1.0, 4 * gib, gib, 3) == 3
+    with pytest.raises(
+        BackendError, match=r"9 KV cache blocks of 1024\.00 MiB need 9\.00 GiB, 4\.00 GiB are available"
+    ):
+        choose_num_blocks(9, 0.5, 4 * gib, gib, 100)
+    with pytest.raises(BackendError, match="less than one KV cache block"):
+        choose_num_blocks(None, 0.1, 4 * gib, gib, 100)
+    with pytest.raises(BackendError, match=r"max_model_len 100 needs 7 KV cache blocks .* there are 6"):
+        check_sequence_fits(6, 16, 100, gib)
+
+
+def test_more_context_than_the_model_has_is_refused(tmp_path: Path) -> None:
+    backend = TorchBackend(write(tmp_path, make_tensors()), TorchSettings(max_model_len=65))
+    with pytest.raises(BackendError, match="max_model_len: 65 is more than the 64"):
+        backend.load(quiet)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"dtype": "int8"}, {"max_rows": 0}, {"memory_fraction": 0.0}, {"memory_fraction": 1.5}]
+)
+def test_settings_out_of_range_are_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(BackendError, match=next(iter(bad))):
+        TorchSettings(**bad)
