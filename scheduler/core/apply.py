@@ -6,6 +6,7 @@ import numpy as np
 
 from scheduler.core.errors import InvalidResult
 from scheduler.core.plan import BoolArray, Int64Array, RowStatus, StepResult, TokenColumns, UInt8Array
+from scheduler.core.prefix import block_bytes
 from scheduler.core.request import FinishReason, Int32Array
 from scheduler.core.state import InFlightPlan, SchedulerState, WorkerState, still_there
 
@@ -151,17 +152,26 @@ def register_sampled_blocks(
     filled = (computed % size == 0) & (computed > rows.num_initial[row])
     if good is not None:
         filled &= good
+    if not np.count_nonzero(filled):
+        return
     owners = row[filled]
     indices = computed[filled] // size - 1
     blocks = rows.block_table[owners, indices]
     is_owned = indices >= rows.first_block[owners]
-    for owner, block_index, block, owned in zip(
-        owners.tolist(), indices.tolist(), blocks.tolist(), is_owned.tolist(), strict=True
+    # Token ids of all these blocks at once: numpy costs by the call.
+    content = block_bytes(rows.tokens[owners[:, None], indices[:, None] * size + np.arange(size)])
+    width = len(content) // owners.size
+    for number, (owner, index, block, owned) in enumerate(
+        zip(owners.tolist(), indices.tolist(), blocks.tolist(), is_owned.tolist(), strict=True)
     ):
         chain = rows.chains[owner]
-        if chain is not None and owned:
-            hashes = chain.extend(rows.tokens[owner], block_index + 1)
-            worker.pool.register(block, hashes[block_index])
+        if chain is None or not owned:
+            continue
+        if len(chain.hashes) == index:
+            name = chain.append(content[number * width : (number + 1) * width])
+        else:
+            name = chain.extend(rows.tokens[owner], index + 1)[index]
+        worker.pool.register(block, name)
 
 
 def make_events(

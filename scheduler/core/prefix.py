@@ -28,10 +28,10 @@ def hash_seed(spec: WorkerSpec, request: Request) -> bytes:
     return hasher.digest()
 
 
-def block_hash(parent: bytes, token_ids: Int32Array) -> bytes:
-    """The hash of one full block, int32 [block_size], after `parent`: 32 bytes."""
+def block_bytes(token_ids: Int32Array) -> bytes:
+    """What is hashed of token ids, of any shape: 4 bytes each, little-endian, in order."""
     ids = token_ids if sys.byteorder == "little" else token_ids.byteswap()
-    return hashlib.sha256(parent + ids.tobytes()).digest()
+    return ids.tobytes()
 
 
 @dataclass(slots=True)
@@ -46,9 +46,15 @@ class HashChain:
         """The first `num_blocks` hashes at least. `token_ids` is int32 [at least num_blocks * block_size]."""
         size = self.block_size
         for index in range(len(self.hashes), num_blocks):
-            parent = self.hashes[index - 1] if index else self.seed
-            self.hashes.append(block_hash(parent, token_ids[index * size : (index + 1) * size]))
+            self.append(block_bytes(token_ids[index * size : (index + 1) * size]))
         return self.hashes
+
+    def append(self, block: bytes) -> bytes:
+        """The hash of one more full block, given its block_bytes: 32 bytes."""
+        parent = self.hashes[-1] if self.hashes else self.seed
+        name = hashlib.sha256(parent + block).digest()
+        self.hashes.append(name)
+        return name
 
 
 def chain_for(spec: WorkerSpec, request: Request) -> HashChain:

@@ -117,11 +117,12 @@ def attention(lengths: list[tuple[int, int]], window: int | None, group: int) ->
         block += needed
         positions = np.arange(start + count)
         slots = blocks[positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK
-        cache.write(0, cache.index(torch.from_numpy(slots)), keys_values)
+        cache.clear(torch.from_numpy(blocks.astype(np.int64)))
+        cache.write(0, cache.slot_index(torch.from_numpy(slots)), keys_values)
         rows.append(RowSpan(start, count, first, blocks))
         queries.append(all_queries[start:])
         first += count
-    plan = AttentionPlan(rows, cache, BLOCK, group, window)
+    plan = AttentionPlan(rows, cache, group, window)
     return list(plan.attend(0, cache, torch.cat(queries)).split([count for _, count in lengths]))
 
 

@@ -19,7 +19,7 @@ from kernels.ops import DecodeItems, DecodeScratch, KernelOps, StepTensors
 from kernels.shapes import PREFILL_TILE_ROWS, KernelShape
 from worker.checkpoint.config import ModelConfig
 from worker.checkpoint.weights import LayerWeights, Weights
-from worker.model.rope import RotaryTable
+from worker.model.rope import rotary_table
 
 Tensor = torch.Tensor
 
@@ -97,7 +97,10 @@ class CudaDecoder:
         self._shape = shape
         self._weights = weights
         self._ops = ops
-        self._rope = RotaryTable(config.rope, config.head_dim, max_model_len, weights.embed.device)
+        rotations = rotary_table(config.rope, config.head_dim, max_model_len, weights.embed.device)
+        # As kernels/qkv_epilogue.cu wants them: [max_model_len, head_dim], the first half of the sines negated.
+        self._cos = torch.cat((rotations.real, rotations.real), dim=-1)
+        self._sin = torch.cat((-rotations.imag, rotations.imag), dim=-1)
         self._cache: list[Tensor] = []
 
     def attach_cache(self, cache: Tensor) -> None:
@@ -145,7 +148,7 @@ class CudaDecoder:
         cache, window = self._cache[number], config.windows[number] or 0
         self._product(layer.qkv, space.normed, space.qkv, tokens)
         ops.qkv_epilogue(
-            space.qkv, layer.qkv_bias, (layer.q_norm, layer.k_norm), self._rope.cos, self._rope.sin, space.positions, space.slots,
+            space.qkv, layer.qkv_bias, (layer.q_norm, layer.k_norm), self._cos, self._sin, space.positions, space.slots,
             cache, tokens, config.rms_norm_eps,
         )  # fmt: skip
         if decodes:

@@ -21,13 +21,14 @@ from worker.checkpoint.weights import load_weights
 from worker.model.attention import SPLIT, AttentionPlan, RowSpan
 from worker.model.decoder import Decoder
 from worker.model.kv_cache import PagedKVCache
+from worker.model.linear import can_pack
 from worker.sampling.logprobs import LogprobCollector
 from worker.sampling.sampler import sample
 from worker.step import NewRow, RowStatus, SamplingParams, Step, StepOutput
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PROMPT_LOGITS = 64  # prompt positions whose logits are held at once
-_NUMERICS_VERSION = 2  # raise it with every change that can change a bit of the logits
+_NUMERICS_VERSION = 3  # raise it with every change that can change a bit of the logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +133,14 @@ class TorchBackend:
         self._boundary.clear()
         self._finished.clear()
 
+    @torch.inference_mode()
     def begin(self, step: Step) -> None:
         self._began = time.perf_counter_ns()
         for row in (*step.freed_rows.tolist(), *(new.row for new in step.new_rows)):
             self._boundary.pop(row, None)
         self._rows.apply(step)
+        fresh = [new.block_ids[-(-new.num_computed // self._settings.block_size) :] for new in step.new_rows]
+        self._cache.clear(torch.from_numpy(np.concatenate((*fresh, step.append_block_ids)).astype(np.int64)))
 
     @torch.inference_mode()
     def forward(self, step: Step) -> None:
@@ -155,14 +159,11 @@ class TorchBackend:
             return
         config = self._config
         group = config.num_heads // config.num_kv_heads
-        plans = {
-            window: AttentionPlan(spans, self._cache, self._settings.block_size, group, window)
-            for window in set(config.windows)
-        }
+        plans = {window: AttentionPlan(spans, self._cache, group, window) for window in set(config.windows)}
         self._hidden = self._decoder.forward(
             torch.from_numpy(state.gather_tokens(rows, positions)),
             torch.from_numpy(positions),
-            self._cache.index(torch.from_numpy(state.gather_slots(rows, positions))),
+            self._cache.slot_index(torch.from_numpy(state.gather_slots(rows, positions))),
             plans,
             self._cache,
         )
@@ -250,4 +251,7 @@ def numerics(dtype: torch.dtype) -> str:
     """Everything that decides the bits of this backend's logits on this machine."""
     name = str(dtype).removeprefix("torch.")
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"torch-backend {_NUMERICS_VERSION}; {name}; torch {torch.__version__}; {capability}; split {SPLIT}"
+    products = "FBGEMM" if can_pack(torch.zeros(1, dtype=dtype)) else "BLAS"
+    return (
+        f"torch-backend {_NUMERICS_VERSION}; {name}; torch {torch.__version__}; {capability}; {products}; split {SPLIT}"
+    )

@@ -1,13 +1,14 @@
 """Attention over the paged KV cache, in products whose bits do not depend on a row's neighbours.
 
 A step's tokens are cut into *tiles*: up to `tile_tokens` consecutive tokens of one row. Keys are cut into *splits* of a
-fixed number of positions, counted from position 0. A (tile, split) pair is a *unit*, and every unit is the same float32 product
+fixed number of positions, counted from position 0. A (tile, split) pair is a *unit*, and every unit is the same product
 
-    [tile_tokens * group, head_dim] x [head_dim, SPLIT]        group = query heads per KV head
+    softmax([tile_tokens * group, head_dim] x [head_dim, split]) x [split, head_dim]        group = query heads per KV head
 
-however many rows a step has, how long they are or how they were chunked. The splits of a tile are then merged in order
-(Flash-Decoding, Dao et al. 2023: each split's softmax weighted by its log-sum-exp). Products of a fixed shape with at least three rows
-keep their bits under any batch count (measured on x86 with MKL, held by tests/unit/test_worker_backend.py).
+however many rows a step has, how long they are or how they were chunked. torch's FlashAttention for CPUs computes all units of a
+step at once, in the cache's dtype with float32 sums; the splits of a tile are then merged in order (Flash-Decoding,
+Dao et al. 2023: each split's softmax weighted by its log-sum-exp). A unit keeps its bits under any number of units and of
+tokens in its tile, as long as it has three rows (measured with bfloat16, held by tests/unit/test_worker_backend.py).
 
 `AttentionPlan` is made once a step from positions and block tables and serves every layer with the same window.
 """
@@ -24,12 +25,16 @@ import torch
 from worker.model.kv_cache import PagedKVCache
 
 SPLIT = 128
-"""Key positions a unit."""
+"""Key positions a unit, rounded to whole blocks."""
 
 _PREFILL_TILE = 32
-_LEAST_ROWS = 4  # products of one or two rows take other code paths in BLAS, with other bits
+_LEAST_ROWS = 3  # products of one or two rows take other code paths, with other bits
 _MASKED = -1e30  # finite: a split that a token does not see at all must not make NaN
-_MAX_SLICE_UNITS = 512  # bounds the memory of gathered keys, values and scores
+_MAX_SLICE_BYTES = 64 << 20  # of gathered keys and values
+
+_flash = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+)  # also gives the log-sum-exp, which the public one keeps
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -50,10 +55,10 @@ class _Slice:
 
     tile_tokens: int
     queries: torch.Tensor | None  # int64 [U * T] token number of each query of each unit; None: unit i asks for token i
-    kv_index: torch.Tensor  # int64, index of the cache for [U * SPLIT] slots
-    mask: torch.Tensor  # float32 [U, T, 1, SPLIT], added to the scores
+    kv_index: torch.Tensor  # int64, index of the cache for the blocks of all units
+    mask: torch.Tensor  # float32 [U, 1, T * group, split], added to the scores
     merge: torch.Tensor | None  # int64 [N * S] unit of each split of each tile, None: one split each
-    merge_mask: torch.Tensor | None  # float32 [N, S, 1], masks the places that stand for no split
+    merge_mask: torch.Tensor | None  # float32 [N, S, 1, 1], masks the places that stand for no split
     places: torch.Tensor | None  # int64 [tokens] where the output of each token is among the N * T; None: place i
     tokens: torch.Tensor  # int64 [tokens] its token number
 
@@ -67,26 +72,31 @@ class _Tile:
     num_splits: int
 
 
+def split_size(block_size: int) -> int:
+    """Key positions a unit."""
+    return max(1, SPLIT // block_size) * block_size
+
+
 class AttentionPlan:
     """What attention reads and where its results go, for one step and one sliding window."""
 
-    def __init__(
-        self, rows: list[RowSpan], cache: PagedKVCache, block_size: int, group: int, window: int | None
-    ) -> None:
+    def __init__(self, rows: list[RowSpan], cache: PagedKVCache, group: int, window: int | None) -> None:
         self.num_tokens = sum(row.count for row in rows)
         self._group = group
         decode_tile = -(-_LEAST_ROWS // group) if group < 3 else 1
-        decodes = [_tile(row, 0, 1, window) for row in rows if row.count == 1]
+        split = split_size(cache.block_size)
+        decodes = [_tile(row, 0, 1, split, window) for row in rows if row.count == 1]
         chunks = [
-            _tile(row, offset, min(_PREFILL_TILE, row.count - offset), window)
+            _tile(row, offset, min(_PREFILL_TILE, row.count - offset), split, window)
             for row in rows
             if row.count > 1
             for offset in range(0, row.count, _PREFILL_TILE)
         ]
+        max_units = max(1, _MAX_SLICE_BYTES // (split * cache.bytes_per_slot))
         self._slices = [
-            _slice(tiles, size, cache, block_size, window)
+            _slice(tiles, size, cache, split, group, window)
             for kind, size in ((decodes, decode_tile), (chunks, _PREFILL_TILE))
-            for tiles in _bounded(kind)
+            for tiles in _bounded(kind, max_units)
         ]
 
     def attend(self, layer: int, cache: PagedKVCache, queries: torch.Tensor) -> torch.Tensor:
@@ -104,55 +114,48 @@ class AttentionPlan:
 
 def _attend_slice(part: _Slice, layer: int, cache: PagedKVCache, queries: torch.Tensor, group: int) -> torch.Tensor:
     """One slice: float32 [tokens of the slice, num_heads * head_dim]."""
-    head_dim = queries.shape[-1]
-    kv_heads = queries.shape[1] // group
-    tokens = part.tile_tokens
-    units = part.mask.shape[0]
-    keys, values = cache.read(layer, part.kv_index).view(2, kv_heads * units, SPLIT, head_dim)
+    num_heads, head_dim = queries.shape[1:]
+    kv_heads = num_heads // group
+    tokens, units, split = part.tile_tokens, part.mask.shape[0], part.mask.shape[-1]
+    keys, values = cache.read(layer, part.kv_index).view(2, kv_heads, units, split, head_dim).transpose(1, 2)
     q = queries[: units * tokens] if part.queries is None else queries.index_select(0, part.queries)
-    q = q.view(units, tokens, kv_heads, group, head_dim)
-    q = q.permute(2, 0, 1, 3, 4).reshape(kv_heads * units, tokens * group, head_dim)
-    scores = torch.bmm(q, keys.transpose(1, 2))
-    scores.view(kv_heads, units, tokens, group, SPLIT).add_(part.mask)
-    weights = torch.softmax(scores, dim=-1)
-    output = torch.bmm(weights, values).view(kv_heads, units, tokens * group, head_dim)
+    q = q.view(units, tokens, kv_heads, group, head_dim).transpose(1, 2)
+    q = q.to(keys.dtype, memory_format=torch.contiguous_format).reshape(units, kv_heads, tokens * group, head_dim)
+    output, log_sum = _flash(q, keys, values, attn_mask=part.mask, scale=1.0)
     if part.merge is not None and part.merge_mask is not None:
-        # The largest weight of a softmax is 1 / sum(exp(score - largest score)).
-        log_sum = scores.amax(-1) - weights.amax(-1).log()
-        output = _merge(output, log_sum.view(kv_heads, units, -1), part.merge, part.merge_mask)
-    output = output.view(kv_heads, -1, tokens, group, head_dim).permute(1, 2, 0, 3, 4)
-    output = output.reshape(-1, queries.shape[1] * head_dim)
+        output = _merge(output.float(), log_sum, part.merge, part.merge_mask)
+    output = output.view(-1, kv_heads, tokens, group, head_dim).transpose(1, 2)
+    output = output.to(torch.float32, memory_format=torch.contiguous_format).reshape(-1, num_heads * head_dim)
     return output[: len(part.tokens)] if part.places is None else output.index_select(0, part.places)
 
 
 def _merge(output: torch.Tensor, log_sum: torch.Tensor, merge: torch.Tensor, merge_mask: torch.Tensor) -> torch.Tensor:
-    """Merge the splits of each tile: output [kv_heads, U, M, head_dim] and log_sum [kv_heads, U, M] to [kv_heads, N, M, head_dim].
+    """Merge the splits of each tile: output [U, kv_heads, M, head_dim] and log_sum [U, kv_heads, M] to [N, kv_heads, M, head_dim].
 
     `cumsum` adds in order of the splits, so places that hold no split (weight 0, at the end) change nothing; `sum` would not
     promise that. A tile with one split keeps its bits: its weight is exactly 1.
     """
-    kv_heads, _, rows, head_dim = output.shape
-    tiles, splits, _ = merge_mask.shape
-    output = output.index_select(1, merge).view(kv_heads, tiles, splits, rows, head_dim)
-    log_sum = log_sum.index_select(1, merge).view(kv_heads, tiles, splits, rows) + merge_mask
-    weights = (log_sum - log_sum.amax(2, keepdim=True)).exp()
-    merged = (output * weights.unsqueeze(-1)).cumsum(2)[:, :, -1]
-    return merged / weights.cumsum(2)[:, :, -1].unsqueeze(-1)
+    tiles, splits = merge_mask.shape[:2]
+    output = output.index_select(0, merge).view(tiles, splits, *output.shape[1:])
+    log_sum = log_sum.index_select(0, merge).view(tiles, splits, *log_sum.shape[1:]) + merge_mask
+    weights = (log_sum - log_sum.amax(1, keepdim=True)).exp()
+    merged = (output * weights.unsqueeze(-1)).cumsum(1)[:, -1]
+    return merged / weights.cumsum(1)[:, -1].unsqueeze(-1)
 
 
-def _tile(row: RowSpan, offset: int, count: int, window: int | None) -> _Tile:
+def _tile(row: RowSpan, offset: int, count: int, split: int, window: int | None) -> _Tile:
     start = row.start + offset
     lowest = 0 if window is None else max(0, start - window + 1)
-    first_split = lowest // SPLIT
-    return _Tile(row, start, count, first_split, (start + count - 1) // SPLIT + 1 - first_split)
+    first_split = lowest // split
+    return _Tile(row, start, count, first_split, (start + count - 1) // split + 1 - first_split)
 
 
-def _bounded(tiles: list[_Tile]) -> Iterator[list[_Tile]]:
+def _bounded(tiles: list[_Tile], max_units: int) -> Iterator[list[_Tile]]:
     """Cut a list of tiles where its units would pass the bound; one tile is never cut."""
     batch: list[_Tile] = []
     units = 0
     for tile in tiles:
-        if batch and units + tile.num_splits > _MAX_SLICE_UNITS:
+        if batch and units + tile.num_splits > max_units:
             yield batch
             batch, units = [], 0
         batch.append(tile)
@@ -161,7 +164,9 @@ def _bounded(tiles: list[_Tile]) -> Iterator[list[_Tile]]:
         yield batch
 
 
-def _slice(tiles: list[_Tile], tile_tokens: int, cache: PagedKVCache, block_size: int, window: int | None) -> _Slice:
+def _slice(
+    tiles: list[_Tile], tile_tokens: int, cache: PagedKVCache, split: int, group: int, window: int | None
+) -> _Slice:
     num_splits = np.array([tile.num_splits for tile in tiles])
     counts = np.array([tile.count for tile in tiles])
     starts = np.array([tile.start for tile in tiles])
@@ -173,20 +178,20 @@ def _slice(tiles: list[_Tile], tile_tokens: int, cache: PagedKVCache, block_size
     unit_split = (
         np.arange(len(unit_tile)) - first_units[unit_tile] + np.array([t.first_split for t in tiles])[unit_tile]
     )
-    key_positions = unit_split[:, None] * SPLIT + np.arange(SPLIT)
+    key_positions = unit_split[:, None] * split + np.arange(split)
     query_positions = (starts[:, None] + offsets)[unit_tile]
     visible = key_positions[:, None, :] <= query_positions[:, :, None]
     if window is not None:
         visible &= key_positions[:, None, :] > query_positions[:, :, None] - window
-    slots = _slots(tiles, key_positions, visible.any(1), unit_tile, block_size, cache.null_slot)
+    blocks = _blocks(tiles, key_positions, visible.any(1), unit_tile, cache)
     merge, merge_mask = _merge_plan(num_splits, first_units)
     places = np.concatenate([np.arange(tile.count) + i * tile_tokens for i, tile in enumerate(tiles)])
     tokens = np.concatenate([np.arange(tile.count) + first for tile, first in zip(tiles, firsts, strict=True)])
     return _Slice(
         tile_tokens=tile_tokens,
         queries=_unless_identity((firsts[:, None] + offsets)[unit_tile].reshape(-1)),
-        kv_index=cache.index(torch.from_numpy(slots.reshape(-1))),
-        mask=torch.from_numpy(np.where(visible, np.float32(0), np.float32(_MASKED))).unsqueeze(2),
+        kv_index=cache.block_index(torch.from_numpy(blocks.reshape(-1))),
+        mask=torch.from_numpy(np.where(visible, np.float32(0), np.float32(_MASKED)).repeat(group, 1)).unsqueeze(1),
         merge=merge,
         merge_mask=merge_mask,
         places=_unless_identity(places),
@@ -199,21 +204,22 @@ def _unless_identity(index: Int64Array) -> torch.Tensor | None:
     return None if np.array_equal(index, np.arange(len(index))) else torch.from_numpy(index)
 
 
-def _slots(
+def _blocks(
     tiles: list[_Tile],
     positions: Int64Array,
     needed: npt.NDArray[np.bool_],
     unit_tile: Int64Array,
-    block_size: int,
-    null_slot: int,
+    cache: PagedKVCache,
 ) -> Int64Array:
-    """Slot of each key position [U, SPLIT]; the null slot for positions that no token of the tile sees."""
+    """Blocks of the key positions [U, split], as [U, split / block_size]; the null block where no token of the tile sees any."""
     widest = max(len(tile.row.blocks) for tile in tiles)
     tables = np.zeros((len(tiles), widest), np.int64)
     for i, tile in enumerate(tiles):
         tables[i, : len(tile.row.blocks)] = tile.row.blocks
-    blocks = tables[unit_tile[:, None], np.minimum(positions // block_size, widest - 1)]
-    return np.where(needed, blocks * block_size + positions % block_size, null_slot)
+    places = positions[:, :: cache.block_size] // cache.block_size
+    blocks = tables[unit_tile[:, None], np.minimum(places, widest - 1)]
+    any_needed = needed.reshape(*places.shape, cache.block_size).any(-1)
+    return np.where(any_needed, blocks, cache.null_block)
 
 
 def _merge_plan(num_splits: Int64Array, first_units: Int64Array) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -224,4 +230,4 @@ def _merge_plan(num_splits: Int64Array, first_units: Int64Array) -> tuple[torch.
     present = splits < num_splits[:, None]
     units = np.where(present, first_units[:, None] + splits, first_units[:, None])
     mask = np.where(present, np.float32(0), np.float32(-np.inf))
-    return torch.from_numpy(units.reshape(-1)), torch.from_numpy(mask).unsqueeze(2)
+    return torch.from_numpy(units.reshape(-1)), torch.from_numpy(mask)[:, :, None, None]

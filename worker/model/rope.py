@@ -9,23 +9,27 @@ import torch
 from worker.checkpoint.config import RopeConfig
 
 
-class RotaryTable:
-    """cos and sin of every position, float32 [max_model_len, head_dim].
+def rotary_table(rope: RopeConfig, head_dim: int, max_model_len: int, device: torch.device) -> torch.Tensor:
+    """The rotation of each pair of dimensions at each position as a complex number: complex64 [max_model_len, head_dim / 2]."""
+    frequencies = inverse_frequencies(rope, head_dim)
+    angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
+    return torch.polar(torch.full_like(angles, rope.attention_factor), angles).to(device)
 
-    The second half of `sin` and the first have opposite signs, so that a rotation is `x * cos + roll(x, head_dim / 2) * sin`.
+
+def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> None:
+    """Rotate float32 heads [tokens, heads, head_dim], pairs adjacent, in place by complex64 [tokens, heads or 1, head_dim / 2]."""
+    torch.view_as_complex(heads.view(*heads.shape[:-1], -1, 2)).mul_(rotations)
+
+
+def adjacent_pairs(num_heads: int, head_dim: int) -> torch.Tensor:
+    """Order of the rows of a projection that makes pairs adjacent: int64 [num_heads * head_dim].
+
+    Checkpoints of the Llama family pair dimension i with i + head_dim / 2. Beside one another they are one complex number, and
+    queries and keys in the same new order have the same products.
     """
-
-    def __init__(self, rope: RopeConfig, head_dim: int, max_model_len: int, device: torch.device) -> None:
-        frequencies = inverse_frequencies(rope, head_dim)
-        angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
-        cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
-        self.cos = torch.cat((cos, cos), dim=-1).to(device)
-        self.sin = torch.cat((-sin, sin), dim=-1).to(device)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate float32 heads x [tokens, heads, head_dim] by cos and sin of the same shape."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    half = torch.arange(head_dim // 2)
+    order = torch.stack((half, half + head_dim // 2), dim=1).view(-1)
+    return (torch.arange(num_heads).unsqueeze(1) * head_dim + order).view(-1)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
