@@ -6,6 +6,7 @@ State lies in .run/ (deploy/state.py), processes run under supervisord (deploy/s
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from deploy.state import RUN, Cluster
 from deploy.supervise import Supervisor
 
 METRICS_LISTEN = "127.0.0.1:9101"
+PORT_TRIES = 3
 
 
 def up(model_name: str | None, workers: int, backend: str | None, timeout: float) -> int:
@@ -51,13 +53,21 @@ def up(model_name: str | None, workers: int, backend: str | None, timeout: float
         supervisor.shutdown()
     state.forget()
     model = resolve(model_name or DEFAULT_MODEL, backend=backend)
-    commands = plan(model, workers, RUN)
-    try:
-        supervisor.launch(commands)
-        show.wait(commands, supervisor, timeout)
-    except BaseException:  # also Ctrl-C: nothing half-started is left running
-        supervisor.shutdown()
-        raise
+    for tries_left in reversed(range(PORT_TRIES)):
+        commands = plan(model, workers, RUN)
+        try:
+            supervisor.launch(commands)
+            show.wait(commands, supervisor, timeout)
+            break
+        except ClusterError as error:
+            supervisor.shutdown()
+            # Between our look at a port and its owner's bind, any program's outgoing connection may have got it.
+            if not tries_left or os.strerror(errno.EADDRINUSE) not in str(error):
+                raise
+            print("A port was taken meanwhile: trying others", flush=True)
+        except BaseException:  # also Ctrl-C: nothing half-started is left running
+            supervisor.shutdown()
+            raise
     cluster = describe(commands, model)
     state.write(cluster)
     show.summary(cluster)

@@ -23,6 +23,7 @@ from worker.backends.torch_threads import quiet_threads
 from worker.engine import Engine
 from worker.enlist import Enlistment
 from worker.service import WorkerService
+from worker.session import Identity
 from worker.settings import WorkerSettings
 from worker.step import StepOutput
 
@@ -54,7 +55,6 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
     """Load, serve until told to stop, drain."""
     server = Server(settings, SERVICES, PUBLIC_MESSAGE_BYTES)
     selection = select(settings)
-    identity = await _load(selection, life)
     loop = asyncio.get_running_loop()
 
     def on_output(epoch: int, output: StepOutput) -> None:
@@ -64,16 +64,17 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
         loop.call_soon_threadsafe(enlistment.on_failure, epoch, step_id, text)
 
     engine = Engine(selection.backend, on_output, on_failure, _die)
-    enlistment = Enlistment(settings, identity, engine)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(identity, enlistment), server.grpc)
+    engine.start()
     metrics = Metrics()
-    metrics.registry.register(_WorkerCollector(enlistment))
     registry = Registry(settings.redis) if settings.redis else None
     try:
+        identity = await _load(engine, selection, life)
+        enlistment = Enlistment(settings, identity, engine)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(identity, enlistment), server.grpc)
+        metrics.registry.register(_WorkerCollector(enlistment))
         address = await server.start()
         identity.hello.address = address
         metrics.start(settings.metrics)
-        engine.start()
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(enlistment.run())
             background = [tasks.create_task(_keep_health(server, enlistment))]
@@ -89,22 +90,18 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
         await server.stop(grace=0.5)
     finally:
         await asyncio.to_thread(engine.close)
-        metrics.stop()
+        if metrics.address:
+            metrics.stop()
         if registry is not None:
             await registry.close()
 
 
-async def _load(selection: Selection, life: Lifecycle):  # type: ignore[no-untyped-def]
+async def _load(engine: Engine, selection: Selection, life: Lifecycle) -> Identity:
     def progress(what: str, done: int, total: int) -> None:
         log.info("loading %s: %d of %d", what, done, total)
 
-    def load():  # type: ignore[no-untyped-def]
-        info = selection.backend.load(progress)
-        selection.backend.warm_up()
-        return info
-
     try:
-        info = await asyncio.to_thread(load)
+        info = await asyncio.wrap_future(engine.load(progress))
     except BackendError as error:
         raise SettingsError(str(error)) from None
     return identity_of(selection, info, life.incarnation, life.name)

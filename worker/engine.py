@@ -1,6 +1,8 @@
 """Two threads and a backend: one launches steps, one waits for their results.
 
-The launch thread applies and enqueues steps in the order of the plans and never waits for the device; the collect thread hands each
+The launch thread also loads the model: what a library keeps for each thread (OpenMP's pool, the current CUDA device) is then there
+once. With two pools GNU's OpenMP sees more threads than cores and stops spinning, which doubles the time of a step on two cores.
+It applies and enqueues steps in the order of the plans and never waits for the device; the collect thread hands each
 output to a callback. Between them stand at most as many steps as the scheduler lets run ahead. Both sleep in a queue when there is
 nothing to do. Used by the gRPC shell (worker/enlist.py) and directly, as a library.
 """
@@ -11,12 +13,19 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
-from worker.backend import Backend, FatalBackendError
+from worker.backend import Backend, BackendInfo, FatalBackendError, Progress
 from worker.step import Step, StepOutput
 
 log = logging.getLogger("octavo.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    progress: Progress
+    done: Future[BackendInfo]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +45,7 @@ class _Work:
 
 
 class Engine:
-    """Owns a loaded backend from `start` to `close`. Callbacks run on the engine's threads."""
+    """Owns a backend from `start` to `close`. Callbacks run on the engine's threads."""
 
     def __init__(
         self,
@@ -50,8 +59,9 @@ class Engine:
         self._on_output = on_output
         self._on_failure = on_failure
         self._on_fatal = on_fatal
-        self._commands: queue.SimpleQueue[_Work | _Reset | _Close] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Load | _Work | _Reset | _Close] = queue.SimpleQueue()
         self._launched: queue.Queue[_Work | _Close] = queue.Queue()
+        self._loaded = False
         self._void = False  # a step failed; nothing runs until the next reset
         self._threads = [
             threading.Thread(target=self._guard, args=(self._launch_loop,), name="launch", daemon=True),
@@ -62,6 +72,12 @@ class Engine:
         """Start both threads."""
         for thread in self._threads:
             thread.start()
+
+    def load(self, progress: Progress) -> Future[BackendInfo]:
+        """Load the model and run a first step. `progress` is called on the launch thread. The future raises BackendError."""
+        done: Future[BackendInfo] = Future()
+        self._commands.put(_Load(progress, done))
+        return done
 
     def submit(self, epoch: int, step: Step) -> None:
         """Run a step after all those before it."""
@@ -85,13 +101,27 @@ class Engine:
                 if not self._void:
                     self._launch(command)
                 continue
+            if isinstance(command, _Load):
+                self._load(command)
+                continue
             self._launched.join()
             if isinstance(command, _Close):
                 self._launched.put(command)
-                self._backend.close()
+                if self._loaded:
+                    self._backend.close()
                 return
             self._backend.reset()
             self._void = False
+
+    def _load(self, command: _Load) -> None:
+        try:
+            info = self._backend.load(command.progress)
+            self._backend.warm_up()
+        except Exception as error:  # noqa: BLE001 - whoever waits for the future decides
+            command.done.set_exception(error)
+        else:
+            self._loaded = True
+            command.done.set_result(info)
 
     def _launch(self, work: _Work) -> None:
         try:

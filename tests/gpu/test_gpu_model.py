@@ -210,8 +210,6 @@ def test_the_engine_drives_it_with_two_threads(models: dict[str, Path]) -> None:
     backend = CudaBackend(
         models["tiny-llama"], CudaSettings(max_rows=8, max_num_batched_tokens=512, max_model_len=256, num_blocks=80)
     )
-    backend.load(lambda *_: None)
-    backend.warm_up()
     outputs: queue.Queue[StepOutput | str] = queue.Queue()
     engine = Engine(
         backend,
@@ -221,6 +219,7 @@ def test_the_engine_drives_it_with_two_threads(models: dict[str, Path]) -> None:
     )
     engine.start()
     try:
+        engine.load(lambda *_: None).result(timeout=300)
         for epoch in (1, 2):
             new = tuple(
                 NewRow(

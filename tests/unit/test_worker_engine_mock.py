@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worker.backend import BackendError, FatalBackendError
+from worker.backend import BackendError, BackendInfo, FatalBackendError, Progress
 from worker.backends.mock import EOS_TOKEN_ID, MockBackend, MockSettings
 from worker.backends.mock_assets import mock_assets
 from worker.engine import Engine
@@ -192,6 +192,44 @@ def test_close_lets_submitted_steps_end_and_may_be_called_twice(backend: MockBac
     harness.engine.close()
     assert harness.outputs.qsize() == 1
     assert not [t for t in threading.enumerate() if t.name in ("launch", "collect")]
+
+
+def test_the_model_is_loaded_by_the_thread_that_runs_it() -> None:
+    """One thread, one OpenMP pool: a second pool makes the first one sleep between the products of a step."""
+    threads: list[str] = []
+
+    class Watched(MockBackend):
+        def load(self, progress: Progress) -> BackendInfo:
+            threads.append(threading.current_thread().name)
+            return super().load(progress)
+
+        def forward(self, step: Step) -> None:
+            threads.append(threading.current_thread().name)
+            super().forward(step)
+
+        def close(self) -> None:
+            threads.append("closed")
+            super().close()
+
+    harness = Harness(Watched(MockSettings(block_size=4, num_blocks=8, max_rows=2, max_model_len=16)))
+    assert harness.engine.load(lambda *_: None).result(timeout=10).name == "mock"
+    harness.engine.close()
+    assert set(threads) == {"launch", "closed"} and len(threads) > 2
+
+
+def test_a_model_that_can_not_be_loaded_leaves_nothing_to_close() -> None:
+    class Missing(MockBackend):
+        def load(self, progress: Progress) -> BackendInfo:
+            raise BackendError("no such file")
+
+        def close(self) -> None:
+            raise AssertionError
+
+    harness = Harness(Missing(MockSettings()))
+    with pytest.raises(BackendError, match="no such file"):
+        harness.engine.load(lambda *_: None).result(timeout=10)
+    harness.engine.close()
+    assert harness.fatal.empty()
 
 
 def test_a_fatal_error_reaches_the_process() -> None:

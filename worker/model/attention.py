@@ -121,6 +121,7 @@ def _attend_slice(part: _Slice, layer: int, cache: PagedKVCache, queries: torch.
     q = queries[: units * tokens] if part.queries is None else queries.index_select(0, part.queries)
     q = q.view(units, tokens, kv_heads, group, head_dim).transpose(1, 2)
     q = q.to(keys.dtype, memory_format=torch.contiguous_format).reshape(units, kv_heads, tokens * group, head_dim)
+    output: torch.Tensor
     output, log_sum = _flash(q, keys, values, attn_mask=part.mask, scale=1.0)
     if part.merge is not None and part.merge_mask is not None:
         output = _merge(output.float(), log_sum, part.merge, part.merge_mask)
