@@ -27,7 +27,7 @@ from worker.model.kv_cache import PagedKVCache
 SPLIT = 128
 """Key positions a unit, rounded to whole blocks."""
 
-_PREFILL_TILE = 32
+_TILES = (128, 64, 32)  # tokens of a chunk's tiles; a larger one reads the keys less often
 _LEAST_ROWS = 3  # products of one or two rows take other code paths, with other bits
 _MASKED = -1e30  # finite: a split that a token does not see at all must not make NaN
 _MAX_SLICE_BYTES = 64 << 20  # of gathered keys and values
@@ -85,18 +85,23 @@ class AttentionPlan:
         self._group = group
         decode_tile = -(-_LEAST_ROWS // group) if group < 3 else 1
         split = split_size(cache.block_size)
-        decodes = [_tile(row, 0, 1, split, window) for row in rows if row.count == 1]
-        chunks = [
-            _tile(row, offset, min(_PREFILL_TILE, row.count - offset), split, window)
-            for row in rows
-            if row.count > 1
-            for offset in range(0, row.count, _PREFILL_TILE)
-        ]
+        tiles: dict[int, list[_Tile]] = {
+            -(-_LEAST_ROWS // group) if group < _LEAST_ROWS else 1: [],
+            **{t: [] for t in _TILES},
+        }
+        decode_tile = next(iter(tiles))
+        for row in rows:
+            offset = 0
+            while offset < row.count:
+                left = row.count - offset
+                size = decode_tile if row.count == 1 else next((t for t in _TILES if t <= left), _TILES[-1])
+                tiles[size].append(_tile(row, offset, min(size, left), split, window))
+                offset += size
         max_units = max(1, _MAX_SLICE_BYTES // (split * cache.bytes_per_slot))
         self._slices = [
-            _slice(tiles, size, cache, split, group, window)
-            for kind, size in ((decodes, decode_tile), (chunks, _PREFILL_TILE))
-            for tiles in _bounded(kind, max_units)
+            _slice(part, size, cache, split, group, window)
+            for size, kind in tiles.items()
+            for part in _bounded(kind, max_units)
         ]
 
     def attend(self, layer: int, cache: PagedKVCache, queries: torch.Tensor) -> torch.Tensor:
