@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from tests.gpu.gpu_harness import error, ints, make_ops, make_shape, poisoned, random
-from worker.model.rope import rotate
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +59,7 @@ def test_qkv_epilogue(head_dim: int, qk_norm: bool) -> None:
     if qk_norm:
         q, k = F.rms_norm(q, (head_dim,), q_norm.float(), 1e-6), F.rms_norm(k, (head_dim,), k_norm.float(), 1e-6)
     at = positions.clamp(min=0).long()
-    q, k = (rotate(part, cos[at][:, None], sin[at][:, None]) for part in (q, k))
+    q, k = (part * cos[at][:, None] + part.roll(head_dim // 2, -1) * sin[at][:, None] for part in (q, k))
     untouched = qkv[8].clone()
     ops.qkv_epilogue(qkv, bias, (q_norm, k_norm), cos, sin, positions, slots, cache, tokens, 1e-6)
     assert error(qkv[:8, : shape.q_size].view(8, heads, head_dim), q[:8]) < 5e-3
