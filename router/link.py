@@ -25,7 +25,7 @@ class Link:
     heard_at: float = 0.0
     beat_at: float = 0.0
     draining: bool = False
-    models: dict[bytes, scheduler_pb2.ServedModel] = field(default_factory=dict)
+    models: tuple[scheduler_pb2.ServedModel, ...] = ()
     load: scheduler_pb2.Load = field(default_factory=scheduler_pb2.Load)
     running: dict[int, Sequence] = field(default_factory=dict)
     # Cancelled, not acknowledged yet: these handles must not be used.
@@ -38,9 +38,8 @@ class Link:
         return self.epoch != 0
 
     def serves(self, digest: bytes) -> int:
-        """Workers there that hold this model digest."""
-        model = self.models.get(digest)
-        return 0 if model is None else model.workers
+        """Workers there that hold this model digest, under whatever name."""
+        return sum(model.workers for model in self.models if model.digest == digest)
 
     def new_handle(self) -> int:
         """A handle that nobody uses on this stream."""
@@ -48,7 +47,3 @@ class Link:
             handle = next(self._handles) & 0xFFFFFFFF
             if handle not in self.running and handle not in self.cancelling:
                 return handle
-
-    def set_models(self, models: list[scheduler_pb2.ServedModel]) -> None:
-        """Replace the list of what its workers hold."""
-        self.models = {model.digest: model for model in models}

@@ -25,38 +25,39 @@ class ModelDirectory:
     """What is served now, by name and digest. Owned by the session."""
 
     def __init__(self) -> None:
-        self._by_digest: dict[bytes, KnownModel] = {}
+        self._models: dict[tuple[str, bytes], KnownModel] = {}  # the same weights may be served under two names
         self._names_seen: set[str] = set()
 
     def update(self, served: Iterable[scheduler_pb2.ServedModel]) -> None:
         """Replace everything by what the schedulers say now."""
-        merged: dict[bytes, KnownModel] = {}
+        merged: dict[tuple[str, bytes], KnownModel] = {}
         for model in served:
             if not model.workers:
                 self._names_seen.add(model.name)
                 continue
-            old = merged.get(model.digest)
-            merged[model.digest] = KnownModel(
+            key = (model.name, model.digest)
+            old = merged.get(key)
+            merged[key] = KnownModel(
                 model.name,
                 model.digest,
                 model.max_model_len if old is None else min(model.max_model_len, old.max_model_len),
                 model.vocab_size,
                 model.workers + (0 if old is None else old.workers),
             )
-        self._by_digest = merged
+        self._models = merged
         self._names_seen.update(model.name for model in merged.values())
 
     def all(self) -> list[KnownModel]:
         """Ordered by name, then by digest."""
-        return sorted(self._by_digest.values(), key=lambda model: (model.name, model.digest))
+        return [self._models[key] for key in sorted(self._models)]
 
     def digests(self) -> set[bytes]:
         """All digests served now."""
-        return set(self._by_digest)
+        return {digest for _, digest in self._models}
 
     def by_digest(self, digest: bytes) -> KnownModel | None:
-        """The model with this digest, if it is served now."""
-        return self._by_digest.get(digest)
+        """The model with this digest, by the first of its names, if it is served now."""
+        return next((model for model in self.all() if model.digest == digest), None)
 
     def find(self, name: str) -> KnownModel:
         """The model of this name; of several digests the one with most workers. "" is the only model there is.

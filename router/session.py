@@ -147,7 +147,7 @@ class RouterSession:
         elif kind == "load":
             link.load = message.load
         elif kind == "models":
-            link.set_models(list(message.models.models))
+            link.models = tuple(message.models.models)
             self._update_models()
             self._place_homeless(now)
         elif kind == "go_away":
@@ -221,7 +221,7 @@ class RouterSession:
         link.incarnation = welcome.incarnation
         link.heartbeat = max(welcome.heartbeat_ms, 10) / 1e3
         link.lease = max(welcome.lease_ms, 30) / 1e3
-        link.set_models(list(welcome.models))
+        link.models = tuple(welcome.models)
         self._update_models()
         self._place_homeless(now)
 
@@ -412,7 +412,7 @@ class RouterSession:
         self._messages.append((link.address, request))
 
     def _update_models(self) -> None:
-        self.models.update(model for link in self._links.values() for model in link.models.values())
+        self.models.update(model for link in self._links.values() for model in link.models)
 
 
 def _reason(number: int) -> Reason:

@@ -232,13 +232,13 @@ class Hub:
 
     def served_models(self) -> list[scheduler_pb2.ServedModel]:
         """The models whose workers are here and whose assets have come."""
-        models: dict[bytes, scheduler_pb2.ServedModel] = {}
+        models: dict[tuple[str, bytes], scheduler_pb2.ServedModel] = {}  # the same weights may have two names
         for worker in self.workers.values():
             hello = worker.hello
             if hello.model_digest not in self.assets:
                 continue
             model = models.setdefault(
-                hello.model_digest,
+                (hello.model, hello.model_digest),
                 scheduler_pb2.ServedModel(name=hello.model, digest=hello.model_digest, vocab_size=hello.vocab_size),
             )
             model.max_model_len = max(model.max_model_len, hello.max_model_len)
