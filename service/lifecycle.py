@@ -35,8 +35,7 @@ class Lifecycle:
         self.stopping = asyncio.Event()
 
     def announce(self, address: str, metrics: str, **more: Any) -> None:
-        """Write the ready file: the process serves now."""
-        log.info("ready: %s at %s, metrics at http://%s/metrics", self.name, address, metrics)
+        """Write the ready file, then say so: the process serves now."""
         if self.settings.ready_file is not None:
             facts = {
                 "service": self.service,
@@ -47,6 +46,7 @@ class Lifecycle:
                 "incarnation": self.incarnation,
             }
             _write_atomically(self.settings.ready_file, json.dumps(facts | more))
+        log.info("ready: %s at %s, metrics at http://%s/metrics", self.name, address, metrics)
 
     def withdraw(self) -> None:
         """Remove the ready file."""
