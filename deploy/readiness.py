@@ -72,7 +72,13 @@ def is_ready(command: Command) -> bool:
     if command.ready_file is None:
         return command.address is not None and redis_answers(command.address)
     ready = read_ready(command.ready_file)
-    return ready is not None and probe(ready.address) == "SERVING"
+    return ready is not None and probe(ready.address, tls_ca=_trusted(command)) == "SERVING"
+
+
+def _trusted(command: Command) -> Path | None:
+    """The certificates that the process, and so its health check, speaks TLS with; None: it speaks without."""
+    flags = dict(zip(command.argv, command.argv[1:], strict=False))
+    return Path(flags["--tls-ca"]) if "--tls-ca" in flags and "--tls-cert" in flags else None
 
 
 def wait_ready(
