@@ -1,44 +1,115 @@
-"""Matrix products of float32 activations with weights in the layout that the CPU reads fastest.
+"""Matrix products of float32 activations with weights in the layout that the CPU reads fastest (worker/model/panels.py).
 
-bfloat16 and float16 weights are packed once, at load, into FBGEMM's float16 panels (Khudia et al. 2021, arXiv:2101.05615): they stay
-half as large as float32, and each is widened in a register on its way into a float32 multiply-add. On processors without
-matrix units that is as fast as bfloat16 instructions at one row and 1.4 times as fast over a prompt, activations need no rounding,
-and a row's sums run in one order however many rows are computed with it (held by tests/unit/test_worker_linear.py).
-
-float16 holds a bfloat16 number exactly from 2**-17 up, and a smaller one to within 2**-25.
+Weights stay in bfloat16 where they are, all else becomes float32; nothing is rounded. The threads are those of torch's own OpenMP
+pool: a second pool on the same cores would halve the speed of both.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import threading
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
-_LARGEST = 65504.0  # in float16
+from worker.model.panels import COLUMNS, TAILS, TILE, kernels
+
+_BLOCK_ROWS = 128  # a panel is read again for the next block
+_BLOCK_FLOATS = 262_144  # 1 MiB: a thread's copy of a block's activations stays in its level 2 cache
+_local = threading.local()
 
 
 class Linear:
     """y = x W^T + b for float32 x [rows, in] and y [rows, out]; the weight [out, in] is not needed after construction."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._weight, self._bias = weight, bias
-        self._packed = None
-        if can_pack(weight):
-            wide = None if bias is None else bias.float()
-            self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), wide)
-            del self._weight
+        self._panels: torch.Tensor | None = None
+        if weight.device.type != "cpu":
+            self._weight, self._weight_bias = weight, bias
+            return
+        self._out, self._in = weight.shape
+        self._panels = _pack(weight)
+        self._bias = torch.zeros(len(self._panels) * COLUMNS)
+        if bias is not None:
+            self._bias[: self._out] = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is None:
-            return F.linear(x.to(self._weight.dtype), self._weight, self._bias).float()
-        result: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
-        return result
+        if self._panels is None:
+            return F.linear(x.to(self._weight.dtype), self._weight, self._weight_bias).float()
+        # Whole tiles and whole panels are written; the caller sees a view of what it asked for.
+        padded = -(-max(len(x), 1) // TILE) * TILE
+        y = torch.empty(padded, len(self._bias))
+        x = x.contiguous()
+        block = max(TILE, min(_BLOCK_ROWS, _BLOCK_FLOATS // self._in // TILE * TILE))
+        for start in range(0, len(x), block):
+            self._product(x[start : start + block], y[start:])
+        result = y[: len(x), : self._out]
+        return result if self._out == len(self._bias) else result.contiguous()
+
+    def _product(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        panels = self._panels
+        assert panels is not None
+        full = (len(x) - 1) // TILE
+        tail = next(rows for rows in TAILS if rows >= len(x) - full * TILE)
+        threads = min(torch.get_num_threads(), len(panels))
+        scratch = _scratch(threads * (full * TILE + tail) * self._in)
+        counters = (ctypes.c_int64 * 16)()  # the two that threads count in lie in different cache lines
+        counter = ctypes.addressof(counters)
+        arguments = (ctypes.c_int64 * 11)(
+            x.data_ptr(),
+            panels.data_ptr(),
+            self._bias.data_ptr(),
+            y.data_ptr(),
+            len(x),
+            full,
+            self._in,
+            len(panels),
+            counter,
+            counter + 64,
+            scratch.data_ptr(),
+        )
+        kernel = _kernels()[panels.dtype == torch.bfloat16, tail]
+        _parallel()(kernel, ctypes.addressof(arguments), threads, 0)
 
 
-def can_pack(weight: torch.Tensor) -> bool:
-    """Whether FBGEMM runs on this machine and float16 can stand for this weight."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.bfloat16, torch.float16)
-        and "fbgemm" in torch.backends.quantized.supported_engines
-        and bool(weight.abs().max() <= _LARGEST)
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    """Panels [count, in, 32] of a weight [out, in]; in bfloat16 columns j and j + 16 lie beside each other."""
+    out, inputs = weight.shape
+    narrow = weight.dtype == torch.bfloat16
+    count = -(-out // COLUMNS)
+    rows = torch.zeros(count * COLUMNS, inputs, dtype=torch.bfloat16 if narrow else torch.float32)
+    rows[:out] = weight
+    if narrow:
+        return rows.view(count, 2, 16, inputs).permute(0, 3, 2, 1).reshape(count, inputs, COLUMNS).contiguous()
+    return rows.view(count, COLUMNS, inputs).transpose(1, 2).contiguous()
+
+
+def _scratch(floats: int) -> torch.Tensor:
+    """Memory for at least so many floats, kept for the calling thread's next product."""
+    held: torch.Tensor | None = getattr(_local, "scratch", None)
+    if held is None or len(held) < floats:
+        held = _local.scratch = torch.empty(floats)
+    return held
+
+
+@functools.cache
+def _kernels() -> dict[tuple[bool, int], int]:
+    return kernels()
+
+
+@functools.cache
+def _parallel() -> ctypes._NamedFuncPointer:
+    """`GOMP_parallel(function, data, threads, flags)` of torch's own OpenMP runtime; Intel's and LLVM's export it too."""
+    for library in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
+        try:
+            parallel = ctypes.CDLL(str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        parallel.restype = None
+        return parallel
+    raise RuntimeError(
+        "torch's OpenMP runtime was not found beside its libraries; the CPU's matrix products run on its threads"
     )
