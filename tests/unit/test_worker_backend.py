@@ -18,8 +18,10 @@ from worker.backends.torch_rows import RowState
 from worker.backends.torch_threads import quiet_threads
 from worker.checkpoint.config import parse_config
 from worker.checkpoint.weights import expected_tensors
-from worker.model.attention import SPLIT, AttentionPlan, RowSpan
+from worker.cpu.attention import SPLIT
+from worker.model.attention import AttentionPlan, RowSpan
 from worker.model.kv_cache import PagedKVCache
+from worker.model.layer_kernels import LayerKernels
 from worker.offline import OfflineEngine, OfflineRequest
 from worker.step import NewRow, RowStatus, SamplingParams, Step
 
@@ -108,7 +110,8 @@ def test_tokens_do_not_depend_on_the_schedule(model_dir: Path) -> None:
 
 def attention(lengths: list[tuple[int, int]], window: int | None, group: int) -> list[torch.Tensor]:
     """Paged attention of rows that have `start` tokens already and compute `count` more, one result a row."""
-    cache = PagedKVCache(1, KV_HEADS, HEAD_DIM, 256, BLOCK, torch.float32, torch.device("cpu"), poison=True)
+    cache = PagedKVCache(1, KV_HEADS, HEAD_DIM, 256, BLOCK, torch.float32, poison=True)
+    kernels = attention_kernels(group)
     rows, queries, first, block = [], [], 0, 0
     for number, (start, count) in enumerate(lengths):
         keys_values, all_queries = contents(number, start + count, group)
@@ -116,14 +119,23 @@ def attention(lengths: list[tuple[int, int]], window: int | None, group: int) ->
         blocks = np.arange(block, block + needed)[::-1].astype(np.int32)
         block += needed
         positions = np.arange(start + count)
-        slots = blocks[positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK
-        cache.clear(torch.from_numpy(blocks.astype(np.int64)))
-        cache.write(0, cache.slot_index(torch.from_numpy(slots)), keys_values)
+        slots = torch.from_numpy(blocks[positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK)
+        # No rotation and no scale: what is stored is what was given.
+        heads = torch.cat((torch.zeros(len(positions), KV_HEADS * group, HEAD_DIM), keys_values), 1).flatten(1)
+        unturned = torch.ones(1, HEAD_DIM // 2, dtype=torch.complex64)
+        kernels.append(heads, unturned, torch.zeros(len(positions), dtype=torch.int64), slots, cache, 0)
         rows.append(RowSpan(start, count, first, blocks))
         queries.append(all_queries[start:])
         first += count
-    plan = AttentionPlan(rows, cache, group, window)
-    return list(plan.attend(0, cache, torch.cat(queries)).split([count for _, count in lengths]))
+    out = torch.full((first, KV_HEADS * group * HEAD_DIM), torch.nan)
+    queries_of_all = torch.cat(queries).flatten(1)
+    AttentionPlan(rows, group).attend(kernels.compiled, 0, cache, queries_of_all, out, window)
+    return list(out.split([count for _, count in lengths]))
+
+
+def attention_kernels(group: int) -> LayerKernels:
+    config = {**CONFIG, "num_attention_heads": KV_HEADS * group, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
+    return LayerKernels(parse_config(Path("config.json"), config), BLOCK, torch.float32)
 
 
 def contents(number: int, length: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +146,7 @@ def contents(number: int, length: int, group: int) -> tuple[torch.Tensor, torch.
     return keys_values[:length], queries[:length]
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 12])
 @pytest.mark.parametrize("window", [None, 1, 50, 200])
 def test_attention_is_exact_and_keeps_its_bits(window: int | None, group: int) -> None:
     lengths = [(0, 300), (299, 1), (5, 1), (0, 1), (127, 1), (128, 1), (250, 77), (0, 7)]

@@ -18,7 +18,8 @@ from worker.backends.torch_memory import available_bytes, check_sequence_fits, c
 from worker.backends.torch_rows import RowState
 from worker.checkpoint.config import ModelConfig, load_config
 from worker.checkpoint.weights import load_weights
-from worker.model.attention import SPLIT, AttentionPlan, RowSpan
+from worker.cpu.attention import SPLIT
+from worker.model.attention import AttentionPlan, RowSpan
 from worker.model.decoder import Decoder
 from worker.model.kv_cache import PagedKVCache
 from worker.sampling.logprobs import LogprobCollector
@@ -27,7 +28,7 @@ from worker.step import NewRow, RowStatus, SamplingParams, Step, StepOutput
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PROMPT_LOGITS = 64  # prompt positions whose logits are held at once
-_NUMERICS_VERSION = 4  # raise it with every change that can change a bit of the logits
+_NUMERICS_VERSION = 5  # raise it with every change that can change a bit of the logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,9 @@ class TorchBackend:
             weights = load_weights(self._model_dir, config, dtype, device, progress)
             group = self._plan_cache(config, dtype, limit)
             max_model_len = settings.max_model_len or min(limit, group.num_blocks * settings.block_size)
-            self._decoder = Decoder(config, weights, max_model_len)
+            self._decoder = Decoder(config, weights, max_model_len, settings.block_size, dtype)
             self._cache = PagedKVCache(
-                config.num_layers, config.num_kv_heads, config.head_dim, group.num_blocks, settings.block_size, dtype, device,
+                config.num_layers, config.num_kv_heads, config.head_dim, group.num_blocks, settings.block_size, dtype,
                 settings.poison,
             )  # fmt: skip
         self._config = config
@@ -138,8 +139,6 @@ class TorchBackend:
         for row in (*step.freed_rows.tolist(), *(new.row for new in step.new_rows)):
             self._boundary.pop(row, None)
         self._rows.apply(step)
-        fresh = [new.block_ids[-(-new.num_computed // self._settings.block_size) :] for new in step.new_rows]
-        self._cache.clear(torch.from_numpy(np.concatenate((*fresh, step.append_block_ids)).astype(np.int64)))
 
     @torch.inference_mode()
     def forward(self, step: Step) -> None:
@@ -156,14 +155,12 @@ class TorchBackend:
         if not spans:
             self._hidden = torch.empty(0)
             return
-        config = self._config
-        group = config.num_heads // config.num_kv_heads
-        plans = {window: AttentionPlan(spans, self._cache, group, window) for window in set(config.windows)}
+        group = self._config.num_heads // self._config.num_kv_heads
         self._hidden = self._decoder.forward(
             torch.from_numpy(state.gather_tokens(rows, positions)),
             torch.from_numpy(positions),
-            self._cache.slot_index(torch.from_numpy(state.gather_slots(rows, positions))),
-            plans,
+            torch.from_numpy(state.gather_slots(rows, positions)),
+            AttentionPlan(spans, group),
             self._cache,
         )
         state.num_computed[step.rows] += counts

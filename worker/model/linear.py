@@ -1,20 +1,18 @@
-"""Matrix products of float32 activations with weights in the layout that the CPU reads fastest (worker/model/panels.py).
+"""Matrix products of float32 activations with weights in the layout that the CPU reads fastest (worker/cpu/product.py).
 
-Weights stay in bfloat16 where they are, all else becomes float32; nothing is rounded. The threads are those of torch's own OpenMP
-pool: a second pool on the same cores would halve the speed of both.
+Weights stay in bfloat16 where they are, all else becomes float32; nothing is rounded.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import threading
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from llvmlite import ir
 
-from worker.model.panels import COLUMNS, TAILS, TILE, kernels
+from worker.cpu.compiler import Kernels
+from worker.cpu.product import COLUMNS, TAILS, TILE, add_product
 
 _BLOCK_ROWS = 128  # a panel is read again for the next block
 _BLOCK_FLOATS = 262_144  # 1 MiB: a thread's copy of a block's activations stays in its level 2 cache
@@ -25,19 +23,14 @@ class Linear:
     """y = x W^T + b for float32 x [rows, in] and y [rows, out]; the weight [out, in] is not needed after construction."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._panels: torch.Tensor | None = None
-        if weight.device.type != "cpu":
-            self._weight, self._weight_bias = weight, bias
-            return
         self._out, self._in = weight.shape
         self._panels = _pack(weight)
+        self._kernel = _kernel(self._panels.dtype == torch.bfloat16)
         self._bias = torch.zeros(len(self._panels) * COLUMNS)
         if bias is not None:
             self._bias[: self._out] = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._panels is None:
-            return F.linear(x.to(self._weight.dtype), self._weight, self._weight_bias).float()
         # Whole tiles and whole panels are written; the caller sees a view of what it asked for.
         padded = -(-max(len(x), 1) // TILE) * TILE
         y = torch.empty(padded, len(self._bias))
@@ -50,28 +43,23 @@ class Linear:
 
     def _product(self, x: torch.Tensor, y: torch.Tensor) -> None:
         panels = self._panels
-        assert panels is not None
         full = (len(x) - 1) // TILE
         tail = next(rows for rows in TAILS if rows >= len(x) - full * TILE)
         threads = min(torch.get_num_threads(), len(panels))
         scratch = _scratch(threads * (full * TILE + tail) * self._in)
-        counters = (ctypes.c_int64 * 16)()  # the two that threads count in lie in different cache lines
-        counter = ctypes.addressof(counters)
-        arguments = (ctypes.c_int64 * 11)(
+        arguments = (
             x.data_ptr(),
             panels.data_ptr(),
             self._bias.data_ptr(),
             y.data_ptr(),
             len(x),
             full,
+            tail,
             self._in,
             len(panels),
-            counter,
-            counter + 64,
             scratch.data_ptr(),
         )
-        kernel = _kernels()[panels.dtype == torch.bfloat16, tail]
-        _parallel()(kernel, ctypes.addressof(arguments), threads, 0)
+        self._kernel.launch("product", arguments, threads)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -95,21 +83,7 @@ def _scratch(floats: int) -> torch.Tensor:
 
 
 @functools.cache
-def _kernels() -> dict[tuple[bool, int], int]:
-    return kernels()
-
-
-@functools.cache
-def _parallel() -> ctypes._NamedFuncPointer:
-    """`GOMP_parallel(function, data, threads, flags)` of torch's own OpenMP runtime; Intel's and LLVM's export it too."""
-    for library in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
-        try:
-            parallel = ctypes.CDLL(str(library)).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        parallel.restype = None
-        return parallel
-    raise RuntimeError(
-        "torch's OpenMP runtime was not found beside its libraries; the CPU's matrix products run on its threads"
-    )
+def _kernel(narrow: bool) -> Kernels:
+    module = ir.Module("product")
+    add_product(module, "product", narrow)
+    return Kernels(str(module), ["product"])

@@ -16,11 +16,6 @@ def rotary_table(rope: RopeConfig, head_dim: int, max_model_len: int, device: to
     return torch.polar(torch.full_like(angles, rope.attention_factor), angles).to(device)
 
 
-def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> None:
-    """Rotate float32 heads [tokens, heads, head_dim], pairs adjacent, in place by complex64 [tokens, heads or 1, head_dim / 2]."""
-    torch.view_as_complex(heads.view(*heads.shape[:-1], -1, 2)).mul_(rotations)
-
-
 def adjacent_pairs(num_heads: int, head_dim: int) -> torch.Tensor:
     """Order of the rows of a projection that makes pairs adjacent: int64 [num_heads * head_dim].
 
