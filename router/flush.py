@@ -3,8 +3,8 @@
 A message to a client costs 26 to 55 µs whatever it holds, so a busy router must merge. Sending what is there whenever a
 stream is woken doesn't merge under overload: the loop stays behind and lag grows. So time is cut into windows: the
 first `burst` messages of a window leave at once, all others wait for its end, where each stream gets one message with
-everything. A window is as long as `interval`, or one and a half times what the last window's messages took to write:
-at most two thirds of the loop's time go into writing, and under overload messages get larger, not more.
+everything. No token waits longer than `interval` for its window to end; where writing takes longer than that, reading goes on
+between the writes, and messages get larger, not more.
 """
 
 from __future__ import annotations
@@ -51,13 +51,6 @@ class FlushPolicy(Generic[K]):
         self._window_end = now + self._interval
         self._left = len(waiting)
         return waiting
-
-    def spent(self, begun: float, now: float) -> None:
-        """The writes of the window that `take` ended at `begun` took until now: half as much again belongs to reading.
-
-        Without this a router whose writes take longer than the interval would only write, and fall behind what comes in.
-        """
-        self._window_end = max(self._window_end, now + (now - begun) / 2)
 
     def forget(self, key: K) -> None:
         """The stream is gone."""

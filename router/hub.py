@@ -203,10 +203,8 @@ class Hub:
     def _end_window(self) -> None:
         self._flush_timer = None
         now, due_at = self.now(), self._flush.due_at
-        if due_at is None or due_at > now + 1e-3:  # the window has become longer
+        if due_at is None or due_at > now + 1e-3:  # the streams it was set for are gone
             self._arm()
             return
         for stream in self._flush.take(now):
             stream.wake()
-        # Runs after the streams just woken have written.
-        self._loop.call_soon(lambda: self._flush.spent(now, self.now()))
