@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from worker.cpu.compiler import has_feature
 from worker.model.linear import Linear
 
 ROWS = (1, 2, 3, 5, 7, 8, 13, 14, 15, 16, 17, 28, 31, 64, 100, 121, 240)
@@ -65,3 +66,19 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
         assert torch.equal(linear(x), expected)
     finally:
         torch.set_num_threads(before)
+
+
+def test_small_tiles_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without AVX-512 takes tiles of two rows."""
+    x = torch.randn(240, 576, generator=torch.Generator().manual_seed(5))
+    wide, weight, bias = make(960, 576, torch.bfloat16)
+    monkeypatch.setattr("worker.model.linear.has_feature", lambda name: not wide_tiles())
+    narrow = Linear(weight, bias)
+    assert {wide._tile, narrow._tile} == {2, 8}
+    for count in ROWS:
+        assert torch.equal(narrow(x[:count]), wide(x[:count]))
+
+
+def wide_tiles() -> bool:
+    """Whether this processor takes the larger tiles by itself."""
+    return bool(has_feature("avx512f"))

@@ -2,7 +2,8 @@
 
     naive        one row against one column: every weight is read, used once and dropped; the adds of a sum wait for each other
     panels       32 columns of W side by side for each k: a step of the loop is one cache line, 32 independent sums
-    tiles        8 rows of x share each line of the panel: 16 sums in registers, 16 multiply-adds for one load
+    tiles        8 rows of x share each line of the panel: 16 sums in registers, 16 multiply-adds for one load. A processor without
+                 AVX-512 has registers for 2 rows: with 8 it spent its time in spills (438 ms instead of 272 for 128 rows)
     prefetch     lines are asked for 4 KiB before they are needed; without that, reading and arithmetic took turns, not together
     shared list  threads take the next panel from a counter, so one that loses its core to a neighbour takes fewer
 
@@ -24,46 +25,54 @@ from llvmlite import ir
 from worker.cpu.emitter import F32, I32, Emitter, Value
 
 COLUMNS = 32  # of a panel: two vectors of 16 floats
-TILE = 8  # rows of x that share a panel's line
-TAILS = (1, 2, 4, 8)  # the last tile of a product has as few rows as one of these allows
 _LANES = 16
 _AHEAD_BYTES = 4096
 _ARGUMENTS = (
     "x_at",  # float32 [rows][depth]
     "panels_at",  # [count][depth][32], bfloat16 or float32
     "bias_at",  # float32 [count * 32]
-    "y_at",  # float32 [full * 8 + tail][count * 32]
+    "y_at",  # float32 [full * tile + tail][count * 32]
     "rows",
-    "full",  # tiles of 8 rows before the tail
-    "tail",  # rows of the tail, one of TAILS
+    "full",  # whole tiles before the tail
+    "tail",  # rows of the tail, one of `tails`
     "depth",
     "count",  # of panels
-    "scratch_at",  # float32 [threads][(full * 8 + tail) * depth]
+    "scratch_at",  # float32 [threads][(full * tile + tail) * depth]
 )
 
 
-def add_product(module: Value, name: str, narrow: bool) -> None:
+def tile_rows(wide_registers: bool) -> int:
+    """Rows of x that share a panel's line: as many as have their sums in registers (32 of 512 bits, or 16 of 256)."""
+    return 8 if wide_registers else 2
+
+
+def tails(tile: int) -> tuple[int, ...]:
+    """The last tile of a product has as few rows as one of these allows."""
+    return tuple(rows for rows in (1, 2, 4, 8) if rows <= tile)
+
+
+def add_product(module: Value, name: str, narrow: bool, tile: int) -> None:
     """Each thread copies x into tiles of its own, [depth][rows of the tile], then takes panels of bfloat16 (narrow) or float32."""
     e = Emitter(module, name)
     x_at, panels_at, bias_at, y_at, rows, full, tail, depth, count, scratch_at = e.arguments(_ARGUMENTS)
-    full_rows = e.times(full, TILE)
+    full_rows = e.times(full, tile)
     own = e.at(scratch_at, e.mul(e.count(1), e.mul(e.sum(full_rows, tail), depth)))
     own_tail = e.at(own, e.mul(full_rows, depth))
-    with e.loop(full) as tile:
-        first = e.times(tile, TILE)
-        _copy(e, x_at, first, rows, depth, e.at(own, e.mul(first, depth)), e.integer(TILE))
+    with e.loop(full) as number:
+        first = e.times(number, tile)
+        _copy(e, x_at, first, rows, depth, e.at(own, e.mul(first, depth)), e.integer(tile))
     _copy(e, x_at, full_rows, rows, depth, own_tail, tail)
     stride = e.times(count, COLUMNS)
-    with e.items(count) as number:
-        column = e.times(number, COLUMNS)
-        panel = e.at(panels_at, e.times(e.mul(number, depth), _LANES if narrow else COLUMNS), I32)
+    with e.items(count) as taken:
+        column = e.times(taken, COLUMNS)
+        panel = e.at(panels_at, e.times(e.mul(taken, depth), _LANES if narrow else COLUMNS), I32)
         bias, y = e.at(bias_at, column), e.at(y_at, column)
-        with e.loop(full) as tile:
-            first = e.times(tile, TILE)
+        with e.loop(full) as number:
+            first = e.times(number, tile)
             y_tile = e.at(y, e.mul(first, stride))
-            _tile(e, e.at(own, e.mul(first, depth)), panel, bias, y_tile, stride, depth, narrow, TILE)
+            _tile(e, e.at(own, e.mul(first, depth)), panel, bias, y_tile, stride, depth, narrow, tile)
         y_tail = e.at(y, e.mul(full_rows, stride))
-        for size in TAILS:
+        for size in tails(tile):
             with e.if_then(e.icmp_signed("==", tail, e.integer(size))):
                 _tile(e, own_tail, panel, bias, y_tail, stride, depth, narrow, size)
     e.ret_void()

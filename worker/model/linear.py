@@ -11,8 +11,8 @@ import threading
 import torch
 from llvmlite import ir
 
-from worker.cpu.compiler import Kernels
-from worker.cpu.product import COLUMNS, TAILS, TILE, add_product
+from worker.cpu.compiler import Kernels, has_feature
+from worker.cpu.product import COLUMNS, add_product, tails, tile_rows
 
 _BLOCK_ROWS = 128  # a panel is read again for the next block
 _BLOCK_FLOATS = 262_144  # 1 MiB: a thread's copy of a block's activations stays in its level 2 cache
@@ -25,17 +25,18 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._out, self._in = weight.shape
         self._panels = _pack(weight)
-        self._kernel = _kernel(self._panels.dtype == torch.bfloat16)
+        self._tile = tile_rows(has_feature("avx512f"))
+        self._kernel = _kernel(self._panels.dtype == torch.bfloat16, self._tile)
         self._bias = torch.zeros(len(self._panels) * COLUMNS)
         if bias is not None:
             self._bias[: self._out] = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # Whole tiles and whole panels are written; the caller sees a view of what it asked for.
-        padded = -(-max(len(x), 1) // TILE) * TILE
+        padded = -(-max(len(x), 1) // self._tile) * self._tile
         y = torch.empty(padded, len(self._bias))
         x = x.contiguous()
-        block = max(TILE, min(_BLOCK_ROWS, _BLOCK_FLOATS // self._in // TILE * TILE))
+        block = max(self._tile, min(_BLOCK_ROWS, _BLOCK_FLOATS // self._in // self._tile * self._tile))
         for start in range(0, len(x), block):
             self._product(x[start : start + block], y[start:])
         result = y[: len(x), : self._out]
@@ -43,10 +44,10 @@ class Linear:
 
     def _product(self, x: torch.Tensor, y: torch.Tensor) -> None:
         panels = self._panels
-        full = (len(x) - 1) // TILE
-        tail = next(rows for rows in TAILS if rows >= len(x) - full * TILE)
+        full = (len(x) - 1) // self._tile
+        tail = next(rows for rows in tails(self._tile) if rows >= len(x) - full * self._tile)
         threads = min(torch.get_num_threads(), len(panels))
-        scratch = _scratch(threads * (full * TILE + tail) * self._in)
+        scratch = _scratch(threads * (full * self._tile + tail) * self._in)
         arguments = (
             x.data_ptr(),
             panels.data_ptr(),
@@ -83,7 +84,7 @@ def _scratch(floats: int) -> torch.Tensor:
 
 
 @functools.cache
-def _kernel(narrow: bool) -> Kernels:
+def _kernel(narrow: bool, tile: int) -> Kernels:
     module = ir.Module("product")
-    add_product(module, "product", narrow)
+    add_product(module, "product", narrow, tile)
     return Kernels(str(module), ["product"])
