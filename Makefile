@@ -10,6 +10,7 @@ BENCH_ARGS ?=
 
 BIN := $(CURDIR)/.venv/bin
 LOCAL := $(BIN)/python -m deploy.local
+IF_MADE = [ -x "$(BIN)/python" ] || { echo "No cluster runs here; make up starts one."; exit 0; };
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
@@ -30,16 +31,16 @@ up: ## start a cluster and wait until it serves (MODEL= WORKERS= BACKEND= RUNTIM
 	@$(LOCAL) up --model "$(MODEL)" --workers "$(WORKERS)" --backend "$(BACKEND)" --runtime "$(RUNTIME)"
 
 down: ## stop it
-	@if [ -x "$(BIN)/python" ]; then $(LOCAL) down; else echo "No cluster runs here."; fi
+	@$(IF_MADE) $(LOCAL) down
 
 logs: ## follow the logs (NAME=worker-1 for one process)
-	@$(LOCAL) logs --name "$(NAME)"
+	@$(IF_MADE) $(LOCAL) logs --name "$(NAME)"
 
 ps: ## the processes, their addresses and health
-	@$(LOCAL) ps
+	@$(IF_MADE) $(LOCAL) ps
 
 worker: ## add a worker to the running cluster (MODEL= for another model)
-	@$(LOCAL) worker --model "$(MODEL)" --backend "$(BACKEND)"
+	@$(IF_MADE) $(LOCAL) worker --model "$(MODEL)" --backend "$(BACKEND)"
 
 test: dev ## all tests that need no GPU (PYTEST_ARGS=)
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(PYTEST_ARGS)

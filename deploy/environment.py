@@ -20,6 +20,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from deploy import pip_progress
+
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "deploy" / "requirements"
 SERVICES = ("router", "scheduler", "worker")
@@ -75,15 +77,15 @@ def ensure(wanted: str, directory: Path) -> bool:
     subprocess.run([*pip, "install", "--quiet", "--disable-pip-version-check", PIP], check=True)
     if wanted in WITH_TORCH and not _has_torch(directory):
         announce_torch(pip)
-    install = [*pip, "install", "--disable-pip-version-check"]
+    log = directory / f"pip-{wanted}.log"
     print(f"Installing what {wanted!r} needs (deploy/requirements/{wanted}.txt)", flush=True)
-    subprocess.run([*install, "-r", str(REQUIREMENTS / f"{wanted}.txt")], check=True)
+    pip_progress.install(pip, ["-r", str(REQUIREMENTS / f"{wanted}.txt")], log)
     if wanted in SERVICES:
         _write_path_file(directory)
     else:
         # Our own package last and without its dependencies: they are pinned above. Setuptools is among them.
         own = ["--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
-        subprocess.run([*install, *own], check=True)
+        subprocess.run([*pip, "install", "--disable-pip-version-check", *own], check=True)
     stamp.write_text(digest)
     return True
 

@@ -25,7 +25,7 @@ from deploy.commands import (
     visible_gpus,
     worker_env,
 )
-from deploy.model import DEFAULT_MODEL, Model, resolve
+from deploy.model import DEFAULT_MODEL, Model, name_of, resolve
 from deploy.ports import free_address
 from deploy.readiness import ClusterError, read_ready
 from deploy.state import RUN, Cluster
@@ -44,7 +44,7 @@ def up(model_name: str | None, workers: int, backend: str | None, timeout: float
     if supervisor.is_running():
         if running is not None:
             show.summary(running, already=True)
-            if model_name is not None and resolve(model_name).name != running.model:
+            if model_name is not None and name_of(model_name) != running.model:
                 print(
                     f"To serve {model_name} as well: make worker MODEL={model_name}. Instead: make down, then make up."
                 )
@@ -200,14 +200,14 @@ def logs(name: str | None, follow: bool) -> int:
 
 
 def ps() -> int:
-    """Show the processes. Returns 1 where none runs."""
+    """Show the processes; that there are none is an answer too. Returns an exit code."""
     cluster = state.read()
     if cluster is not None and cluster.runtime == "docker":
         return docker.ps()
     supervisor = Supervisor(RUN)
     if not supervisor.is_running():
-        print("No cluster runs here.")
-        return 1
+        print("No cluster runs here; make up starts one.")
+        return 0
     show.processes(supervisor.states(), RUN / "ready")
     return 0
 

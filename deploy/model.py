@@ -26,18 +26,24 @@ class Model:
     backend: str | None
 
 
+def name_of(model: str) -> str:
+    """What clients would ask for, found without fetching anything."""
+    if is_mock(model):
+        return model.partition(":")[2] or "mock"
+    directory = Path(model).expanduser()
+    return directory.resolve().name if directory.is_dir() else model
+
+
 def resolve(model: str, served_name: str | None = None, backend: str | None = None) -> Model:
     """Find or fetch a model. Shows progress where it downloads. Raises ClusterError."""
+    name = served_name or name_of(model)
     if is_mock(model):
-        name = served_name or model.partition(":")[2] or "mock"
         return Model(model, name, served_name, "mock")
     directory = Path(model).expanduser()
     if directory.is_dir():
-        name = served_name or directory.resolve().name
         return Model(str(directory.resolve()), name, name, backend)
     if model.startswith(("/", "./", "../", "~")):
         raise ClusterError(f"no such directory: {model}")
-    name = served_name or model
     return Model(str(_pull(model)), name, name, backend)
 
 

@@ -41,7 +41,8 @@ def processes(states: Mapping[str, State], ready: Path) -> None:
         rows.append(
             (
                 state.name,
-                state.state.lower(),
+                # The process runner calls a process starting for its first seconds, whatever it says itself.
+                "running" if told and state.state == "STARTING" else state.state.lower(),
                 str(state.pid or "-"),
                 f"{state.uptime} s",
                 told.address if told else "-",
@@ -91,11 +92,11 @@ def tries(cluster: Cluster) -> list[str]:
         header = f'-H "authorization: Bearer $(cat {path})" '
         variable = f"OCTAVO_CLUSTER_TOKEN_FILE={path} "
     call = f"{_tool('grpcurl')} -plaintext {header}-d {shlex.quote(json.dumps(request))} {router}"
-    octavo = variable + _tool("octavo")
+    octavo, model = variable + _tool("octavo"), shlex.quote(cluster.model)
     return [
         f"{call} octavo.v1.InferenceService/Generate",
-        f"{octavo} chat",
-        f"{octavo} generate --max-tokens 32 {shlex.quote('The capital of France is')}",
+        f"{octavo} chat --model {model}",
+        f"{octavo} generate --model {model} --max-tokens 32 {shlex.quote('The capital of France is')}",
     ]
 
 

@@ -67,6 +67,14 @@ def test_nobody_there_is_one_sentence() -> None:
     assert result.exit_code == 1
     assert result.stderr.startswith("error: UNAVAILABLE: ")
     assert result.stderr.count("\n") == 1
+    assert "`make up`" in result.stderr
+
+
+def test_several_models_say_how_to_choose() -> None:
+    play = Play(break_at=0, error=OctavoError(Reason.INVALID_ARGUMENT, "model: must be one of a, b"))
+    with FakeRouter([play]) as router:
+        result = run("generate", "hi", "--address", router.address)
+    assert result.stderr == "error: INVALID_ARGUMENT: model: must be one of a, b (choose with --model)\n"
 
 
 def test_settings_errors_are_one_sentence() -> None:

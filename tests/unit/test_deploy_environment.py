@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import environment, import_check
+from deploy import environment, import_check, pip_progress
 from deploy.environment import REQUIREMENTS, ROOT, EnvironmentProblem
 
 
@@ -29,21 +29,17 @@ def test_a_python_without_venv_is_told_which_package_to_install(monkeypatch: pyt
 
 
 def test_nothing_is_installed_while_the_stamp_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
-
-    def record(command: list[str], **options: object) -> subprocess.CompletedProcess[bytes]:
-        calls.append(command)
-        return subprocess.CompletedProcess(command, 0)
+    installs: list[list[str]] = []
 
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
     (tmp_path / "lib/python3.11/site-packages").mkdir(parents=True)
-    monkeypatch.setattr(subprocess, "run", record)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(pip_progress, "install", lambda pip, arguments, log: installs.append(arguments))
     assert environment.ensure("router", tmp_path)
-    installs = [call for call in calls if "-r" in call]
-    assert installs[0][-1] == str(REQUIREMENTS / "router.txt")
+    assert installs == [["-r", str(REQUIREMENTS / "router.txt")]]
     assert not environment.ensure("router", tmp_path)
-    assert [call for call in calls if "-r" in call] == installs
+    assert len(installs) == 1
 
     monkeypatch.setattr(environment, "PIP", "pip==0")  # another installation is wanted now
     assert environment.ensure("router", tmp_path)
@@ -55,12 +51,11 @@ def test_an_interrupted_installation_leaves_no_stamp(tmp_path: Path, monkeypatch
     stamp = tmp_path / ".octavo-scheduler"
     stamp.write_text("an older installation")
 
-    def interrupt(command: list[str], **options: object) -> subprocess.CompletedProcess[bytes]:
-        if "-r" in command:
-            raise KeyboardInterrupt
-        return subprocess.CompletedProcess(command, 0)
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(subprocess, "run", interrupt)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(pip_progress, "install", interrupt)
     with pytest.raises(KeyboardInterrupt):
         environment.ensure("scheduler", tmp_path)
     assert not stamp.exists()

@@ -219,7 +219,7 @@ def test_hub_download_goes_on_and_drops_what_another_revision_left(tmp_path: Pat
 
 
 def test_hub_out_of_reach(tmp_path: Path) -> None:
-    with pytest.raises(PullError, match="could not download org/good"):
+    with pytest.raises(PullError, match="could not download org/good from http"):
         download_repo("org/good", tmp_path, endpoint="http://127.0.0.1:1")
 
 

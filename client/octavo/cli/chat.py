@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from octavo.cli import options
 from octavo.cli.generate import chosen_options
+from octavo.cli.problem import sentence
 from octavo.cli.terminal import Answer, stderr_console
 from octavo.client import Client, GenerateOptions, OctavoError
 
@@ -110,7 +111,7 @@ def _converse(conversation: Conversation, *, interactive: bool) -> None:
             except OctavoError as error:
                 if not interactive:
                     raise
-                console.print(f"error: {error}", style="red", markup=False)
+                console.print(f"error: {sentence(error)}", style="red", markup=False)
 
 
 def _read_line(interactive: bool) -> str | None:

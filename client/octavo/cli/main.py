@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from octavo.cli import bench, chat, generate, inspect, model_files, serve
-from octavo.cli.problem import CommandProblem
+from octavo.cli.problem import CommandProblem, sentence
 from octavo.cli.terminal import stderr_console
 from octavo.client import ConnectionProblem, OctavoError
 from typer.core import TyperGroup
@@ -18,7 +18,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except (OctavoError, ConnectionProblem, CommandProblem) as error:
-            stderr_console().print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            stderr_console().print(f"error: {sentence(error)}", style="red", markup=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
 

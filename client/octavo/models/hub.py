@@ -60,7 +60,7 @@ def download_repo(
     except errors.RepositoryNotFoundError as error:
         raise PullError(f"{repo_id} does not exist on the hub, or is private and HF_TOKEN gives no access") from error
     except (OSError, http_error) as error:
-        raise PullError(f"could not download {repo_id}: {error}") from error
+        raise PullError(f"could not download {repo_id} from {api.endpoint}: {error}") from error
     shutil.rmtree(directory / ".cache", ignore_errors=True)  # the hub client's notes about partial files
     for path in directory.iterdir():
         if path.name not in sizes:  # from an earlier attempt, at another revision
