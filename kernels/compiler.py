@@ -71,7 +71,7 @@ class Compiler:
             arch=self.architecture,
             std="c++17",
             include_path=[str(directory), str(SOURCE_DIR), *map(str, cuda_include_paths())],
-            define_macro=[(name, str(value)) for name, value in sorted(definitions.items())],
+            define_macro=[(name, str(value)) for name, value in sorted(definitions.items())] or None,
             ptxas_options=["-v"],
         )
         log = io.StringIO()

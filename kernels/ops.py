@@ -280,7 +280,7 @@ class KernelOps:
     ) -> None:
         """One token for each row with top_k, top_p or min_p."""
         self._launch(
-            "sample", "choose_truncated", (rows,), 1024,
+            "truncated_sample", "choose_truncated", (rows,), 1024,
             _at(logits), _at(processed), Int(logits.stride(0)), Int(vocab), _at(sample_rows), _at(fields), _at(raw_state),
             _at(chosen), _at(status),
         )  # fmt: skip

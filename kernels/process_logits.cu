@@ -8,7 +8,7 @@
 // Ladder
 //   1. dense masks and biases [rows, vocab] made on the CPU each step: 0.5 MB a row over PCIe
 //   2. sparse lists on the device, a kernel for each rule: six passes over the row
-//   3. one block owns a part of a row and applies all rules to it in turn, with barriers between them (this one)
+//   3. one block owns a part of a row and applies the dense rules on the way, the sparse ones after a barrier (this one)
 #include "row_state.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -24,34 +24,32 @@ process_logits(const float* __restrict__ logits, int stride, int vocab, const in
   int part = (vocab + PARTS - 1) / PARTS, begin = blockIdx.y * part, end = min(vocab, begin + part);
   const float* from = logits + (size_t)s * stride;
   float* to = processed + (size_t)s * stride;
+  const int* extras = reinterpret_cast<const int*>(f.extras);
+  const u32* allowed = reinterpret_cast<const u32*>(f.allowed);
+  const u32* seen = counts + (size_t)row * vocab;
+  bool penalties = f.flags & PENALTIES;
+  auto changed = [&](float x, int v) {
+    u32 count = penalties ? seen[v] : 0;
+    if (count) x = x > 0 ? x / f.repetition_penalty : x * f.repetition_penalty;
+    if (count & 0x7fffffff) x -= f.presence_penalty + f.frequency_penalty * (float)(count & 0x7fffffff);
+    return !allowed || allowed[v / 32] >> (v % 32) & 1 ? x : -INF;
+  };
   u32 state = 0;
+#pragma unroll 4
   for (int v = begin + threadIdx.x; v < end; v += 256) {
     float x = from[v];
     state |= x != x || x == INF ? 1 : x > -INF ? 2 : 0;
-    to[v] = x;
+    to[v] = changed(x, v);
   }
   state = __reduce_or_sync(~0u, state);
   if (threadIdx.x % 32 == 0 && state) atomicOr(raw_state + s, state);
   __syncthreads();
-  const int* extras = reinterpret_cast<const int*>(f.extras);
+  // A bias comes before the penalties: the few tokens that have one are done again.
   for (int i = threadIdx.x; i < f.num_bias; i += 256) {
     int v = extras[i];
-    if (v >= begin && v < end) to[v] += __int_as_float(extras[f.num_bias + i]);
+    if (v >= begin && v < end) to[v] = changed(from[v] + __int_as_float(extras[f.num_bias + i]), v);
   }
   __syncthreads();
-  const u32* allowed = reinterpret_cast<const u32*>(f.allowed);
-  if (allowed || f.flags & PENALTIES) {
-    for (int v = begin + threadIdx.x; v < end; v += 256) {
-      float x = to[v];
-      if (f.flags & PENALTIES) {
-        u32 count = counts[(size_t)row * vocab + v];
-        if (count) x = x > 0 ? x / f.repetition_penalty : x * f.repetition_penalty;
-        if (count & 0x7fffffff) x -= f.presence_penalty + f.frequency_penalty * (float)(count & 0x7fffffff);
-      }
-      to[v] = !allowed || allowed[v / 32] >> (v % 32) & 1 ? x : -INF;
-    }
-    __syncthreads();
-  }
   auto ban = [&](int v) {
     if (v >= begin && v < end) to[v] = -INF;
   };

@@ -119,7 +119,8 @@ def kernel_specs(shape: KernelShape, matvec_depth: int) -> dict[str, KernelSpec]
         "prefill_attention": KernelSpec("prefill_attention.cu", heads, ("prefill_attention",)),
         "row_state": KernelSpec("row_state.cu", {"BLOCK_SIZE": shape.block_size, "SPLIT": shape.split}, rows),
         "process_logits": KernelSpec("process_logits.cu", {"PARTS": SAMPLE_PARTS}, ("process_logits",)),
-        "sample": KernelSpec("sample.cu", {"PARTS": SAMPLE_PARTS}, ("choose", "choose_truncated", "commit")),
+        "sample": KernelSpec("sample.cu", {"PARTS": SAMPLE_PARTS}, ("choose", "commit")),
+        "truncated_sample": KernelSpec("truncated_sample.cu", {}, ("choose_truncated",)),
         "logprobs": KernelSpec("logprobs.cu", {"WANTED": MAX_LOGPROBS}, ("logprobs",)),
     }
     for k in sorted({shape.hidden_size, shape.q_size, shape.intermediate_size}):

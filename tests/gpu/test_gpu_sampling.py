@@ -195,3 +195,67 @@ def test_logprobs_describe_raw_logits() -> None:
         np.testing.assert_allclose(columns.logprobs[part], expected, atol=2e-5)
         assert columns.rank[i] == int((logits[i] > logits[i, known[i]]).sum()) + 1
         at = part.stop
+
+
+def _hard_logits(vocab: int) -> dict[str, torch.Tensor]:
+    """Distributions for which a histogram of equal steps is the wrong tool, and some that fill or overflow its lists."""
+    plain = torch.randn(vocab, generator=torch.Generator().manual_seed(7))
+    outlier, floor, masked, two = (plain.clone() for _ in range(4))
+    outlier[vocab // 2] = 1e4  # all the others share a bin
+    floor[::2] = -1e30
+    masked[torch.arange(vocab) % 97 != 5] = -torch.inf
+    two[::3] += 40  # nothing in between
+    return {
+        "normal": plain * 3,
+        "flat": plain * 1e-3,
+        "narrow": plain * 1e-6 + 20,
+        "outlier": outlier,
+        "floor": floor,
+        "masked": masked,
+        "two hills": two,
+        "steps": (plain * 4).round(),
+        "equal": torch.full((vocab,), 3.0),
+        "subnormal": plain * 1e-42,
+    }
+
+
+@pytest.mark.parametrize("kind", _hard_logits(8))
+def test_truncation_of_hard_distributions(kind: str) -> None:
+    vocab, trials = 50_257, 12
+    ties = kind in ("steps", "equal", "subnormal", "narrow")  # top_p keeps ties at its edge, the reference does not
+    params = [
+        SamplingParams(temperature=1.0, top_k=1),
+        SamplingParams(temperature=0.7, top_k=40),
+        SamplingParams(temperature=2.0, top_k=6000),
+        SamplingParams(temperature=1.0, top_k=vocab - 1),
+        SamplingParams(temperature=1.0, min_p=0.3),
+        *(
+            []
+            if ties
+            else [
+                SamplingParams(temperature=1.0, top_p=0.9),
+                SamplingParams(temperature=1.0, top_p=0.01),
+                SamplingParams(temperature=0.05, top_p=0.999),
+                SamplingParams(temperature=1.5, top_k=3000, top_p=0.5),
+                SamplingParams(temperature=1.0, top_k=200, top_p=0.95, min_p=0.001),
+            ]
+        ),
+    ]
+    count = len(params) * trials
+    _, rows, sampler = make_rows(vocab, count)
+    known = np.arange(10, dtype=np.int32)
+    chosen = [params[row % len(params)] for row in range(count)]
+    rows.apply(
+        new_step([NewRow(row, known, 10, 10, np.array([0], np.int32), row, chosen[row]) for row in range(count)])
+    )
+    logits = _hard_logits(vocab)[kind].expand(count, vocab).contiguous()
+    sampler.logits[:count, :vocab] = logits.cuda()
+    sampler.sample(ints(list(range(count))), count, False, True)
+    tokens, status = sampler.result[:, :count].cpu().numpy()
+    expected, _ = reference_sample(logits, [RowContext(chosen[row], row, known, 10) for row in range(count)])
+    assert not status.any()
+    wrong = [
+        (chosen[row], int(tokens[row]), int(expected[row])) for row in range(count) if tokens[row] != expected[row]
+    ]
+    # The reference works in float64: a near-tie, or a token at the very edge of top_p, may fall the other way.
+    assert len(wrong) <= 1, wrong

@@ -26,6 +26,7 @@ HOT = {
     "silu_mul",
     "qkv_epilogue",
     "choose",
+    "choose_truncated",
 }
 
 

@@ -1,0 +1,242 @@
+// One token for each sampling row with top_k, top_p or min_p. grid (rows); shapes as in sample.cu.
+//
+// top_k and top_p ask for a threshold: the largest x such that the count (the mass) of all tokens at or above it reaches k (p).
+// Counts and masses are integers, masses in units of 2^-40 of the best token's, so their sums do not depend on any order.
+//
+// Bound by bytes: 4 a logit and pass.
+// Ladder
+//   1. sort, cumulative sum, draw: a sort of 128k entries a row, some twenty passes
+//   2. a search over the 32 bits of x, 4 bits a pass, 15 pivots at once: eight passes for each of top_k and top_p
+//   3. a histogram of BINS equal steps of x finds the bin that holds the threshold; the tokens of that bin, a few hundred even where
+//      the distribution is flat, are listed in shared memory and searched there; so are all tokens above it where they are few, as
+//      in any real distribution, and the draw is among those. Three passes: the best, the histogram, the list (this one)
+//
+// Lists that would overflow are not used: the search then goes on over the row itself, with a histogram of 11 bits of x a pass.
+#include "choice.cuh"
+
+constexpr int WIDE = 1024;  // threads of a block
+constexpr int BINS = 2048;
+constexpr int MEMBERS = 1024;      // tokens of the threshold's bin that can be listed
+constexpr int CANDIDATES = 2048;   // tokens in and above it that can be listed
+constexpr float LEAST = -3.402823466e38f;  // finite: a token of -inf is a forbidden one
+
+struct Shared {
+  u32 low[BINS], high[BINS];  // histogram: a sum is high * 2^32 + low
+  u64 warp_sums[WIDE / 32];
+  u64 above;
+  u32 bin, least_key, most_key, num_members, num_candidates, raw;
+  float values[WIDE / 32][2];
+  Best best[WIDE / 32];
+  float member[MEMBERS], candidate[CANDIDATES];
+  int token[CANDIDATES];
+};
+
+// visit(x, token) for every token of the row, or of the candidates where they are listed; tokens past the end come as -inf.
+template <typename Visit>
+__device__ __forceinline__ void for_each(const float* row, int vocab, const Shared& s, bool listed, Visit visit) {
+  if (listed) {
+    for (int first = 0; first < (int)s.num_candidates; first += WIDE) {
+      int i = first + threadIdx.x;
+      visit(i < (int)s.num_candidates ? s.candidate[i] : -INF, i < (int)s.num_candidates ? s.token[i] : 0);
+    }
+    return;
+  }
+  constexpr int AHEAD = 4;  // loads under way before the first is used
+  for (int first = 0; first < vocab; first += WIDE * 4 * AHEAD) {
+    float4 four[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      int v = first + (i * WIDE + threadIdx.x) * 4;
+      four[i] = v < vocab ? *reinterpret_cast<const float4*>(row + v) : make_float4(-INF, -INF, -INF, -INF);
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      int v = first + (i * WIDE + threadIdx.x) * 4;
+      visit(four[i].x, v);
+      visit(v + 1 < vocab ? four[i].y : -INF, v + 1);
+      visit(v + 2 < vocab ? four[i].z : -INF, v + 2);
+      visit(v + 3 < vocab ? four[i].w : -INF, v + 3);
+    }
+  }
+}
+
+__device__ __forceinline__ void clear(Shared& s) {
+  __syncthreads();  // whoever still reads the last histogram
+  for (int i = threadIdx.x; i < BINS; i += WIDE) s.low[i] = s.high[i] = 0;
+  __syncthreads();
+}
+__device__ __forceinline__ void add(Shared& s, u32 bin, u64 weight) {
+  u32 part = (u32)weight, before = atomicAdd(&s.low[bin], part);
+  u32 carried = (u32)(weight >> 32) + (before + part < before);
+  if (carried) atomicAdd(&s.high[bin], carried);
+}
+
+// The sum of all bins. With target_of(sum): s.bin is the first bin at which `above` + the sums up to it reach the target, s.above
+// what lies before it. Every thread returns with both to be read.
+template <typename TargetOf>
+__device__ __forceinline__ u64 find_bin(Shared& s, u64 above, TargetOf target_of) {
+  __syncthreads();
+  u64 first = (u64)s.high[2 * threadIdx.x] << 32 | s.low[2 * threadIdx.x];
+  u64 both = first + ((u64)s.high[2 * threadIdx.x + 1] << 32 | s.low[2 * threadIdx.x + 1]), sum = both;
+  static_assert(BINS == 2 * WIDE, "two bins a thread");
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    u64 other = __shfl_up_sync(~0u, sum, d);
+    if (lane >= d) sum += other;
+  }
+  if (lane == 31) s.warp_sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  u64 total = 0, before = 0;
+  for (int w = 0; w < WIDE / 32; w++) {
+    if (w == threadIdx.x / 32) before = total;
+    total += s.warp_sums[w];
+  }
+  u64 target = target_of(total), start = above + before + sum - both;
+  if (start < target && start + both >= target) {
+    bool second = start + first < target;
+    s.bin = 2 * threadIdx.x + second;
+    s.above = start + (second ? first : 0);
+  }
+  __syncthreads();
+  return target;
+}
+
+// The key of the threshold: measure(x) is a token's weight, target_of(sum of all weights at or above `bottom`) at most that sum and
+// at least 1. A token below `bottom` is not kept, nor is one of weight 0. `listed`: the candidates hold all that count; set where they do now.
+template <typename Measure, typename TargetOf>
+__device__ __forceinline__ u32 threshold(const float* row, int vocab, Shared& s, float top, float bottom, bool& listed, Measure measure,
+                                         TargetOf target_of) {
+  // Halves: the difference of two floats may overflow.
+  float half_top = 0.5f * top, range = half_top - 0.5f * bottom, scale = range > 0 ? fminf(BINS / range, -LEAST) : 0;
+  auto bin_of = [&](float x) { return (u32)min((int)((half_top - 0.5f * x) * scale), BINS - 1); };
+  clear(s);
+  for_each(row, vocab, s, listed, [&](float x, int) {
+    if (x >= bottom) add(s, bin_of(x), measure(x));
+  });
+  u64 target = find_bin(s, 0, target_of), above = s.above;
+  u32 bin = s.bin;
+  bool had = listed;
+  if (threadIdx.x == 0) s.num_members = 0, s.least_key = ~0u, s.most_key = 0;
+  if (threadIdx.x == 0 && !had) s.num_candidates = 0;
+  __syncthreads();
+  u32 least = ~0u, most = 0;
+  for_each(row, vocab, s, had, [&](float x, int token) {
+    u32 mine = x >= bottom ? bin_of(x) : BINS;
+    if (mine == bin) {
+      least = min(least, ordered(x)), most = max(most, ordered(x));
+      u32 at = *(volatile u32*)&s.num_members < MEMBERS ? atomicAdd(&s.num_members, 1) : MEMBERS;
+      if (at < MEMBERS) s.member[at] = x;
+      else if (*(volatile u32*)&s.num_members == MEMBERS) atomicMax(&s.num_members, MEMBERS + 1);
+    }
+    if (mine <= bin && !had) {
+      u32 at = *(volatile u32*)&s.num_candidates < CANDIDATES ? atomicAdd(&s.num_candidates, 1) : CANDIDATES;
+      if (at < CANDIDATES) s.candidate[at] = x, s.token[at] = token;
+      else if (*(volatile u32*)&s.num_candidates == CANDIDATES) atomicMax(&s.num_candidates, CANDIDATES + 1);
+    }
+  });
+  least = __reduce_min_sync(~0u, least), most = __reduce_max_sync(~0u, most);
+  if (threadIdx.x % 32 == 0 && least <= most) atomicMin(&s.least_key, least), atomicMax(&s.most_key, most);
+  __syncthreads();
+  listed = s.num_candidates <= CANDIDATES;
+  bool few = s.num_members <= MEMBERS;
+  u32 num_members = s.num_members, low = s.least_key, high = s.most_key;
+  while (low < high) {
+    int shift = max(0, 32 - __clz(high - low) - 11);
+    clear(s);
+    auto count = [&](float x) {
+      u32 key = ordered(x);
+      if (key >= low && key <= high) add(s, high - key >> shift, measure(x));
+    };
+    if (few)
+      for (int i = threadIdx.x; i < num_members; i += WIDE) count(s.member[i]);
+    else
+      for_each(row, vocab, s, listed, [&](float x, int) { count(x); });
+    find_bin(s, above, [&](u64) { return target; });
+    above = s.above;
+    high -= s.bin << shift;
+    low = max(low, high - min(high, (1u << shift) - 1));
+  }
+  return high;
+}
+
+extern "C" __global__ void __launch_bounds__(WIDE)
+choose_truncated(const float* __restrict__ logits, const float* __restrict__ processed, int stride, int vocab,
+                 const int* __restrict__ sample_rows, const int* __restrict__ fields, u32* raw_state, int* __restrict__ chosen,
+                 int* __restrict__ status) {
+  __shared__ Shared s;
+  let_next_start();
+  wait_for_previous();
+  int at = blockIdx.x, row = sample_rows[at];
+  if (row < 0) return;
+  const RowFields& f = fields_of(fields, row);
+  if (!(f.flags & TRUNCATE)) return;
+  bool changed = f.flags & PROCESS, listed = false;
+  const float* x = (changed ? processed : logits) + (size_t)at * stride;
+  if (threadIdx.x == 0) s.raw = changed ? raw_state[at] : 0;
+  float most = -INF, least = INF;
+  u32 raw = 0;
+  for_each(x, vocab, s, false, [&](float value, int) {
+    raw |= value != value || value == INF ? 1 : value > -INF ? 2 : 0;
+    most = fmaxf(most, value);
+    if (value > -INF) least = fminf(least, value);
+  });
+#pragma unroll
+  for (int d = 16; d; d >>= 1) {
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    least = fminf(least, __shfl_xor_sync(~0u, least, d));
+  }
+  raw = __reduce_or_sync(~0u, raw);
+  if (threadIdx.x % 32 == 0) s.values[threadIdx.x / 32][0] = most, s.values[threadIdx.x / 32][1] = least;
+  __syncthreads();
+  if (!changed && threadIdx.x % 32 == 0) atomicOr(&s.raw, raw);
+  __syncthreads();
+  for (int w = 0; w < WIDE / 32; w++) most = fmaxf(most, s.values[w][0]), least = fminf(least, s.values[w][1]);
+  if (s.raw & 1 || most == -INF) {
+    if (threadIdx.x == 0) decide(NOTHING, s.raw, chosen + at, status + at), raw_state[at] = 0;
+    return;
+  }
+  if (f.min_p > 0) least = fmaxf(least, most + logf(f.min_p) * f.temperature);
+  if (f.top_k > 0 && f.top_k < vocab)
+    least = from_ordered(threshold(x, vocab, s, most, least, listed, [](float) { return 1ull; },
+                                   [&](u64 sum) { return min(sum, (u64)f.top_k); }));
+  float inverse = 1.0f / f.temperature;
+  if (f.top_p < 1) {
+    float base2 = LOG2_E * inverse;
+    auto mass = [&](float value) { return (u64)(exp2f((value - most) * base2) * 1099511627776.0f); };
+    float bottom = fmaxf(least, most - 41.0f / base2);  // below, the mass is 0
+    least = from_ordered(threshold(x, vocab, s, most, bottom, listed, mass,
+                                   [&](u64 sum) { return max(1ull, (u64)((double)sum * (double)f.top_p)); }));
+  }
+  Best best = NOTHING;
+  if (listed) {
+    for_each(x, vocab, s, true, [&](float value, int token) {
+      if (!(value >= least)) return;
+      uint4 words = noise_of(f, token / 4);
+      u32 word = token % 4 == 0 ? words.x : token % 4 == 1 ? words.y : token % 4 == 2 ? words.z : words.w;
+      best = better(best, Best{fmaf(value, inverse, gumbel(word)), token});
+    });
+  } else {
+    // All lanes of a warp go round equally often, as in sample.cu.
+    for (int first = threadIdx.x / 32 * 128; first < vocab; first += WIDE * 4) {
+      int v = first + threadIdx.x % 32 * 4;
+      float4 four = v < vocab ? *reinterpret_cast<const float4*>(x + v) : make_float4(-INF, -INF, -INF, -INF);
+      float values[4] = {four.x, four.y, four.z, four.w};
+      bool any = false;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if (v + j >= vocab || !(values[j] >= least)) values[j] = -INF;
+        any |= values[j] > -INF;
+      }
+      float bound = warp_bound(best);
+      if (any) compete(best, values, v, f, inverse, bound);
+    }
+  }
+  best = warp_best(best);
+  if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = best;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < WIDE / 32; w++) best = better(best, s.best[w]);
+  decide(best, s.raw, chosen + at, status + at);
+  raw_state[at] = 0;
+}
