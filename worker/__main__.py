@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 import time
+from pathlib import Path
 
 from octavo.v1 import worker_pb2_grpc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -20,6 +22,7 @@ from service.settings import SettingsError, exit_on_settings_error, parse
 from worker.backend import BackendError
 from worker.backends.select import Selection, identity_of, select
 from worker.backends.torch_threads import quiet_threads
+from worker.checkpoint.prefetch import prefetch
 from worker.engine import Engine
 from worker.enlist import Enlistment
 from worker.service import WorkerService
@@ -97,8 +100,13 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
 
 
 async def _load(engine: Engine, selection: Selection, life: Lifecycle) -> Identity:
+    said = -math.inf
+
     def progress(what: str, done: int, total: int) -> None:
-        log.info("loading %s: %d of %d", what, done, total)
+        nonlocal said
+        if done == total or time.monotonic() - said > 1:  # a log is read by people
+            said = time.monotonic()
+            log.info("loading %s: %d of %d", what, done, total)
 
     try:
         info = await asyncio.wrap_future(engine.load(progress))
@@ -145,6 +153,8 @@ def main() -> int:
         settings = parse(WorkerSettings, "worker")
     except SettingsError as error:
         exit_on_settings_error(error, "worker")
+    if (directory := Path(settings.model)).is_dir():
+        prefetch(directory)  # while torch is imported
     return run("worker", settings, lambda life: serve(life, settings))
 
 

@@ -16,6 +16,7 @@ from worker.backends.torch_backend import TorchBackend, TorchSettings
 from worker.backends.torch_memory import check_sequence_fits, choose_num_blocks
 from worker.checkpoint.config import load_config, parse_config
 from worker.checkpoint.errors import CheckpointError
+from worker.checkpoint.prefetch import prefetch
 from worker.checkpoint.weights import expected_tensors, load_weights
 
 CONFIG: dict[str, Any] = {
@@ -214,3 +215,11 @@ def test_more_context_than_the_model_has_is_refused(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(BackendError, match=next(iter(bad))):
         TorchSettings(**bad)
+
+
+def test_read_ahead_is_only_a_wish(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    thread = prefetch(tmp_path)
+    thread.join(10)
+    assert not thread.is_alive()

@@ -34,7 +34,8 @@ from worker.backends.cuda_rows import DeviceRows, upload
 from worker.backends.cuda_sampler import CudaSampler
 from worker.checkpoint.config import ModelConfig, load_config
 from worker.checkpoint.errors import CheckpointError
-from worker.checkpoint.weights import Weights, load_weights
+from worker.checkpoint.upload import Upload
+from worker.checkpoint.weights import Weights, upload_weights
 from worker.step import NewRow, SamplingParams, Step, StepOutput
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,11 +110,16 @@ class CudaBackend:
         depth = 8 if Device(settings.device).properties.max_shared_memory_per_block_optin >= 160 * 1024 else 4
         architecture = architecture_of(properties.major, properties.minor)
         compiler = Compiler(architecture, CubinCache(settings.cubin_cache or default_directory()))
-        library = KernelLibrary(compiler, kernel_specs(shape, depth), settings.device, overlap=properties.major >= 9)
-        ops = KernelOps(library, shape, self._core_stream, properties.multi_processor_count, depth)
-        weights = load_weights(self._model_dir, config, dtype, self._device, progress)
-        loaded = torch.cuda.memory_allocated(self._device)
-        self._allocate(config, shape, weights, ops, longest, dtype)
+        with Upload(self._device) as upload:
+            # The disk reads while the kernels compile or load.
+            weights = upload_weights(self._model_dir, config, dtype, upload)
+            loaded = torch.cuda.memory_allocated(self._device)
+            library = KernelLibrary(
+                compiler, kernel_specs(shape, depth), settings.device, overlap=properties.major >= 9
+            )
+            ops = KernelOps(library, shape, self._core_stream, properties.multi_processor_count, depth)
+            self._allocate(config, shape, weights, ops, longest, dtype)
+            upload.wait(progress)
         plan = MemoryPlan(
             free=free,
             fraction=settings.memory_fraction,

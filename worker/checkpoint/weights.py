@@ -16,6 +16,7 @@ from worker.backend import Progress
 from worker.checkpoint.config import ModelConfig
 from worker.checkpoint.errors import CheckpointError
 from worker.checkpoint.safetensors import TensorEntry, find_tensors, map_file
+from worker.checkpoint.upload import Upload
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -51,10 +52,25 @@ class Weights:
 def load_weights(
     model_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> Weights:
-    """Read the checkpoint in `model_dir`. Raises CheckpointError naming file and tensor before any is copied."""
+    """Read the checkpoint in `model_dir` to the CPU. Raises CheckpointError naming file and tensor before any is copied."""
     tensors = find_tensors(model_dir)
     _check_names(model_dir, config, tensors)
-    reader = _TensorReader(tensors, dtype, device, progress)
+    return _read(_TensorReader(tensors, dtype, device, _MappedCopy(tensors, progress)), config)
+
+
+def upload_weights(model_dir: Path, config: ModelConfig, dtype: torch.dtype, upload: Upload) -> Weights:
+    """Allocate the weights on `upload`'s device and let it fill them: they hold nothing before upload.wait() has returned.
+
+    Raises CheckpointError naming file and tensor before any is copied.
+    """
+    tensors = find_tensors(model_dir)
+    _check_names(model_dir, config, tensors)
+    weights = _read(_TensorReader(tensors, dtype, upload.device, upload.add), config)
+    upload.start()
+    return weights
+
+
+def _read(reader: _TensorReader, config: ModelConfig) -> Weights:
     embed = reader.fused(["model.embed_tokens.weight"])
     layers = tuple(_read_layer(reader, config, layer) for layer in range(config.num_layers))
     lm_head = embed if config.tie_word_embeddings else reader.fused(["lm_head.weight"])
@@ -113,18 +129,19 @@ def _may_be_ignored(name: str, config: ModelConfig) -> bool:
 
 
 class _TensorReader:
-    """Copies tensors out of mapped files, several into one where they are fused along the first axis."""
+    """Allocates tensors and has them filled from files, several into one where they are fused along the first axis."""
 
     def __init__(
-        self, tensors: dict[str, TensorEntry], dtype: torch.dtype, device: torch.device, progress: Progress
+        self,
+        tensors: dict[str, TensorEntry],
+        dtype: torch.dtype,
+        device: torch.device,
+        copy: Callable[[TensorEntry, torch.dtype, torch.Tensor], None],
     ) -> None:
         self._tensors = tensors
         self._dtype = dtype
         self._device = device
-        self._progress = progress
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._done = 0
-        self._total = sum(entry.num_bytes for entry in tensors.values())
+        self._copy = copy
 
     def fused(self, names: list[str]) -> torch.Tensor:
         entries = [self._tensors[name] for name in names]
@@ -132,18 +149,28 @@ class _TensorReader:
         target = torch.empty((rows, *entries[0].shape[1:]), dtype=self._dtype, device=self._device)
         start = 0
         for entry in entries:
-            target[start : start + entry.shape[0]].copy_(self._view(entry))
+            self._copy(entry, _DTYPES[entry.dtype], target[start : start + entry.shape[0]])
             start += entry.shape[0]
-            self._done += entry.num_bytes
-        self._progress("weights", self._done, self._total)
         return target
 
-    def _view(self, entry: TensorEntry) -> torch.Tensor:
+
+class _MappedCopy:
+    """Copies at once, out of mapped files."""
+
+    def __init__(self, tensors: dict[str, TensorEntry], progress: Progress) -> None:
+        self._progress = progress
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._done = 0
+        self._total = sum(entry.num_bytes for entry in tensors.values())
+
+    def __call__(self, entry: TensorEntry, dtype: torch.dtype, target: torch.Tensor) -> None:
         if entry.file not in self._maps:
             self._maps[entry.file] = map_file(entry.file)
-        dtype = _DTYPES[entry.dtype]
         count = entry.num_bytes // dtype.itemsize
-        return torch.frombuffer(self._maps[entry.file], dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
+        source = torch.frombuffer(self._maps[entry.file], dtype=dtype, count=count, offset=entry.offset)
+        target.copy_(source.view(entry.shape))
+        self._done += entry.num_bytes
+        self._progress("weights", self._done, self._total)
 
 
 def _read_layer(reader: _TensorReader, config: ModelConfig, layer: int) -> LayerWeights:
