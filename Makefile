@@ -13,12 +13,16 @@ LOCAL := $(BIN)/python -m deploy.local
 IF_MADE = [ -x "$(BIN)/python" ] || { echo "No cluster runs here; make up starts one."; exit 0; };
 export PYTHONDONTWRITEBYTECODE := 1
 
+# CUDA's Python packages ask an older driver for functions it lacks, which is no error.
+SANITIZE := --report-api-errors no --error-exitcode 1
+KERNEL_TESTS := tests/gpu/test_gpu_sampling.py tests/gpu/test_gpu_layers.py tests/gpu/test_gpu_attention.py
+
 .DEFAULT_GOAL := help
-.PHONY: help up down logs ps worker env dev client test test-gpu lint protos protos-check bench clean
+.PHONY: help up down logs ps worker env dev client test test-gpu test-gpu-sanitize lint protos protos-check bench clean
 
 help: ## this list
 	@echo "Octavo: an LLM server of gRPC microservices. Targets:"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 	@echo "Settings: MODEL=smollm2|ORG/NAME|DIRECTORY|mock  WORKERS=1  BACKEND=torch|cuda|mock"
 	@echo "          RUNTIME=processes|docker  PYTHON=python3  HF_TOKEN from the environment"
 
@@ -47,6 +51,10 @@ test: dev ## all tests that need no GPU (PYTEST_ARGS=)
 
 test-gpu: dev ## the tests that need a CUDA device; on a machine without one they say so
 	@$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+test-gpu-sanitize: dev ## the tests of single kernels under compute-sanitizer: memory accesses, then races
+	compute-sanitizer --tool memcheck $(SANITIZE) $(BIN)/python -m pytest -m gpu $(KERNEL_TESTS)
+	compute-sanitizer --tool racecheck $(SANITIZE) $(BIN)/python -m pytest -m gpu $(KERNEL_TESTS)
 
 lint: dev ## ruff, mypy and buf
 	$(BIN)/ruff check .

@@ -188,8 +188,8 @@ def make_events(
     """The same entries as columns, one set for each router."""
     rows = worker.rows
     num_tokens = np.ones(row.size, np.int32) if good is None else good.astype(np.int32)
-    if plan.chunks.size:  # entries without tokens, which only carry prompt log-probabilities
-        silent = plan.chunks[alive[plan.chunks]]
+    if plan.silent.size:  # entries without tokens, which only carry prompt log-probabilities
+        silent = plan.silent[alive[plan.silent]]
         silent_row, none = plan.rows[silent], np.zeros(silent.size, np.int64)
         index = np.concatenate((index, silent))
         row, position = np.concatenate((row, silent_row)), np.concatenate((position, rows.num_prompt[silent_row]))

@@ -74,6 +74,7 @@ def schedule_running(state: SchedulerState, worker: WorkerState, batch: Batch) -
     while True:
         order = rows.order()
         computed = rows.num_computed[order]
+        # All known tokens, but never the last one that the limit allows: it is sampled, and nobody reads its keys.
         want = np.minimum(rows.num_tokens[order], rows.limit[order] - 1) - computed
         counts = share_budget(want, spec.max_num_batched_tokens)
         chosen = counts.nonzero()[0]
@@ -207,6 +208,8 @@ def admit(state: SchedulerState, placement: Placement, request: Request, batch: 
     hits = [block for name in placement.chain.hashes[first:num_hits] if (block := pool.lookup(name)) is not None]
     pool.touch(hits)
     count = min(request.num_known_tokens - num_cached, budget)
+    # Placement looked for room for all known tokens; only the first chunk's blocks are taken. Others may take the rest meanwhile:
+    # then whoever is last in order is preempted, which costs less than to keep blocks idle.
     num_blocks = -(-(num_cached + count) // spec.block_size)
     table = rows.block_table[row]
     table[:first] = DEAD_BLOCK

@@ -55,7 +55,7 @@ class InFlightPlan:
     """int64 [S]: indices into `rows` of those that sample."""
     generation: Int64Array
     """int64 [R]: whose result it is, by Rows.generation."""
-    chunks: Int64Array
+    silent: Int64Array
     """int64: indices into `rows` of chunks whose prompt log-probabilities are due though they don't sample."""
     left: list[RequestKey] = field(default_factory=list)
     """Requests that left their row while this was the last plan in flight that names them …"""
