@@ -14,7 +14,9 @@ IF_MADE = [ -x "$(BIN)/python" ] || { echo "No cluster runs here; make up starts
 export PYTHONDONTWRITEBYTECODE := 1
 
 # CUDA's Python packages ask an older driver for functions it lacks, which is no error.
-SANITIZE := --report-api-errors no --error-exitcode 1
+OUR_KERNELS := embedding rms_norm silu_mul qkv_epilogue attention matvec apply_plan prepare_tokens plan_decode count_tokens \
+    process_logits choose commit logprobs
+SANITIZE := --report-api-errors no --error-exitcode 1 $(addprefix --kernel-name kns=,$(OUR_KERNELS))
 KERNEL_TESTS := tests/gpu/test_gpu_sampling.py tests/gpu/test_gpu_layers.py tests/gpu/test_gpu_attention.py
 
 .DEFAULT_GOAL := help

@@ -148,8 +148,7 @@ class RouterSession:
             link.load = message.load
         elif kind == "models":
             link.models = tuple(message.models.models)
-            self._update_models()
-            self._place_homeless(now)
+            self._models_changed(now)
         elif kind == "go_away":
             self._go_away(link, now)
         else:
@@ -222,8 +221,7 @@ class RouterSession:
         link.heartbeat = max(welcome.heartbeat_ms, 10) / 1e3
         link.lease = max(welcome.lease_ms, 30) / 1e3
         link.models = tuple(welcome.models)
-        self._update_models()
-        self._place_homeless(now)
+        self._models_changed(now)
 
     def _admitted(self, link: Link, message: scheduler_pb2.Admitted) -> None:
         sequence = link.running.get(message.handle)
@@ -293,7 +291,20 @@ class RouterSession:
     def _go_away(self, link: Link, now: float) -> None:
         """Move everything that another scheduler can take now; the rest stays until the stream ends."""
         link.draining = True
-        for sequence in list(link.running.values()):
+        self._move(link.running.values(), now)
+
+    def _models_changed(self, now: float) -> None:
+        """Find room for who waits: for the homeless, and for those whose scheduler has lost its last worker of their model."""
+        self._update_models()
+        for link in self._links.values():
+            served = {digest: link.serves(digest) for digest in {s.request.spec.digest for s in link.running.values()}}
+            if not all(served.values()):
+                self._move([s for s in link.running.values() if not served[s.request.spec.digest]], now)
+        self._place_homeless(now)
+
+    def _move(self, sequences: Iterable[Sequence], now: float) -> None:
+        """Submit elsewhere what another scheduler can take now."""
+        for sequence in list(sequences):
             if self._candidates(sequence):
                 self._leave(sequence, scheduler_pb2.CANCEL_REASON_UNSPECIFIED)
                 self._make_homeless(sequence, now)

@@ -1,4 +1,4 @@
-"""The three services around their real session objects: what scheduler/service.py, worker/enlist.py and router/attach.py do with gRPC."""
+"""The three services around their real session objects, as service.py, enlist.py and attach.py have them around gRPC."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ class RouterNode(Node):
     def hang_up(self, request: Request) -> None:
         """Its client is gone."""
         self.watchers.pop(request, None)
-        self.session.cancel(request, scheduler_pb2.CANCEL_REASON_CLIENT_GONE, self.world.now)
+        self.session.cancel(request, scheduler_pb2.CANCEL_REASON_CLIENT, self.world.now)
         self.pump()
 
     def pump(self) -> None:

@@ -408,3 +408,18 @@ def test_detach_says_goodbye() -> None:
     bench = Bench("a", "b")
     bench.session.detach()
     assert len(bench.sent("detach")) == 2
+
+
+def test_who_waits_where_the_last_worker_has_gone_moves_to_where_one_is() -> None:
+    bench = Bench("a")
+    request = make_request()
+    bench.session.submit(request, bench.now)
+    assert len(bench.submits()) == 1
+    bench.say("a", scheduler_pb2.AttachResponse(models=scheduler_pb2.ModelList()))
+    assert not bench.submits()  # nobody else serves it: the worker may come back
+    bench.attach("b")
+    messages = bench.session.take_actions().messages
+    kinds = [(address, m.WhichOneof("message")) for address, m in messages]
+    assert ("a", "cancel") in kinds and ("b", "submit") in kinds
+    bench.say("a", scheduler_pb2.AttachResponse(models=scheduler_pb2.ModelList(models=[served()])))
+    assert not bench.sent("cancel")  # and it stays there
