@@ -48,6 +48,11 @@ class Sequence:
     link: str = ""
     handle: int = -1
     attempt: int = 0
+    # Workers lost under it, without a new submission.
+    migrations: int = 0
+    # What the scheduler thinks of its part in that, until the next new token: the next scheduler is told.
+    suspect: bool = False
+    failures_alone: int = 0
     # Submissions since the last new token: bounds a request that never gets on.
     tries: int = 0
     not_before: float = 0.0
@@ -148,6 +153,8 @@ class Request:
             prompt=[scheduler_pb2.Segment(token_ids=spec.prompt_column)],
             output_token_ids=pack(sequence.output.token_ids, np.int32),
             num_prompt_tokens=spec.num_prompt_tokens,
+            suspect=sequence.suspect,
+            failures_alone=sequence.failures_alone,
         )
         if spec.deadline is not None:
             submit.remaining_ms = max(0, round((spec.deadline - now) * 1e3))
@@ -181,6 +188,6 @@ class Request:
                 queue_ms=sequence.queue_ms,
                 ttft_ms=0.0 if first is None else (first - arrival) * 1e3,
                 total_ms=0.0 if end is None else (end - arrival) * 1e3,
-                migrations=sequence.attempt,
+                migrations=sequence.attempt + sequence.migrations,
             ),
         )

@@ -140,6 +140,8 @@ class RouterSession:
                 self._entry(link, entry, now)
         elif kind == "admitted":
             self._admitted(link, message.admitted)
+        elif kind == "migrated":
+            self._migrated(link, message.migrated)
         elif kind == "failed":
             self._failed(link, message.failed, now)
         elif kind == "cancelled":
@@ -232,6 +234,12 @@ class RouterSession:
         sequence.queue_ms = float(message.queue_ms)
         self._changed[sequence.request] = None
 
+    def _migrated(self, link: Link, message: scheduler_pb2.Migrated) -> None:
+        sequence = link.running.get(message.handle)
+        if sequence is not None:
+            sequence.migrations += 1
+            sequence.suspect, sequence.failures_alone = message.suspect, message.failures_alone
+
     def _entry(self, link: Link, entry: batch.Entry, now: float) -> None:
         sequence = link.running.get(entry.handle)
         if sequence is None:  # cancelled, or resubmitted elsewhere
@@ -248,6 +256,7 @@ class RouterSession:
             if sequence.first_token_at is None:
                 sequence.first_token_at = now
             sequence.tries = 0
+            sequence.suspect, sequence.failures_alone = False, 0
             output.append(fresh)
         if entry.finish_reason and not output.finish_reason:
             if entry.first_output_index + len(entry.token_ids) < have:

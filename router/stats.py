@@ -20,7 +20,9 @@ class Stats:
         self._prompt = Counter("octavo_router_prompt_tokens", "Prompt tokens of ended requests", registry=registry)
         self._output = Counter("octavo_router_output_tokens", "Output tokens of ended requests", registry=registry)
         self._migrations = Counter(
-            "octavo_router_migrations", "Times that a sequence was submitted again", registry=registry
+            "octavo_router_migrations",
+            "Times that a sequence went on at another worker or scheduler",
+            registry=registry,
         )
         self._ttft = Histogram(
             "octavo_router_ttft_seconds", "Acceptance to first token", buckets=_SECONDS, registry=registry
@@ -49,7 +51,7 @@ class Stats:
         self._requests.labels(outcome).inc()
         self._prompt.inc(request.spec.num_prompt_tokens)
         self._output.inc(sum(len(sequence.output.token_ids) for sequence in request.sequences))
-        self._migrations.inc(sum(sequence.attempt for sequence in request.sequences))
+        self._migrations.inc(sum(sequence.attempt + sequence.migrations for sequence in request.sequences))
         self._total.observe(now - request.spec.arrival)
         first = [s.first_token_at for s in request.sequences if s.first_token_at is not None]
         if first:

@@ -306,6 +306,12 @@ class Hub:
             router.put_tokens(Tokens(columns, logprobs))
 
     def _deliver_failures(self) -> None:
+        """Who lost a worker, and who is failed."""
+        for migrated in self.core.take_migrated():
+            message = scheduler_pb2.Migrated(
+                handle=migrated.handle, suspect=migrated.suspect, failures_alone=migrated.failures_alone
+            )
+            self._to_router(migrated.router_id, scheduler_pb2.AttachResponse(migrated=message))
         for failed in self.core.take_failed():
             self._fail(failed)
 

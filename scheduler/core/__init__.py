@@ -38,7 +38,7 @@ from scheduler.core.errors import (
     UnknownWorker,
     Unplaceable,
 )
-from scheduler.core.plan import Admitted, Failed, NewRow, RowStatus, StepPlan, StepResult, TokenColumns
+from scheduler.core.plan import Admitted, Failed, Migrated, NewRow, RowStatus, StepPlan, StepResult, TokenColumns
 from scheduler.core.request import FinishReason, Request, RequestKey, RequestState, SamplingParams
 from scheduler.core.scheduler import Scheduler
 from scheduler.core.settings import Settings, WorkerSpec
@@ -54,6 +54,7 @@ __all__ = [
     "InvalidField",
     "InvalidResult",
     "Load",
+    "Migrated",
     "ModelChanged",
     "ModelUnknown",
     "NewRow",

@@ -28,6 +28,8 @@ def apply_result(state: SchedulerState, worker: WorkerState, result: StepResult)
     events = confirm_tokens(state, worker, plan, token_ids, status)
     worker.in_flight.popleft()
     state.close_plan(plan)
+    if state.suspects:
+        state.clear_suspects(worker)
     return events
 
 

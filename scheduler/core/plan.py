@@ -121,6 +121,17 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
+class Migrated:
+    """A request has lost its worker, or a step failed, and waits to be recomputed."""
+
+    router_id: int
+    handle: int
+    suspect: bool
+    """It was in a plan that didn't come back."""
+    failures_alone: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A request that can't be run, or not any more. It is gone from the scheduler."""
 

@@ -16,6 +16,7 @@ from scheduler.core.errors import Reason
 from scheduler.core.placement import Placement, find_placement, fits, limit_on
 from scheduler.core.plan import DEAD_BLOCK, Admitted, Int64Array, NewRow, StepPlan
 from scheduler.core.request import Request, RequestState
+from scheduler.core.rows import Rows
 from scheduler.core.state import InFlightPlan, SchedulerState, WorkerState
 
 EMPTY = np.empty(0, np.int64)
@@ -38,6 +39,8 @@ class Batch:
     new_rows: list[NewRow] = field(default_factory=list)
     new_counts: list[int] = field(default_factory=list)
     preempted: bool = False
+    suspicion: int = 0
+    """The group of suspects that this step is for; 0: it is for all who are under no suspicion."""
     completes: dict[bytes, int] = field(default_factory=dict)
     """Hash and block_id of the blocks of known tokens that this step fills."""
 
@@ -50,7 +53,10 @@ def plan_step(state: SchedulerState, worker: WorkerState, now: float) -> StepPla
     """
     if len(worker.in_flight) >= worker.spec.run_ahead:
         return None
-    batch = Batch()
+    suspicion = suspects_to_try(state, worker) if state.suspects else 0
+    if suspicion and worker.in_flight:
+        return None  # their step goes alone, so that a failure can only be theirs
+    batch = Batch(suspicion=suspicion)
     if worker.rows.num_running:
         release_blocks_behind_window(worker)
         schedule_running(state, worker, batch)
@@ -60,6 +66,20 @@ def plan_step(state: SchedulerState, worker: WorkerState, now: float) -> StepPla
     if batch.rows.size == 0 and not batch.new_rows and not worker.freed_rows:
         return None
     return commit(state, worker, batch)
+
+
+def suspects_to_try(state: SchedulerState, worker: WorkerState) -> int:
+    """The group of suspects whose turn it is on this worker: one that runs here, or one that leads the queue and belongs here."""
+    for key, request in state.suspects.items():
+        if state.row_of.get(key, (None,))[0] is worker:
+            return request.suspicion
+    queue = state.queues.get(worker.spec.model_digest)
+    first = queue.pop() if queue is not None and worker.rows.num_free else None
+    if queue is None or first is None:
+        return 0
+    placement = find_placement(state, first) if first.suspicion else None
+    queue.put_back([first])
+    return first.suspicion if placement is not None and placement.worker is worker else 0
 
 
 # Running -----------------------------------------------------------------------------------------------------------------
@@ -73,6 +93,8 @@ def schedule_running(state: SchedulerState, worker: WorkerState, batch: Batch) -
     rows, spec = worker.rows, worker.spec
     while True:
         order = rows.order()
+        if state.suspects:
+            order = of_one_group(rows, order, batch.suspicion)
         computed = rows.num_computed[order]
         # All known tokens, but never the last one that the limit allows: it is sampled, and nobody reads its keys.
         want = np.minimum(rows.num_tokens[order], rows.limit[order] - 1) - computed
@@ -93,6 +115,12 @@ def schedule_running(state: SchedulerState, worker: WorkerState, batch: Batch) -
         growing = needed.nonzero()[0]
         batch.append_blocks = worker.pool.allocate(num_needed)
         batch.append_rows = rows.append_blocks(order[growing], needed[growing], batch.append_blocks)
+
+
+def of_one_group(rows: Rows, order: Int64Array, suspicion: int) -> Int64Array:
+    """The rows of `order` whose requests are under this suspicion; those of others wait for a step of their own."""
+    kept = [row for row in order.tolist() if (request := rows.requests[row]) and request.suspicion == suspicion]
+    return np.array(kept, np.int64)
 
 
 def share_budget(want: Int64Array, budget: int) -> Int64Array:
@@ -163,6 +191,11 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
         request = queue.pop()
         if request is None:
             break
+        if request.suspicion != batch.suspicion:
+            passed_over.append(request)
+            if batch.suspicion:
+                continue
+            break  # it waits for a step of its own, and nobody overtakes it
         placement = find_placement(state, request)
         if placement is None:
             if is_hopeless(state, request):

@@ -90,7 +90,10 @@ class Request:
     was_admitted: bool = False
     resumed: bool = False
     """Waits at the head of its class: it has outputs or was preempted."""
-    num_failures: int = 0
+    suspicion: int = 0
+    """The group with which it is tried again after a failure, apart from all others; 0: it is under no suspicion."""
+    failures_alone: int = 0
+    """Failures of steps that ran nothing else, since its last new token."""
     num_outputs_at_failure: int = -1
     num_charged_outputs: int = 0
     hash_chains: dict[bytes, HashChain] = field(default_factory=dict)

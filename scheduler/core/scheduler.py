@@ -23,7 +23,7 @@ from scheduler.core.errors import (
 )
 from scheduler.core.integrity import check_integrity
 from scheduler.core.placement import fits
-from scheduler.core.plan import Admitted, Failed, StepPlan, StepResult, TokenColumns
+from scheduler.core.plan import Admitted, Failed, Migrated, StepPlan, StepResult, TokenColumns
 from scheduler.core.planner import plan_step
 from scheduler.core.request import Request, RequestKey
 from scheduler.core.settings import Settings, WorkerSpec
@@ -109,6 +109,10 @@ class Scheduler:
         self._next_sequence += 1
         state.counters.submitted += 1
         state.requests.setdefault(request.router_id, {})[request.handle] = request
+        if request.suspicion:  # another scheduler found it so
+            state.next_group += 1
+            request.suspicion, request.num_outputs_at_failure = state.next_group, request.output_token_ids.size
+            state.suspects[request.key] = request
         state.enqueue_after_plans(request)
         if digest not in state.workers_of:
             state.orphaned_at.setdefault(digest, now)
@@ -187,6 +191,15 @@ class Scheduler:
         """Requests that got a row for the first time, since the last call."""
         taken, self._state.admitted = self._state.admitted, []
         return taken
+
+    def take_migrated(self) -> list[Migrated]:
+        """Requests that lost their worker since the last call and are still here."""
+        migrated, self._state.migrated = self._state.migrated, []
+        return [
+            Migrated(request.router_id, request.handle, request.suspicion != 0, request.failures_alone)
+            for request in migrated
+            if not request.is_finished
+        ]
 
     def take_failed(self) -> list[Failed]:
         """Requests that were failed by `plan`, `apply`, `remove_worker` or `expire`, since the last call."""

@@ -24,11 +24,11 @@ class Settings:
     prefix_caching: bool = True
     no_worker_timeout: float = 60.0
     """Seconds that requests wait for a worker of their model after the last one left, before they fail."""
-    max_failures: int = 5
-    """Failed steps or lost workers that a request may be part of without making progress, before it fails as POISON."""
+    max_failures_alone: int = 3
+    """Failed steps or lost workers that ran nothing but one request and got no token further, before it fails as POISON."""
 
     def __post_init__(self) -> None:
-        for name in ("max_waiting_requests", "max_waiting_tokens", "max_candidates", "max_failures"):
+        for name in ("max_waiting_requests", "max_waiting_tokens", "max_candidates", "max_failures_alone"):
             if getattr(self, name) < 1:
                 raise InvalidField(name, "must be at least 1")
         if not 0.0 <= self.watermark < 1.0:

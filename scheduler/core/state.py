@@ -123,6 +123,11 @@ class SchedulerState:
     """Requests that left their row while plans in flight name them, with the last of these plans."""
     admitted: list[Admitted] = field(default_factory=list)
     failed: list[Failed] = field(default_factory=list)
+    migrated: list[Request] = field(default_factory=list)
+    """Lost their worker since the shell last asked."""
+    suspects: dict[RequestKey, Request] = field(default_factory=dict)
+    """Requests that are tried again apart from others."""
+    next_group: int = 0
     counters: Counters = field(default_factory=Counters)
 
     # Moves ---------------------------------------------------------------------------------------------------------------
@@ -174,6 +179,7 @@ class SchedulerState:
     def finish(self, request: Request) -> None:
         """Gone from the books. The caller has taken it out of its row or queue."""
         request.state = RequestState.FINISHED
+        self.suspects.pop(request.key, None)
         handles = self.requests[request.router_id]
         del handles[request.handle]
         if not handles:
@@ -196,26 +202,44 @@ class SchedulerState:
     def evacuate(self, worker: WorkerState) -> None:
         """The worker has forgotten every row and block: all its requests go back, its plans in flight are void.
 
-        A request that was in a plan that didn't come back is a suspect. One that is part of too many such failures without
-        getting a token further is failed, so that it can't bring down one worker after the other.
+        Those in a plan that didn't come back are suspects: one of them may be what brought the step or the worker down.
         """
         suspects = [worker.rows.requests[row] for row in np.unique(rows_in_flight(worker)).tolist()]
         for row in worker.rows.order()[::-1].tolist():
-            self.preempt(worker, row)
+            request = self.preempt(worker, row)
+            self.migrated.append(request)
         worker.pool.clear_cache()
         for plan in worker.in_flight:
             plan.void = True
-        for request in suspects:
-            if request is not None:
-                self._count_failure(request)
+        self._suspect([request for request in suspects if request is not None])
 
-    def _count_failure(self, request: Request) -> None:
-        if request.output_token_ids.size > request.num_outputs_at_failure:
-            request.num_failures = 0
-            request.num_outputs_at_failure = request.output_token_ids.size
-        request.num_failures += 1
-        if request.num_failures >= self.settings.max_failures:
-            self.fail(request, Reason.POISON, f"was part of {request.num_failures} failed steps or lost workers")
+    def _suspect(self, requests: list[Request]) -> None:
+        """Halves the suspects of one failure; each half is tried apart. One that fails alone, and again, is poison."""
+        for request in requests:
+            if request.output_token_ids.size > request.num_outputs_at_failure:
+                request.failures_alone = 0
+                request.num_outputs_at_failure = request.output_token_ids.size
+        if len(requests) == 1:
+            requests[0].failures_alone += 1
+            if requests[0].failures_alone >= self.settings.max_failures_alone:
+                count = requests[0].failures_alone
+                self.fail(requests[0], Reason.POISON, f"{count} steps or workers that ran nothing else came to grief")
+                return
+        half = (len(requests) + 1) // 2
+        for group in (requests[:half], requests[half:]):
+            self.next_group += 1
+            for request in group:
+                request.suspicion = self.next_group
+                self.suspects[request.key] = request
+
+    def clear_suspects(self, worker: WorkerState) -> None:
+        """Those on this worker that have got a token since their failure are innocent."""
+        for key, request in list(self.suspects.items()):
+            where, row = self.row_of.get(key, (None, 0))
+            rows = worker.rows
+            if where is worker and rows.num_confirmed[row] - rows.num_prompt[row] > request.num_outputs_at_failure:
+                request.suspicion = 0
+                del self.suspects[key]
 
 
 def rows_in_flight(worker: WorkerState) -> Int64Array:

@@ -145,7 +145,7 @@ def test_tokens_do_not_depend_on_the_schedule(spec: WorkerSpec, num_workers: int
 @given(worker_specs(), seeds, lengths)
 def test_tokens_survive_cancels_failures_and_lost_workers(spec: WorkerSpec, seed: int, length: int) -> None:
     """The same while workers fail, leave and join, rows hold NaNs, and routers cancel, resubmit and detach."""
-    cluster = Cluster(Scheduler(Settings(watermark=0.05, max_failures=1000)), spec)
+    cluster = Cluster(Scheduler(Settings(watermark=0.05, max_failures_alone=1000)), spec)
     cluster.add_worker()
     cluster.add_worker()
     play(cluster, random_events(ROUGH, seed, length))

@@ -158,6 +158,8 @@ class Client:
     def _failed(self, error: OctavoError) -> None:
         if error.reason is Reason.DEADLINE and self._deadline is not None and self._world.now >= self._deadline:
             self.ended = "deadline"
+        elif error.reason is Reason.POISON and self._plan.poison:
+            self.ended = "poison"
         elif error.reason in _REFUSALS and not self._accepted:
             self.ended = "refused"
         elif error.rule.resumable:

@@ -59,6 +59,8 @@ class _Direction:
         self.wire: deque[tuple[float, Any]] = deque()  # (due, message); None: the end
         self.on_message: Callable[[Any], None] = lambda message: None
         self.on_end: Callable[[], None] = lambda: None
+        self.on_ghost: Callable[[Any], None] = lambda message: None
+        self.said: deque[tuple[float, Any]] = deque(maxlen=3)  # the last that arrived
         self.ended = False  # the receiver has heard the end, or has left
         self.closed = False  # the sender says nothing more
         self.last_due = 0.0
@@ -73,10 +75,16 @@ class Stream:
         self._ways = {client: _Direction(client, server), server: _Direction(server, client)}
         network.streams.append(self)
 
-    def listen(self, node: Node, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
-        """What `node` does with what comes."""
+    def listen(
+        self,
+        node: Node,
+        on_message: Callable[[Any], None],
+        on_end: Callable[[], None],
+        on_ghost: Callable[[Any], None] = lambda message: None,
+    ) -> None:
+        """What `node` does with what comes. `on_ghost`: with what comes late, after this stream's end."""
         way = self._into(node)
-        way.on_message, way.on_end = on_message, on_end
+        way.on_message, way.on_end, way.on_ghost = on_message, on_end, on_ghost
 
     def send(self, node: Node, message: Any) -> None:
         """From `node` to the other end; nothing happens once either side has closed."""
@@ -99,13 +107,26 @@ class Stream:
         self._forget()
 
     def cut(self) -> None:
-        """The network breaks the connection: both ends hear it, each in its own time."""
+        """The network breaks the connection: both ends hear it, each in its own time.
+
+        What was under way is lost, or worse, comes to the client later, when it may have a new stream to the same server.
+        """
+        world = self.network.world
         for node in self.ends:
             way = self._into(node)
             if not way.ended and not way.closed:
                 way.closed = True
+                if node is self.ends[0] and world.random.random() < 0.7:
+                    for _, message in [*way.said, *way.wire]:
+                        if message is not None:
+                            ghost = node.guard(lambda message=message, way=way: self._haunt(way, message))  # type: ignore[misc]
+                            world.after(world.random.uniform(0.0, 0.8), ghost)
                 way.wire.clear()
                 self._put(way, None)
+
+    def _haunt(self, way: _Direction, message: Any) -> None:
+        if way.ended:  # never into the stream that it belonged to
+            way.on_ghost(message)
 
     def pump(self) -> None:
         """After a partition: what waited arrives."""
@@ -137,6 +158,7 @@ class Stream:
             self._forget()
             way.on_end()
         else:
+            way.said.append((self.network.world.now, message))
             way.on_message(message)
 
     def _forget(self) -> None:

@@ -26,6 +26,7 @@ from worker.step import Step, StepOutput
 
 DIGEST = bytes(range(32))
 MODEL = "mock"
+POISON_TOKEN = 7  # a worker that computes it dies
 _TICK = 0.1
 
 
@@ -131,6 +132,7 @@ class WorkerNode(Node):
         self._plan = plan
         self._schedulers = schedulers
         self.fail_next = self.hang_next = False
+        self.stall_next = 0.0
 
     def boot(self) -> None:
         plan, rng = self._plan, self.world.random
@@ -151,9 +153,11 @@ class WorkerNode(Node):
         self.session = WorkerSession(identity_of(selection, info, rng.getrandbits(60), self.name))
         self._stream: Stream | None = None
         self._device_free_at = 0.0
+        self._poisoned: set[int] = set()
         self._hung = self._broken = False
         self._redial_to = ""
         self.fail_next = self.hang_next = False
+        self.stall_next = 0.0
         self.every(_TICK, self._tick)
         self._dial()
 
@@ -168,8 +172,9 @@ class WorkerNode(Node):
         chosen = min(open_to, key=lambda s: (s.name != self._redial_to, len(s.hub.workers), s.name))
         stream = self._stream = Stream(self.network, self, chosen)
         chosen.accept(stream)
-        stream.listen(self, self._on_message, self._on_end)
+        stream.listen(self, self._on_message, self._on_end, self._on_ghost)
         self._backend.reset()
+        self._poisoned.clear()
         self._broken = False
         stream.send(self, self.session.connected(self.world.now))
 
@@ -179,6 +184,11 @@ class WorkerNode(Node):
         except OctavoError as error:
             self.world.violated(f"{self.name} finds that its scheduler broke the protocol: {error}")
             self._leave(Leave(str(error)))
+
+    def _on_ghost(self, message: scheduler_pb2.EnlistResponse) -> None:
+        """A message of an earlier stream: harmless, whatever it is, once a Welcome has told the epochs apart."""
+        if self.session.epoch and message.WhichOneof("message") in ("plan", "heartbeat"):
+            self._on_message(message)
 
     def _on_end(self) -> None:
         self._leave(Leave("the stream ended"))
@@ -209,8 +219,14 @@ class WorkerNode(Node):
         """As worker/engine.py: steps of an epoch in order; after a failed one the others of its epoch are dropped."""
         if self._broken:
             return
+        self._poisoned.difference_update(step.freed_rows.tolist())
+        self._poisoned.update(new.row for new in step.new_rows if POISON_TOKEN in new.token_ids)
+        if self._poisoned.intersection(step.rows.tolist()):
+            self.world.after(0.001, self.guard(self._die_of_it))
+            return
         duration = self._plan.step_seconds * self.world.random.uniform(0.8, 1.3)
-        self._device_free_at = max(self.world.now, self._device_free_at) + duration
+        self._device_free_at = max(self.world.now, self._device_free_at) + duration + self.stall_next
+        self.stall_next = 0.0
         try:
             if self.fail_next:
                 self.fail_next = False
@@ -223,6 +239,8 @@ class WorkerNode(Node):
             if str(error) != "scripted":
                 self.world.violated(f"{self.name}: {error}")
             self._broken = True
+            if self._hung:
+                return
             text = str(error)
             self._when_done(lambda: self._perform(self.session.on_step_failed(epoch, step.step_id, text)))
             return
@@ -233,6 +251,10 @@ class WorkerNode(Node):
         if self._hung:  # no step of this process ever ends again
             return
         self._when_done(lambda: self._collected(epoch, output))
+
+    def _die_of_it(self) -> None:
+        self.kill()
+        self.world.after(0.3, self.start)
 
     def _when_done(self, event: Callable[[], None]) -> None:
         self.world.at(self._device_free_at, self.guard(event))
@@ -314,6 +336,7 @@ class RouterNode(Node):
             self,
             lambda message: self._receive(address, stream, message),
             lambda: self._ended(address, stream),
+            lambda message: self._ghost(address, message),
         )
         self._streams[address] = stream
         self.session.link_opened(address, self.world.now)
@@ -326,6 +349,12 @@ class RouterNode(Node):
 
     def _receive(self, address: str, stream: Stream, message: scheduler_pb2.AttachResponse) -> None:
         if self._streams.get(address) is stream:
+            self.session.receive(address, message, self.world.now)
+            self.pump()
+
+    def _ghost(self, address: str, message: scheduler_pb2.AttachResponse) -> None:
+        """A message of an earlier stream."""
+        if message.WhichOneof("message") in ("tokens", "admitted", "failed"):
             self.session.receive(address, message, self.world.now)
             self.pump()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 FAULT_SECONDS = 3.0  # faults and requests begin within this
 SETTLE_SECONDS = 40.0  # after which everything must have ended
 
-KINDS = ("kill", "freeze", "part", "cut", "fail", "hang", "drain")
+KINDS = ("kill", "freeze", "part", "cut", "fail", "hang", "drain", "stall")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class RequestPlan:
     priority: int
     deadline: float | None
     hang_up: float | None
+    poison: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ def make_plan(seed: int) -> Plan:
 
 
 def _request(rng: random.Random, number: int, prefixes: list[tuple[int, ...]]) -> RequestPlan:
-    tail = tuple(rng.randrange(258, 700) for _ in range(rng.randint(1, 20)))
+    poison = rng.random() < 0.02
+    tail = (7,) * poison + tuple(rng.randrange(258, 700) for _ in range(rng.randint(1, 20)))
     begin = rng.uniform(0, FAULT_SECONDS)
     max_tokens = rng.choice((1, 5, 30, 60, 90))
     return RequestPlan(
@@ -90,13 +92,14 @@ def _request(rng: random.Random, number: int, prefixes: list[tuple[int, ...]]) -
         priority=rng.choice((0, 0, 1)),
         deadline=begin + rng.uniform(0.2, 3) if rng.random() < 0.08 else None,
         hang_up=begin + rng.uniform(0, 1.5) if rng.random() < 0.15 else None,
+        poison=poison,
     )
 
 
 def _fault(rng: random.Random) -> Fault:
     role = rng.choice(("worker", "worker", "scheduler", "router"))
     kind = rng.choice(KINDS)
-    if kind in ("fail", "hang"):
+    if kind in ("fail", "hang", "stall"):
         role = "worker"
     return Fault(
         at=rng.uniform(0.3, FAULT_SECONDS),

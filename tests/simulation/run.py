@@ -82,6 +82,12 @@ class Cluster:
             worker.hang_next = True
             # A worker whose device hangs is unready; its supervisor starts it anew in the end.
             self.world.after(5.0, lambda: self._kill(worker, 0.2))
+        elif fault.kind == "stall":
+            # A step takes long, and meanwhile the stream may break: its result comes in another epoch.
+            worker.stall_next = fault.seconds
+            if fault.other % 3:
+                for stream in self.network.between(worker):
+                    self.world.after(0.04, stream.cut)
         else:
             worker.guard(worker.drain)()
             self.world.after(1.0 + fault.seconds, lambda: self._kill(worker, 0.2))
@@ -99,11 +105,21 @@ def run(seed: int) -> Report:
     for client in cluster.clients:
         if not client.ended:
             world.violated(f"{client.name} has not ended {SETTLE_SECONDS:.0f} s after the last fault")
+    world.run(max(world.now, 100.0 + 1.0 + FAULT_SECONDS + 1.5) + 1.0)
+    _check_nothing_is_held(cluster)
     world.run(world.now + 7.0)  # restarts that are still due, acknowledgements, leases
     _check_schedulers(cluster)
     tokens = sum(len(received.tokens) for client in cluster.clients for received in client._received)
     ends = Counter(client.ended or "never" for client in cluster.clients)
     return Report(seed, world.violations, world.log, ends, cluster.happened, tokens)
+
+
+def _check_nothing_is_held(cluster: Cluster) -> None:
+    """A second after the last client has gone or got its last token, and the last fault is over, nobody works for anyone."""
+    for scheduler in cluster.schedulers:
+        load = scheduler.hub.core.load()
+        if scheduler.alive and (load.running or load.waiting):
+            cluster.world.violated(f"{scheduler.name} still runs {load.running} and holds {load.waiting} requests")
 
 
 def _check_schedulers(cluster: Cluster) -> None:
@@ -114,9 +130,6 @@ def _check_schedulers(cluster: Cluster) -> None:
             check_integrity(core._state)
         except RuntimeError as error:
             cluster.world.violated(f"{scheduler.name}: {error}")
-        load = core.load()
-        if load.running or load.waiting:
-            cluster.world.violated(f"{scheduler.name} still runs {load.running} and holds {load.waiting} requests")
         for worker in core._state.workers.values():
             if worker.pool.num_available != worker.spec.num_blocks:
                 cluster.world.violated(f"{scheduler.name}: blocks of worker {worker.worker_id} did not come home")

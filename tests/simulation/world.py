@@ -81,7 +81,9 @@ class Node:
         self.world.after(self.world.random.uniform(0, interval), self.guard(fire))
 
     def start(self) -> None:
-        """Begin a new life."""
+        """Begin a new life, unless another one is under way."""
+        if self.alive:
+            return
         self.alive, self.frozen = True, False
         self._life += 1
         self._backlog.clear()

@@ -385,7 +385,7 @@ def test_plans_after_a_failed_one_are_void_and_their_failure_is_no_news() -> Non
 
 
 def test_a_request_that_fails_every_step_is_poison() -> None:
-    scheduler = scheduler_with(SPEC, max_failures=3)
+    scheduler = scheduler_with(SPEC, max_failures_alone=3)
     scheduler.submit(request(1), 0.0)
     for _ in range(3):
         assert scheduler.take_failed() == []
@@ -396,7 +396,7 @@ def test_a_request_that_fails_every_step_is_poison() -> None:
 
 
 def test_a_request_that_gets_on_between_failures_is_not_poison() -> None:
-    scheduler = scheduler_with(SPEC, max_failures=2)
+    scheduler = scheduler_with(SPEC, max_failures_alone=2)
     scheduler.submit(request(1, max_tokens=6), 0.0)
     for _ in range(4):
         step(scheduler)

@@ -62,7 +62,7 @@ class RouterHello(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., protocol: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "task", "model", "digest", "adapter", "tenant", "cache_salt", "priority", "group_id", "index", "seed", "attempt", "remaining_ms", "waited_ms", "sampling", "grammar", "prompt", "output_token_ids", "num_prompt_tokens")
+    __slots__ = ("handle", "request_id", "task", "model", "digest", "adapter", "tenant", "cache_salt", "priority", "group_id", "index", "seed", "attempt", "remaining_ms", "waited_ms", "sampling", "grammar", "prompt", "output_token_ids", "num_prompt_tokens", "suspect", "failures_alone")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,8 @@ class Submit(_message.Message):
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_ALONE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     task: Task
@@ -103,7 +105,9 @@ class Submit(_message.Message):
     prompt: _containers.RepeatedCompositeFieldContainer[Segment]
     output_token_ids: bytes
     num_prompt_tokens: int
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., model: _Optional[str] = ..., digest: _Optional[bytes] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., group_id: _Optional[int] = ..., index: _Optional[int] = ..., seed: _Optional[int] = ..., attempt: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingSpec, _Mapping]] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., prompt: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., output_token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ...) -> None: ...
+    suspect: bool
+    failures_alone: int
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., model: _Optional[str] = ..., digest: _Optional[bytes] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., group_id: _Optional[int] = ..., index: _Optional[int] = ..., seed: _Optional[int] = ..., attempt: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingSpec, _Mapping]] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., prompt: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., output_token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., suspect: _Optional[bool] = ..., failures_alone: _Optional[int] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("token_ids", "placeholder")
@@ -132,7 +136,7 @@ class RouterHeartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("epoch", "welcome", "admitted", "tokens", "failed", "load", "go_away", "cancelled", "models")
+    __slots__ = ("epoch", "welcome", "admitted", "tokens", "failed", "load", "go_away", "cancelled", "models", "migrated")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +146,7 @@ class AttachResponse(_message.Message):
     GO_AWAY_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    MIGRATED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     welcome: RouterWelcome
     admitted: Admitted
@@ -151,7 +156,8 @@ class AttachResponse(_message.Message):
     go_away: GoAway
     cancelled: Cancelled
     models: ModelList
-    def __init__(self, epoch: _Optional[int] = ..., welcome: _Optional[_Union[RouterWelcome, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ..., models: _Optional[_Union[ModelList, _Mapping]] = ...) -> None: ...
+    migrated: Migrated
+    def __init__(self, epoch: _Optional[int] = ..., welcome: _Optional[_Union[RouterWelcome, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ..., models: _Optional[_Union[ModelList, _Mapping]] = ..., migrated: _Optional[_Union[Migrated, _Mapping]] = ...) -> None: ...
 
 class RouterWelcome(_message.Message):
     __slots__ = ("incarnation", "protocol", "heartbeat_ms", "lease_ms", "models")
@@ -198,6 +204,16 @@ class Admitted(_message.Message):
     digest: bytes
     queue_ms: int
     def __init__(self, handle: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_ms: _Optional[int] = ...) -> None: ...
+
+class Migrated(_message.Message):
+    __slots__ = ("handle", "suspect", "failures_alone")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_ALONE_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    suspect: bool
+    failures_alone: int
+    def __init__(self, handle: _Optional[int] = ..., suspect: _Optional[bool] = ..., failures_alone: _Optional[int] = ...) -> None: ...
 
 class TokenBatch(_message.Message):
     __slots__ = ("handles", "first_output_index", "num_tokens", "finish_reason", "token_ids", "logprobs")

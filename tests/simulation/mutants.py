@@ -1,0 +1,108 @@
+"""Defects to sow: a simulation that does not find these would not find others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from octavo.v1 import scheduler_pb2
+
+from router.request import Request
+from router.session import RouterSession
+from scheduler.core import Reason, Scheduler
+from scheduler.core.state import SchedulerState
+from worker.plan_codec import encode_output
+from worker.session import WorkerSession
+
+_router_receive = RouterSession.receive
+_worker_message = WorkerSession.on_message
+_submission = Request.submission
+
+
+def _late_output(self: WorkerSession, epoch: int, output: Any, now: float) -> scheduler_pb2.EnlistRequest | None:
+    """A step of an earlier stream is reported as if it belonged to this one."""
+    if self.epoch == 0:
+        return None
+    self._executing.pop(output.step_id, None)
+    self._spoke_at = now
+    return scheduler_pb2.EnlistRequest(epoch=self.epoch, result=encode_output(self.epoch, output))
+
+
+def _any_plan(self: WorkerSession, message: scheduler_pb2.EnlistResponse, now: float) -> Any:
+    """A message of an earlier stream is taken for one of this."""
+    if self.epoch:
+        message.epoch = self.epoch
+        if message.HasField("plan"):
+            message.plan.epoch = self.epoch
+    return _worker_message(self, message, now)
+
+
+def _any_tokens(self: RouterSession, address: str, message: scheduler_pb2.AttachResponse, now: float) -> None:
+    """A message of an earlier stream is taken for one of this."""
+    link = self._links.get(address)
+    if link is not None and link.attached:
+        message.epoch = link.epoch
+    _router_receive(self, address, message, now)
+
+
+def _no_index_check(self: RouterSession, link: Any, entry: Any, now: float) -> None:
+    """Whatever comes is taken as the next tokens."""
+    sequence = link.running.get(entry.handle)
+    if sequence is None:
+        return
+    sequence.tries = 0
+    sequence.output.append(entry.token_ids)
+    if entry.finish_reason:
+        sequence.output.end(entry.finish_reason)
+        self._release_handle(link, sequence)
+    self._changed[sequence.request] = None
+    if sequence.output.finish_reason:
+        self._done(sequence, now)
+
+
+def _no_free_on_cancel(self: Scheduler, key: Any, now: float) -> bool:
+    """A cancelled request goes on."""
+    return True
+
+
+def _forgetful(self: Request, sequence: Any, now: float) -> scheduler_pb2.Submit:
+    """A resubmission starts from the beginning."""
+    submit = _submission(self, sequence, now)
+    submit.ClearField("output_token_ids")
+    return submit
+
+
+def _blame_all(self: SchedulerState, requests: list[Any]) -> None:
+    """Everyone in a failed step is guilty."""
+    for request in requests:
+        request.failures_alone += 1
+        if request.failures_alone >= self.settings.max_failures_alone:
+            self.fail(request, Reason.POISON, "was there")
+
+
+@contextmanager
+def _patched(*changes: tuple[type, str, object]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+_FENCING = (
+    (WorkerSession, "on_output", _late_output),
+    (WorkerSession, "on_message", _any_plan),
+    (RouterSession, "receive", _any_tokens),
+)
+_INDEX = (RouterSession, "_entry", _no_index_check)
+
+MUTANTS: dict[str, Callable[[], Any]] = {
+    "no fencing of late steps": lambda: _patched(_FENCING[0]),
+    "no fencing of late plans": lambda: _patched(_FENCING[1]),
+    "no fencing of late tokens, no index check": lambda: _patched(_FENCING[2], _INDEX),
+    "no index check, forgetful router": lambda: _patched(_INDEX, (Request, "submission", _forgetful)),
+    "no halving": lambda: _patched((SchedulerState, "_suspect", _blame_all)),
+    "no free on cancel": lambda: _patched((Scheduler, "cancel", _no_free_on_cancel)),
+}
+"""Name to a context in which the defect is there. A forgetful router alone is no defect: the index check makes up for it."""
