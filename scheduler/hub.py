@@ -108,7 +108,7 @@ class Hub:
         self._check_digest(hello.model, hello.model_digest)
         self._replace_earlier_stream(hello.incarnation, now)
         worker = WorkerPeer(*self._identify(), heard_at=now, spoke_at=now, name=hello.name, hello=hello)
-        self.core.add_worker(worker.peer_id, spec)
+        self.core.add_worker(worker.peer_id, spec, hello.incarnation)
         self.workers[worker.peer_id] = worker
         self._vocab_size[hello.model] = hello.vocab_size
         self._admitted.setdefault(hello.model, set()).add(hello.model_digest)

@@ -41,7 +41,7 @@ def fail_step(state: SchedulerState, worker: WorkerState) -> None:
     """
     if not worker.in_flight[0].void:
         state.counters.failed_steps += 1
-        state.evacuate(worker)
+        state.evacuate(worker, step_failed=True)
     state.close_plan(worker.in_flight.popleft())
 
 

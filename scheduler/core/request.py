@@ -94,6 +94,8 @@ class Request:
     """The group with which it is tried again after a failure, apart from all others; 0: it is under no suspicion."""
     failures_alone: int = 0
     """Failures of steps that ran nothing else, since its last new token."""
+    lost_on: set[int] = field(default_factory=set)
+    """Incarnations of the workers that were lost while they ran nothing else, since its last new token."""
     num_outputs_at_failure: int = -1
     num_charged_outputs: int = 0
     hash_chains: dict[bytes, HashChain] = field(default_factory=dict)

@@ -46,12 +46,15 @@ class Scheduler:
 
     # Workers -------------------------------------------------------------------------------------------------------------
 
-    def add_worker(self, worker_id: int, spec: WorkerSpec) -> None:
-        """A worker has enlisted, with every row and block free. Its step_ids start at 1. Raises InvalidField."""
+    def add_worker(self, worker_id: int, spec: WorkerSpec, incarnation: int | None = None) -> None:
+        """A worker has enlisted, with every row and block free. Its step_ids start at 1. Raises InvalidField.
+
+        `incarnation` names its process, not 0; by default `worker_id`, as if it never came twice.
+        """
         state = self._state
         if worker_id in state.workers:
             raise InvalidField("worker_id", f"{worker_id} is enlisted already")
-        worker = WorkerState.new(worker_id, spec)
+        worker = WorkerState.new(worker_id, spec, worker_id if incarnation is None else incarnation)
         state.workers[worker_id] = worker
         state.workers_of.setdefault(spec.model_digest, []).append(worker)
         state.models.setdefault(spec.model, set()).add(spec.model_digest)
@@ -65,7 +68,7 @@ class Scheduler:
         state = self._state
         worker = self._worker(worker_id)
         digest = worker.spec.model_digest
-        state.evacuate(worker)
+        state.evacuate(worker, step_failed=False)
         for plan in worker.in_flight:
             state.close_plan(plan)
         del state.workers[worker_id]

@@ -73,6 +73,8 @@ class WorkerState:
     spec: WorkerSpec
     rows: Rows
     pool: BlockPool
+    incarnation: int
+    """Of its process; it may enlist more than once."""
     in_flight: deque[InFlightPlan] = field(default_factory=deque)
     next_step_id: int = 1
     freed_rows: list[int] = field(default_factory=list)
@@ -80,9 +82,9 @@ class WorkerState:
     draining: bool = False
 
     @classmethod
-    def new(cls, worker_id: int, spec: WorkerSpec) -> WorkerState:
+    def new(cls, worker_id: int, spec: WorkerSpec, incarnation: int) -> WorkerState:
         """A worker that has just enlisted: every row and block is free."""
-        return cls(worker_id, spec, Rows(spec), BlockPool(spec.num_blocks))
+        return cls(worker_id, spec, Rows(spec), BlockPool(spec.num_blocks), incarnation)
 
     def plan_that_names(self, row: int) -> InFlightPlan | None:
         """The last plan in flight that names the row."""
@@ -199,7 +201,7 @@ class SchedulerState:
         self.counters.failed[reason] += 1
         self.failed.append(Failed(request.router_id, request.handle, reason, message))
 
-    def evacuate(self, worker: WorkerState) -> None:
+    def evacuate(self, worker: WorkerState, *, step_failed: bool) -> None:
         """The worker has forgotten every row and block: all its requests go back, its plans in flight are void.
 
         Those in a plan that didn't come back are suspects: one of them may be what brought the step or the worker down.
@@ -211,15 +213,24 @@ class SchedulerState:
         worker.pool.clear_cache()
         for plan in worker.in_flight:
             plan.void = True
-        self._suspect([request for request in suspects if request is not None])
+        # A process that comes again has not died of it: only its first loss is evidence.
+        self._suspect(
+            [request for request in suspects if request is not None], 0 if step_failed else worker.incarnation
+        )
 
-    def _suspect(self, requests: list[Request]) -> None:
-        """Halves the suspects of one failure; each half is tried apart. One that fails alone, and again, is poison."""
+    def _suspect(self, requests: list[Request], lost: int) -> None:
+        """Halves the suspects of one failure; each half is tried apart. One that fails alone, and again, is poison.
+
+        `lost` is the incarnation of a worker that was lost, 0 where a step failed.
+        """
         for request in requests:
             if request.output_token_ids.size > request.num_outputs_at_failure:
                 request.failures_alone = 0
+                request.lost_on.clear()
                 request.num_outputs_at_failure = request.output_token_ids.size
-        if len(requests) == 1:
+        if len(requests) == 1 and lost not in requests[0].lost_on:
+            if lost:
+                requests[0].lost_on.add(lost)
             requests[0].failures_alone += 1
             if requests[0].failures_alone >= self.settings.max_failures_alone:
                 count = requests[0].failures_alone

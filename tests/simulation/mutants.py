@@ -73,7 +73,7 @@ def _forgetful(self: Request, sequence: Any, now: float) -> scheduler_pb2.Submit
     return submit
 
 
-def _blame_all(self: SchedulerState, requests: list[Any]) -> None:
+def _blame_all(self: SchedulerState, requests: list[Any], lost: int) -> None:
     """Everyone in a failed step is guilty."""
     for request in requests:
         request.failures_alone += 1

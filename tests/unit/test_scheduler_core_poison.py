@@ -79,3 +79,15 @@ def test_a_suspect_of_another_scheduler_runs_apart() -> None:
     assert scheduler.plan(1, 0.0) is None  # nothing else is in flight with it
     scheduler.apply(1, StepResult(plan.step_id, NONE, NONE, ok=False), 0.0)
     assert [failed.reason for failed in scheduler.take_failed()] == [Reason.POISON]  # the third time alone
+
+
+@pytest.mark.parametrize(("incarnations", "fails"), [([7, 7, 7, 7, 7], False), ([7, 8, 9], True)])
+def test_a_worker_that_comes_again_did_not_die_of_it(incarnations: list[int], fails: bool) -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, SPEC, incarnations[0])
+    scheduler.submit(request(0, max_tokens=9), 0.0)
+    for number, incarnation in enumerate([*incarnations[1:], 99], 2):
+        assert scheduler.plan(number - 1, 0.0) is not None
+        scheduler.remove_worker(number - 1, 0.0)
+        scheduler.add_worker(number, SPEC, incarnation)
+    assert [failed.reason for failed in scheduler.take_failed()] == [Reason.POISON] * fails
