@@ -39,7 +39,7 @@ def serve(
 ) -> None:
     """Serve a model: Redis, scheduler, router and workers, until Ctrl-C."""
     flags = {"dtype": dtype, "max_model_len": max_model_len, "memory_fraction": memory_fraction, "threads": threads}
-    with _checkout():
+    with checkout():
         from deploy.cluster import ServeOptions
         from deploy.cluster import serve as serve_cluster
         from deploy.readiness import ClusterError
@@ -58,7 +58,7 @@ def serve(
 
 
 @contextmanager
-def _checkout() -> Iterator[None]:
+def checkout() -> Iterator[None]:
     """Makes the packages of the checkout importable: it is installed, or the working directory lies in it."""
     if importlib.util.find_spec("deploy") is None:
         root = find_checkout(Path.cwd())
