@@ -114,10 +114,11 @@ class Attachments:
         finally:
             reader.cancel()
             writer.cancel()
-            results = await asyncio.gather(reader, writer, return_exceptions=True)
             call.cancel()
             was_closed = outbound.closed
+            # Before anything is awaited: a second cancellation must not leave the link on the books.
             self._hub.link_closed(address)
+            results = await asyncio.gather(reader, writer, return_exceptions=True)
         for result in results:
             if isinstance(result, grpc.aio.AioRpcError):
                 log.log(_level(heard), "scheduler at %s: %s", address, result.details())

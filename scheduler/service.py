@@ -170,9 +170,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         finally:
             for task in (reader, writer):
                 task.cancel()
-            results = await asyncio.gather(reader, writer, return_exceptions=True)
+            # Before anything is awaited: gRPC may cancel this handler once more, and a peer must not stay on the books.
             gone()
             self._plan_soon()
+            results = await asyncio.gather(reader, writer, return_exceptions=True)
         if peer.cut is not None:
             log.warning("cut off %s: %s", peer.name, peer.cut.message)
             await abort(context, peer.cut)

@@ -24,7 +24,7 @@ class Settings:
     prefix_caching: bool = True
     no_worker_timeout: float = 60.0
     """Seconds that requests wait for a worker of their model after the last one left, before they fail."""
-    max_failures_alone: int = 3
+    max_failures_alone: int = 5
     """Failed steps or lost workers that ran nothing but one request and got no token further, before it fails as POISON."""
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 FAULT_SECONDS = 3.0  # faults and requests begin within this
 SETTLE_SECONDS = 40.0  # after which everything must have ended
 
-KINDS = ("kill", "freeze", "part", "cut", "fail", "hang", "drain", "stall")
+KINDS = ("kill", "freeze", "part", "cut", "fail", "hang", "drain", "stall", "massacre")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _request(rng: random.Random, number: int, prefixes: list[tuple[int, ...]]) -
 def _fault(rng: random.Random) -> Fault:
     role = rng.choice(("worker", "worker", "scheduler", "router"))
     kind = rng.choice(KINDS)
-    if kind in ("fail", "hang", "stall"):
+    if kind in ("fail", "hang", "stall", "massacre"):
         role = "worker"
     return Fault(
         at=rng.uniform(0.3, FAULT_SECONDS),

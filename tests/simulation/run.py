@@ -56,6 +56,9 @@ class Cluster:
         self.happened[f"{fault.kind} {fault.role}"] += 1
         if fault.kind == "kill" or (fault.kind == "drain" and fault.role != "worker"):
             self._kill(node, fault.seconds)
+        elif fault.kind == "massacre":
+            for worker in self.workers:
+                self._kill(worker, self.world.random.uniform(0.05, fault.seconds + 0.1))
         elif fault.kind == "freeze":
             node.freeze()
             self.world.after(fault.seconds, node.thaw)

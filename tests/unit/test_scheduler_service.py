@@ -83,3 +83,36 @@ def test_a_peer_that_vanishes_during_hello_leaves_nothing_behind() -> None:
             assert not hub.workers
 
     asyncio.run(main())
+
+
+class EndingContext:
+    """A stream whose peer has died: what it said is read, then comes the end; a write takes its time to give up."""
+
+    def __init__(self) -> None:
+        self._messages: list[Any] = [HELLO]
+
+    async def read(self) -> Any:
+        return self._messages.pop() if self._messages else grpc.aio.EOF
+
+    async def write(self, message: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+
+    def peer(self) -> str:
+        return "dead"
+
+
+def test_a_handler_that_is_cancelled_while_it_ends_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        hub = Hub(HubSettings(), incarnation=1)
+        service = SchedulerService(hub, 0.1)
+        handler = asyncio.create_task(service.Attach(None, EndingContext()))  # type: ignore[arg-type]
+        await asyncio.sleep(0.02)  # the reader has ended; the handler waits for the writer
+        handler.cancel()  # as gRPC does when it finds the call gone
+        await asyncio.wait([handler], timeout=5)
+        assert handler.cancelled()
+        assert not hub.routers
+
+    asyncio.run(main())
