@@ -13,13 +13,14 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.client import AsyncClient, OctavoError
 from octavo.v1 import inference_pb2 as pb
@@ -27,6 +28,8 @@ from octavo.v1 import inference_pb2 as pb
 from deploy.cluster import LocalCluster
 from deploy.commands import Flag
 from deploy.gate import Gate
+
+T = TypeVar("T")
 
 KINDS = ("kill", "stop", "partition")
 ROLES = ("worker", "scheduler", "router")
@@ -116,18 +119,22 @@ class Chaos:
         self._live: set[_Stream] = set()
         self._expected: list[list[int]] = []
         self._over = False
+        self._blocking: asyncio.Future[Any] | None = None
         self.report = ChaosReport()
 
     async def run(self) -> ChaosReport:
         """Start, measure the undisturbed run, let faults happen, compare, stop."""
         settings = self._settings
         flags: dict[str, dict[str, Flag]] = {
-            "worker": {"mock-step-ms": settings.step_ms, "max-rows": settings.streams},
+            "worker": {"mock-step-ms": settings.step_ms, "max-rows": max(settings.streams, PROMPTS)},
             "router": {"drain-timeout": 5},
         }
         cluster = LocalCluster(redis=False, schedulers=settings.schedulers, workers=0, routers=0, flags=flags)
-        await asyncio.to_thread(cluster.__enter__)
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)  # as Ctrl-C: no process is left behind
         try:
+            await self._in_thread(cluster.start)
             await self._connect(cluster)
             await self._undisturbed()
             async with asyncio.TaskGroup() as tasks:
@@ -140,9 +147,18 @@ class Chaos:
         finally:
             for gate in [gate for gates in self._gates.values() for gate in gates]:
                 gate.release()
-            await asyncio.to_thread(cluster.stop)
+            if self._blocking is not None:  # an interrupted restart: the cluster is for one thread at a time
+                await asyncio.wait([self._blocking])
+            await self._in_thread(cluster.stop)
+            loop.remove_signal_handler(signal.SIGTERM)
             for gate in {gate for gates in self._gates.values() for gate in gates}:
                 await gate.close()
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any, **flags: Any) -> T:
+        """Run what blocks. It goes on to its end when we are cancelled, and is waited for before the cluster is stopped."""
+        running = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **flags))
+        self._blocking = running
+        return await asyncio.shield(running)
 
     async def _connect(self, cluster: LocalCluster) -> None:
         schedulers = [m for m in cluster.members.values() if m.command.service == "scheduler"]
@@ -152,7 +168,7 @@ class Chaos:
                 for gate, scheduler in zip(gates, schedulers, strict=True):
                     await gate.start()
                     self._gates.setdefault(scheduler.name, []).append(gate)
-                member = await asyncio.to_thread(cluster.add, service, scheduler=[gate.address for gate in gates])
+                member = await self._in_thread(cluster.add, service, scheduler=[gate.address for gate in gates])
                 self._gates.setdefault(member.name, []).extend(gates)
                 if service == "router":
                     front = Gate(member.address)
@@ -234,8 +250,8 @@ class Chaos:
             self._book(stream)
             stream.hit(f"{kind} {role}", time.monotonic())
         if kind == "kill":
-            member.kill()
-            await asyncio.to_thread(cluster.restart, name)
+            await self._in_thread(member.kill)
+            await self._in_thread(cluster.restart, name)
         elif kind == "stop":
             member.suspend()
             await asyncio.sleep(self._settings.fault_seconds)
@@ -268,7 +284,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     given = vars(parser.parse_args(argv))
     out: Path | None = given.pop("out")
-    report = asyncio.run(Chaos(ChaosSettings(**given)).run())
+    try:
+        report = asyncio.run(Chaos(ChaosSettings(**given)).run())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("stopped", file=sys.stderr)
+        return 130
     text = json.dumps({"command": "python -m deploy.chaos", "settings": given, **report.as_json()}, indent=2)
     print(text)
     if out is not None:

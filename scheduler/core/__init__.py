@@ -21,7 +21,7 @@ Use:
         plan = scheduler.plan(worker_id, now)          # StepPlan | None: columns named as in step.proto
     for columns in scheduler.apply(1, StepResult(...), now):
         ...                                            # TokenColumns: one TokenBatch per router
-    scheduler.take_admitted(); scheduler.take_failed() # after any call
+    scheduler.take_admitted(); scheduler.take_migrated(); scheduler.take_failed() # after any call
     scheduler.expire(now)                              # at scheduler.next_deadline()
 """
 

@@ -1,7 +1,7 @@
 """The scheduler's face to the shell. Pure: `now` is passed in (seconds, any monotonic clock), nothing waits, nothing is sent.
 
 The shell's loop: feed what arrives (`submit`, `cancel`, `add_worker`, `apply`, …), then for each of `workers_to_plan()`
-send what `plan` gives, then deliver what `apply` returned and what `take_admitted` and `take_failed` hold. Call
+send what `plan` gives, then deliver what `apply` returned and what `take_admitted`, `take_migrated` and `take_failed` hold. Call
 `expire` at `next_deadline()`. One thread at a time.
 """
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from deploy.chaos import KINDS, ROLES, Chaos, ChaosReport, ChaosSettings
+from deploy.environment import ROOT
 
 pytestmark = pytest.mark.xdist_group("chaos")
 
@@ -35,3 +41,18 @@ def test_a_difference_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     report: ChaosReport = asyncio.run(Chaos(settings).run())
     assert report.wrong and "first difference at 100" in report.wrong[0]
     assert not report.survived
+
+
+def test_sigterm_leaves_no_process(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "deploy.chaos", "--seconds", "60", "--streams", "2", "--workers", "1"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 30
+        while not list(tmp_path.glob("octavo-*/ready/router-1.json")):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        pids = [json.loads(path.read_text())["pid"] for path in tmp_path.glob("octavo-*/ready/*.json")]
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.strip().splitlines()[-1]) == (130, "stopped")
+    assert len(pids) >= 3 and not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -30,7 +30,11 @@ def chaos(
     stderr_console().print(
         f"{seconds:.0f} s of faults among {streams} streams; the running cluster, if any, is left alone"
     )
-    report = asyncio.run(Chaos(settings).run())
+    try:
+        report = asyncio.run(Chaos(settings).run())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        stderr_console().print("stopped")
+        raise typer.Exit(130) from None
     text = json.dumps(report.as_json(), indent=2)
     print(text)
     if out is not None:
