@@ -13,6 +13,7 @@ from router.assets import AssetStore
 from router.attach import Attachments
 from router.hub import Hub
 from router.prepare import Clocks, Preparation, TextPool
+from router.pulse import Terms
 from router.service import InferenceService
 from router.session import RouterSession, SessionSettings
 from router.settings import RouterSettings
@@ -50,6 +51,7 @@ class Router:
             self.session,
             flush_interval=settings.flush_ms / 1e3,
             max_buffered_tokens=settings.max_buffered_tokens,
+            brisk=Terms(settings.heartbeat_ms / 1e3, settings.lease_ms / 1e3),
             on_models=self.load_assets,
         )
         self.pool = TextPool(settings.text_threads)

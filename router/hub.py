@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.v1 import scheduler_pb2
+from octavo.v1 import inference_pb2, scheduler_pb2
 
 from router.flush import FlushPolicy
+from router.pulse import BRISK, CALM, Pulse, Terms
 from router.request import Request
 from router.session import RouterSession
 from service.errors import OctavoError, Reason
@@ -61,6 +62,7 @@ class ClientStream:
     request: Request
     bounded: bool
     ready: bool = False
+    beat: Terms | None = None  # a heartbeat is due
     _waiter: asyncio.Future[None] | None = field(default=None)
 
     async def wait(self) -> None:
@@ -80,6 +82,11 @@ class ClientStream:
             self._waiter.set_result(None)
 
 
+def heartbeat(terms: Terms = CALM) -> inference_pb2.Heartbeat:
+    """The message that tells a client these terms."""
+    return inference_pb2.Heartbeat(interval_ms=round(terms.interval * 1e3), lease_ms=round(terms.lease * 1e3))
+
+
 class Hub:
     """Owns the session and calls it with the time."""
 
@@ -89,12 +96,14 @@ class Hub:
         *,
         flush_interval: float = 0.008,
         max_buffered_tokens: int = 4_096,
+        brisk: Terms = BRISK,
         on_models: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_models` is called whenever the models served may have changed."""
+        """`brisk`: heartbeats to clients that have got tokens. `on_models` is called whenever the models served may have changed."""
         self.session = session
         self._flush: FlushPolicy[ClientStream] = FlushPolicy(flush_interval)
         self._flush_timer: asyncio.TimerHandle | None = None
+        self._pulse: Pulse[ClientStream] = Pulse(brisk)
         self._streams: dict[Request, ClientStream] = {}
         self._outbound: dict[str, Outbound] = {}
         self._max_buffered = max_buffered_tokens
@@ -134,22 +143,43 @@ class Hub:
     async def run_clock(self, interval: float) -> None:
         """Tick for ever. `interval` in seconds: a few in each heartbeat."""
         while True:
-            self.session.tick(self.now())
+            now = self.now()
+            self.session.tick(now)
+            for stream, terms in self._pulse.due(now):
+                stream.beat = terms
+                stream.wake()
             self._pump()
             await asyncio.sleep(interval)
 
     # ---- clients
 
-    def submit(self, request: Request, *, bounded: bool) -> ClientStream:
+    def submit(self, request: Request, *, bounded: bool, heartbeats: bool = False) -> ClientStream:
         """Start a request. `bounded`: its reader may be slow, so what it has not taken is limited. Raises OctavoError."""
-        self.session.submit(request, self.now())
+        now = self.now()
+        self.session.submit(request, now)
         stream = ClientStream(request, bounded)
         self._streams[request] = stream
+        if heartbeats:
+            self._pulse.join(stream, now)
         self._pump()
         return stream
 
+    def outgoing(self, stream: ClientStream) -> list[inference_pb2.GenerateResponse]:
+        """What this stream has to write now, heartbeats among it. Writing counts as speaking."""
+        messages = stream.request.take()
+        terms, stream.beat = stream.beat, None
+        now = self.now()
+        if any(message.HasField("delta") for message in messages):
+            terms = self._pulse.hasten(stream, now)
+        if terms is not None and (messages or not stream.request.done):
+            messages.insert(0, inference_pb2.GenerateResponse(heartbeat=heartbeat(terms)))
+        if messages:
+            self._pulse.spoke(stream, now)
+        return messages
+
     def close(self, stream: ClientStream, reason: scheduler_pb2.CancelReason) -> None:
         """The client is served or gone: whatever still runs is cancelled."""
+        self._pulse.leave(stream)
         self._streams.pop(stream.request, None)
         self._flush.forget(stream)
         self.session.cancel(stream.request, reason, self.now())

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
 from octavo.v1 import common_pb2, inference_pb2, inference_pb2_grpc, scheduler_pb2
 
 from router.assets import AssetStore, ModelAssets
-from router.hub import ClientStream, Hub
+from router.hub import ClientStream, Hub, heartbeat
 from router.idempotency import IdempotencyKeys
 from router.models import KnownModel
 from router.prepare import Preparation, Prepared, TextPool
+from router.pulse import CALM
 from router.resolve import ModelLimits
 from router.stats import Stats
 from router.validate import Violations, check_chat
@@ -45,10 +46,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             async with self._running(request, context, bounded=True) as (prepared, stream):
                 await _wait_for_plan(stream)
-                await context.write(inference_pb2.GenerateResponse(started=_started(prepared)))
+                started = _started(prepared)
+                if request.heartbeats:
+                    started.heartbeat.CopyFrom(heartbeat())
+                await context.write(inference_pb2.GenerateResponse(started=started))
                 running = stream.request
                 while True:
-                    for message in running.take():
+                    for message in self._hub.outgoing(stream):
                         await context.write(message)
                     if running.error is not None:
                         raise running.error
@@ -167,13 +171,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             if self.draining:
                 raise OctavoError(Reason.DRAINING, "this router is shutting down")
-            prepared = await self._preparation.prepare(message, _TENANT, self._deadline(context))
+            preparing = self._preparation.prepare(message, _TENANT, self._deadline(context))
+            prepared = await (_beating(preparing, context) if bounded and message.heartbeats else preparing)
             request = prepared.request
             claim = self._keys.claim(
                 _TENANT, message.idempotency_key, message.attempt, lambda error: self._hub.fail(request, error)
             )
             try:
-                stream = self._hub.submit(request, bounded=bounded)
+                stream = self._hub.submit(request, bounded=bounded, heartbeats=bounded and message.heartbeats)
             except OctavoError:
                 self._keys.release(claim)
                 raise
@@ -190,6 +195,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     def _deadline(self, context: Any) -> float | None:
         remaining = context.time_remaining()
         return None if remaining is None else self._hub.now() + max(0.0, remaining)
+
+
+async def _beating(preparing: Coroutine[Any, Any, Prepared], context: Any) -> Prepared:
+    """Prepare, with a heartbeat whenever that takes long."""
+    task = asyncio.create_task(preparing)
+    try:
+        while not (await asyncio.wait([task], timeout=CALM.interval))[0]:
+            await context.write(inference_pb2.GenerateResponse(heartbeat=heartbeat()))
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def _wait_for_plan(stream: ClientStream) -> None:

@@ -32,6 +32,7 @@ class Play:
     skip_bytes: int = 0  # lies about text_bytes
     digest: str = DIGEST
     gate: threading.Event | None = None  # Started comes only when it is set
+    terms: pb.Heartbeat | None = None  # told in Started, if the client asked for heartbeats
 
 
 def word(index: int) -> str:
@@ -117,9 +118,10 @@ class FakeRouter(inference_pb2_grpc.InferenceServiceServicer, scheduler_pb2_grpc
             await abort(context, play.refuse)
         if play.gate:
             await asyncio.to_thread(play.gate.wait, 20)
-        yield pb.GenerateResponse(
-            started=pb.Started(request_id="r1", model=self.model, digest=play.digest, seed=SEED, ticket=TICKET)
-        )
+        started = pb.Started(request_id="r1", model=self.model, digest=play.digest, seed=SEED, ticket=TICKET)
+        if request.heartbeats and play.terms is not None:
+            started.heartbeat.CopyFrom(play.terms)
+        yield pb.GenerateResponse(started=started)
         total = request.sampling.max_tokens or 6
         outputs = request.sampling.n or 1
         held = {state.index: state for state in request.resume.outputs}

@@ -43,6 +43,9 @@ class AsyncStream:
         self._attempts = client._attempts(timeout)
         self._session = GenerateSession(request, self._attempts)
         self._call: Any = None
+        self._reading = False
+        self._fell_silent = False  # the present call was cancelled because its router said nothing
+        self._timer: asyncio.TimerHandle | None = None
         # Set once; also wakes a wait between two tries.
         self._closed = asyncio.Event()
 
@@ -62,6 +65,8 @@ class AsyncStream:
                 response = await self._read()
             except grpc.RpcError as rpc_error:
                 response, error = None, decode(rpc_error)
+            if self._fell_silent:
+                response, error = None, self._session.fell_silent()
             if response is None:
                 await self._after_break(error)
                 continue
@@ -97,6 +102,7 @@ class AsyncStream:
 
     def _cancel(self) -> None:
         self._closed.set()
+        self._stop_listening()
         if self._call is not None:
             self._call.cancel()
 
@@ -107,14 +113,20 @@ class AsyncStream:
             self._call = stub.Generate(
                 self._session.next_request(), timeout=remaining, metadata=self._client._connection.metadata
             )
+            self._fell_silent = False
+            if self._session.silence is not None:
+                self._session.silence.dialled(time.monotonic())
+        self._listen()
         try:
             response = await self._call.read()
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self._closed.is_set() and not (task and task.cancelling()):
-                return None  # aclose() cancelled the call, nobody cancelled the task
+            if (self._closed.is_set() or self._fell_silent) and not (task and task.cancelling()):
+                return None  # the call was cancelled by us, nobody cancelled the task
             self._cancel()
             raise
+        finally:
+            self._reading = False
         return None if response is grpc.aio.EOF else cast(pb.GenerateResponse, response)
 
     def _receive(self, response: pb.GenerateResponse) -> Event | None:
@@ -124,8 +136,39 @@ class AsyncStream:
             self._cancel()
             raise
 
+    def _listen(self) -> None:
+        """A read begins: have the silence judged while it lasts. One timer a stream, moved on when it fires."""
+        self._reading = True
+        silence = self._session.silence
+        if silence is not None:
+            silence.listening(time.monotonic())
+            if self._timer is None:
+                self._set_timer()
+
+    def _set_timer(self) -> None:
+        if (silence := self._session.silence) is not None:
+            delay = max(0.0, silence.due_at - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._judge)
+
+    def _judge(self) -> None:
+        self._timer = None
+        silence = self._session.silence
+        if silence is None or not self._reading or self._call is None:
+            return  # the next read sets a timer
+        if silence.over(time.monotonic()):
+            self._fell_silent = True
+            self._call.cancel()
+        else:
+            self._set_timer()
+
+    def _stop_listening(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     async def _after_break(self, error: OctavoError | None) -> None:
         self._call = None
+        self._stop_listening()
         if self._session.complete or self._closed.is_set():
             self._closed.set()
             self._client._prefer(self._attempts.router)

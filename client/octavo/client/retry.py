@@ -17,6 +17,7 @@ class RetryPolicy:
     initial_backoff: float = 0.1  # doubles each time
     max_backoff: float = 2.0
     max_wait: float = 30.0  # told to wait longer than this, give up at once
+    first_word: float = 3.0  # a router that says nothing for so long after it was dialled is left for another one
 
 
 class Attempts:
@@ -30,6 +31,16 @@ class Attempts:
         self._failures = 0
         self.router = first % num_routers
         self.count = 0  # tries that failed so far, for GenerateRequest.attempt
+
+    @property
+    def has_alternative(self) -> bool:
+        """Whether there is another router to go to."""
+        return self._num_routers > 1
+
+    @property
+    def first_word(self) -> float:
+        """As the policy says, seconds."""
+        return self._policy.first_word
 
     def remaining(self, now: float) -> float | None:
         """Seconds until the deadline, None without one. Raises OctavoError (DEADLINE) once it has passed."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from octavo.client.errors import OctavoError, Reason
 from octavo.client.retry import Attempts
+from octavo.client.silence import Silence
 from octavo.v1 import inference_pb2 as pb
 
 Event = pb.Started | pb.Delta | pb.Finished
@@ -34,7 +35,9 @@ class GenerateSession:
         self._base_attempt = request.attempt
         self._greeted = False  # whether the present stream has said Started
         self.attempts = attempts
+        self.silence = Silence(attempts.first_word) if attempts.has_alternative else None
         self.started: pb.Started | None = None
+        request.heartbeats = self.silence is not None
 
     @property
     def complete(self) -> bool:
@@ -54,6 +57,9 @@ class GenerateSession:
         kind = response.WhichOneof("event")
         if kind == "started":
             return self._on_started(response.started)
+        if kind == "heartbeat":
+            self._agree(response.heartbeat)
+            return None
         if kind is None:
             return None  # a kind of event that is newer than this client
         if not self._greeted:
@@ -73,10 +79,15 @@ class GenerateSession:
         may_repeat = error.resumable or (error.retryable and not self._greeted)
         return self.attempts.failed(error, now, may_repeat=may_repeat, resuming=resuming)
 
+    def _agree(self, terms: pb.Heartbeat) -> None:
+        if self.silence is not None:
+            self.silence.agreed(terms)
+
     def _on_started(self, started: pb.Started) -> pb.Started | None:
         if self._greeted:
             raise _violation("a second started in one stream")
         self._greeted = True
+        self._agree(started.heartbeat)
         if self.started is None:
             self.started = started
             return started
@@ -85,6 +96,10 @@ class GenerateSession:
         if started.ticket:
             self.started.ticket = started.ticket
         return None
+
+    def fell_silent(self) -> OctavoError:
+        """What broke a stream whose silence is over."""
+        return OctavoError(Reason.LOST, "the router has said nothing for too long")
 
     def _on_delta(self, delta: pb.Delta) -> pb.Delta:
         output = self._output(delta.index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,8 @@ class Stream:
         self._attempts = client._attempts(timeout)
         self._session = GenerateSession(request, self._attempts)
         self._call: Any = None
+        self._reading = False
+        self._fell_silent = False  # the present call was cancelled because its router said nothing
         # Set once; also wakes a wait between two tries.
         self._closed = threading.Event()
 
@@ -61,6 +64,8 @@ class Stream:
                 response = self._read()
             except grpc.RpcError as rpc_error:
                 response, error = None, decode(rpc_error)
+            if self._fell_silent:
+                response, error = None, self._session.fell_silent()
             if response is None:
                 self._after_break(error)
                 continue
@@ -85,6 +90,7 @@ class Stream:
     def close(self) -> None:
         """Cancel what still runs. May be called from any thread; the iteration then ends."""
         self._closed.set()
+        self._client._watcher.discard(self)
         call = self._call
         if call is not None:
             call.cancel()
@@ -106,7 +112,24 @@ class Stream:
             )
             if self._closed.is_set():  # close() came between and found no call to cancel
                 self._call.cancel()
-        return cast("pb.GenerateResponse | None", next(self._call, None))
+            self._fell_silent = False
+            if self._session.silence is not None:
+                self._session.silence.dialled(time.monotonic())
+                self._client._watcher.add(self)
+        if self._session.silence is not None:
+            self._session.silence.listening(time.monotonic())
+        self._reading = True
+        try:
+            return cast("pb.GenerateResponse | None", next(self._call, None))
+        finally:
+            self._reading = False
+
+    def _judge(self, now: float) -> None:
+        """From the watcher's thread: cancel a call whose router has said nothing for too long."""
+        silence, call = self._session.silence, self._call
+        if silence is not None and self._reading and call is not None and silence.over(now):
+            self._fell_silent = True
+            call.cancel()
 
     def _receive(self, response: pb.GenerateResponse) -> Event | None:
         try:
@@ -117,6 +140,7 @@ class Stream:
 
     def _after_break(self, error: OctavoError | None) -> None:
         self._call = None
+        self._client._watcher.discard(self)
         if self._session.complete or self._closed.is_set():
             self._closed.set()
             self._client._prefer(self._attempts.router)
@@ -127,6 +151,41 @@ class Stream:
             self._closed.set()
             raise
         self._closed.wait(delay)
+
+
+class _Watcher:
+    """A thread that judges the silence of the streams that are being read; it runs while there are any."""
+
+    _PERIOD = 0.05
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()  # an abandoned stream must not be kept alive
+        self._running = False
+
+    def add(self, stream: Stream) -> None:
+        with self._lock:
+            self._streams.add(stream)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="octavo-silence", daemon=True).start()
+
+    def discard(self, stream: Stream) -> None:
+        with self._lock:
+            self._streams.discard(stream)
+
+    def _run(self) -> None:
+        while self._judge_all():
+            time.sleep(self._PERIOD)  # holding no stream
+
+    def _judge_all(self) -> bool:
+        with self._lock:
+            streams = list(self._streams)
+            self._running = bool(streams)
+        now = time.monotonic()
+        for stream in streams:
+            stream._judge(now)
+        return bool(streams)
 
 
 class Client:
@@ -150,6 +209,7 @@ class Client:
         self._lock = threading.Lock()  # guards _channels
         self._channels: dict[str, grpc.Channel] = {}
         self._preferred = 0  # router that answered last; a hint, so without the lock
+        self._watcher = _Watcher()
 
     def generate(
         self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[GenerateOptions]
