@@ -38,6 +38,17 @@ def test_each_silence_has_to_be_twice_as_long() -> None:
     assert silence.over(4.05)
 
 
+def test_a_stream_that_flows_for_a_while_is_trusted_again() -> None:
+    silence = Silence(first_word=1.0)
+    silence.dialled(0.0)
+    assert silence.over(1.05)
+    silence.dialled(2.0)
+    silence.listening(21.9)
+    assert silence.due_at == pytest.approx(23.9)
+    silence.listening(22.1)
+    assert silence.due_at == pytest.approx(23.1)
+
+
 def test_an_own_stall_is_not_the_routers_silence() -> None:
     silence = Silence(first_word=1.0)
     silence.dialled(0.0)
@@ -68,7 +79,8 @@ def _sync_events(addresses: list[str], policy: RetryPolicy) -> list[Event]:
 def test_a_frozen_router_is_left_for_another(kind: str, when: str) -> None:
     never = threading.Event()
     frozen = Play(gate=never) if when == "before started" else Play(hang_at=4, terms=BRISK)
-    policy = RetryPolicy(first_word=0.3)
+    # Terms that become shorter than the first word's must count at once.
+    policy = RetryPolicy(first_word=0.3 if when == "before started" else 60.0)
     with FakeRouter([frozen]) as first, FakeRouter([Play(terms=BRISK)]) as second:
         addresses = [first.address, second.address]
         events = _sync_events(addresses, policy) if kind == "sync" else asyncio.run(_async_events(addresses, policy))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from octavo.client.request import (
 )
 from octavo.client.retry import Attempts, RetryPolicy
 from octavo.client.session import Collector, Event, GenerateSession
+from octavo.client.silence import Silence
 from octavo.client.sync import LOOKUP_TIMEOUT
 from octavo.v1 import inference_pb2 as pb
 from octavo.v1.inference_pb2_grpc import InferenceServiceStub
@@ -46,6 +48,7 @@ class AsyncStream:
         self._reading = False
         self._fell_silent = False  # the present call was cancelled because its router said nothing
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
         # Set once; also wakes a wait between two tries.
         self._closed = asyncio.Event()
 
@@ -141,30 +144,31 @@ class AsyncStream:
         self._reading = True
         silence = self._session.silence
         if silence is not None:
-            silence.listening(time.monotonic())
-            if self._timer is None:
-                self._set_timer()
+            now = time.monotonic()
+            silence.listening(now)
+            if silence.due_at < self._timer_at:  # none is set, or the terms have become shorter
+                self._set_timer(silence, now)
 
-    def _set_timer(self) -> None:
-        if (silence := self._session.silence) is not None:
-            delay = max(0.0, silence.due_at - time.monotonic())
-            self._timer = asyncio.get_running_loop().call_later(delay, self._judge)
+    def _set_timer(self, silence: Silence, now: float) -> None:
+        self._stop_listening()
+        self._timer_at = silence.due_at
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, silence.due_at - now), self._judge)
 
     def _judge(self) -> None:
-        self._timer = None
-        silence = self._session.silence
+        self._stop_listening()
+        silence, now = self._session.silence, time.monotonic()
         if silence is None or not self._reading or self._call is None:
             return  # the next read sets a timer
-        if silence.over(time.monotonic()):
+        if silence.over(now):
             self._fell_silent = True
             self._call.cancel()
         else:
-            self._set_timer()
+            self._set_timer(silence, now)
 
     def _stop_listening(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._timer, self._timer_at = None, math.inf
 
     async def _after_break(self, error: OctavoError | None) -> None:
         self._call = None

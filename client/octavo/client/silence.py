@@ -1,8 +1,8 @@
 """When a router that says nothing is taken for dead. No I/O; `now` is in seconds on the caller's monotonic clock.
 
 A broken connection is found at once, a frozen process or a parted network only by silence. The router tells its terms (Heartbeat):
-how often it will say something, and after what silence to go elsewhere. Each time that silence was the reason, the next one has to be
-twice as long: clients of an overloaded cluster must not make it worse by resuming all the time.
+how often it will say something, and after what silence to go elsewhere. After a silence the next one has to be twice as long, until a
+stream has flowed for a while: clients of an overloaded cluster must not make it worse by resuming all the time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from octavo.v1 import inference_pb2 as pb
 
 # A check that comes so much later than it was due, in seconds, says that this process stood still, not the router.
 _OWN_STALL = 0.15
+# Leases that a stream has to flow before its router is trusted as at first.
+_TRUSTED_AFTER = 10
 
 
 class Silence:
@@ -21,12 +23,12 @@ class Silence:
         self._first_word = first_word
         self._lease = first_word
         self._patience = 1.0
-        self._since = 0.0
+        self._since = self._dialled_at = 0.0
 
     def dialled(self, now: float) -> None:
         """A new stream is opened."""
         self._lease = self._first_word
-        self._since = now
+        self._since = self._dialled_at = now
 
     def agreed(self, terms: pb.Heartbeat) -> None:
         """The router has told its terms."""
@@ -36,6 +38,8 @@ class Silence:
     def listening(self, now: float) -> None:
         """The caller begins to wait for the next message, or has got one. What it left unread before was no silence."""
         self._since = now
+        if self._patience > 1.0 and now - self._dialled_at > _TRUSTED_AFTER * self._lease * self._patience:
+            self._patience = 1.0
 
     @property
     def due_at(self) -> float:
