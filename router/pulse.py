@@ -23,7 +23,7 @@ class Terms:
 
 CALM = Terms(1.0, 3.0)
 """While a stream waits for its first token."""
-BRISK = Terms(0.1, 0.3)
+BRISK = Terms(0.075, 0.25)
 """From then on, unless the router's settings say otherwise."""
 
 

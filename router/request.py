@@ -51,7 +51,7 @@ class Sequence:
     # Workers lost under it, without a new submission.
     migrations: int = 0
     # What the scheduler thinks of its part in that, until the next new token: the next scheduler is told.
-    suspect: bool = False
+    suspect_group: int = 0
     failures_alone: int = 0
     # Submissions since the last new token: bounds a request that never gets on.
     tries: int = 0
@@ -153,7 +153,7 @@ class Request:
             prompt=[scheduler_pb2.Segment(token_ids=spec.prompt_column)],
             output_token_ids=pack(sequence.output.token_ids, np.int32),
             num_prompt_tokens=spec.num_prompt_tokens,
-            suspect=sequence.suspect,
+            suspect_group=sequence.suspect_group,
             failures_alone=sequence.failures_alone,
         )
         if spec.deadline is not None:

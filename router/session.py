@@ -40,8 +40,8 @@ class SessionSettings:
 
     incarnation: int
     name: str = ""
-    heartbeat: float = 0.1
-    lease: float = 0.3
+    heartbeat: float = 0.075
+    lease: float = 0.25
     # How long an accepted sequence waits for a scheduler before its stream breaks (resumably).
     patience: float = 30.0
 
@@ -238,7 +238,7 @@ class RouterSession:
         sequence = link.running.get(message.handle)
         if sequence is not None:
             sequence.migrations += 1
-            sequence.suspect, sequence.failures_alone = message.suspect, message.failures_alone
+            sequence.suspect_group, sequence.failures_alone = message.suspect_group, message.failures_alone
 
     def _entry(self, link: Link, entry: batch.Entry, now: float) -> None:
         sequence = link.running.get(entry.handle)
@@ -256,7 +256,7 @@ class RouterSession:
             if sequence.first_token_at is None:
                 sequence.first_token_at = now
             sequence.tries = 0
-            sequence.suspect, sequence.failures_alone = False, 0
+            sequence.suspect_group, sequence.failures_alone = 0, 0
             output.append(fresh)
         if entry.finish_reason and not output.finish_reason:
             if entry.first_output_index + len(entry.token_ids) < have:

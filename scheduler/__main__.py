@@ -56,7 +56,7 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
     )
     hub_settings = HubSettings(settings.heartbeat_ms, settings.lease_ms, settings.run_ahead, core)
     hub = Hub(hub_settings, life.incarnation, first_epoch=secrets.randbits(62))
-    service = SchedulerService(hub, settings.heartbeat_ms / 1e3)
+    service = SchedulerService(hub, settings.heartbeat_ms / 3e3)
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(service, server.grpc)
     metrics = Metrics()
     metrics.registry.register(_SchedulerCollector(hub))

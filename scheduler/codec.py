@@ -61,7 +61,7 @@ def decode_submit(submit: scheduler_pb2.Submit, router_id: int, vocab_size: int,
         arrival=now - submit.waited_ms / 1e3,
         deadline=deadline,
         payload=submit,
-        suspicion=int(submit.suspect),
+        suspicion=submit.suspect_group,
         failures_alone=submit.failures_alone,
     )
 

@@ -25,8 +25,8 @@ log = logging.getLogger("octavo.hub")
 class HubSettings:
     """How streams are kept, and the core's policy."""
 
-    heartbeat_ms: int = 100
-    lease_ms: int = 300
+    heartbeat_ms: int = 75
+    lease_ms: int = 250
     run_ahead: int = 2
     core: Settings = field(default_factory=Settings)
 
@@ -187,9 +187,11 @@ class Hub:
     # Time ----------------------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Called each heartbeat interval: speak where nothing was said, cut off who is silent or hangs, expire deadlines."""
+        """Called a few times in each heartbeat interval: speak where nothing was said, cut off who is silent or hangs, expire
+        deadlines.
+        """
         interval, lease = self._settings.heartbeat_ms / 1e3, self._settings.lease_ms / 1e3
-        late = now - self._ticked_at > 2 * interval
+        late = now - self._ticked_at > lease / 2
         self._ticked_at = now
         for worker in list(self.workers.values()):
             if now - worker.spoke_at >= interval * 0.9:
@@ -309,7 +311,7 @@ class Hub:
         """Who lost a worker, and who is failed."""
         for migrated in self.core.take_migrated():
             message = scheduler_pb2.Migrated(
-                handle=migrated.handle, suspect=migrated.suspect, failures_alone=migrated.failures_alone
+                handle=migrated.handle, suspect_group=migrated.suspect_group, failures_alone=migrated.failures_alone
             )
             self._to_router(migrated.router_id, scheduler_pb2.AttachResponse(migrated=message))
         for failed in self.core.take_failed():

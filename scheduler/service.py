@@ -35,16 +35,16 @@ class _Takes(Protocol):
 class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
     """Attach, Enlist, assets and the admin methods over one hub."""
 
-    def __init__(self, hub: Hub, heartbeat_s: float) -> None:
+    def __init__(self, hub: Hub, tick_s: float) -> None:
         self.hub = hub
-        self._heartbeat_s = heartbeat_s
+        self._tick_s = tick_s
         self._plan_due = False
         self._started_at = self._now()
 
     async def tick_forever(self) -> None:
         """Heartbeats, leases, deadlines; runs until cancelled."""
         while True:
-            await asyncio.sleep(self._heartbeat_s)
+            await asyncio.sleep(self._tick_s)
             self.hub.tick(self._now())
             self._plan_soon()
 

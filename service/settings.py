@@ -41,8 +41,8 @@ class CommonSettings:
     tls_key: Path | None = flag("PEM private key of --tls-cert", None)
     tls_ca: Path | None = flag("PEM certificates to trust when dialling others", None)
     drain_timeout: float = flag("seconds that running work may take after SIGTERM", 30.0)
-    heartbeat_ms: int = flag("milliseconds between heartbeats", 100)
-    lease_ms: int = flag("milliseconds of silence after which a peer is taken for dead", 300)
+    heartbeat_ms: int = flag("milliseconds between heartbeats", 75)
+    lease_ms: int = flag("milliseconds of silence after which a peer is taken for dead", 250)
 
     def __post_init__(self) -> None:
         if not 0 < self.heartbeat_ms < self.lease_ms:

@@ -190,7 +190,7 @@ class Enlistment:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(self.session.heartbeat_s)
+            await asyncio.sleep(self.session.tick_s)
             self._perform(self.session.tick(self._now()))
 
     def _perform(self, actions: Iterable[Action]) -> None:

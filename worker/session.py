@@ -118,8 +118,8 @@ class WorkerSession:
         yield Leave(f"step {step_id} failed: {text}")
 
     def tick(self, now: float) -> Iterator[Action]:
-        """Called each heartbeat interval: speak if nothing else did, and notice a silent scheduler."""
-        late = now - self._ticked_at > 2 * self._heartbeat_s
+        """Called a few times in each heartbeat interval: speak if nothing else did, and notice a silent scheduler."""
+        late = now - self._ticked_at > self._lease_s / 2
         self._ticked_at = now
         if self.epoch == 0:
             return
@@ -138,9 +138,9 @@ class WorkerSession:
         return self._draining_message()
 
     @property
-    def heartbeat_s(self) -> float:
-        """Seconds between ticks; before the welcome a tenth of a second."""
-        return self._heartbeat_s or 0.1
+    def tick_s(self) -> float:
+        """Seconds between ticks: a third of a heartbeat."""
+        return (self._heartbeat_s or 0.1) / 3
 
     def hung(self, now: float) -> bool:
         """Whether a step has been on the device for longer than any step takes."""

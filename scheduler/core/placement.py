@@ -31,11 +31,11 @@ def limit_on(spec: WorkerSpec, request: Request) -> int:
     return request.limit or min(request.num_prompt_tokens + request.sampling.max_tokens, spec.max_model_len)
 
 
-def find_placement(state: SchedulerState, request: Request) -> Placement | None:
-    """The best worker that has room for all known tokens of the request now, or None."""
+def find_placement(state: SchedulerState, request: Request, only: WorkerState | None = None) -> Placement | None:
+    """The best worker that has room for all known tokens of the request now, or None. `only`: that worker or none."""
     token_ids = request.known_token_ids()
     best: Placement | None = None
-    for worker in state.workers_of.get(request.digest, ()):
+    for worker in state.workers_of.get(request.digest, ()) if only is None else (only,):
         if worker.draining or worker.rows.num_free == 0:
             continue
         if not fits(worker.spec, request.num_known_tokens, limit_on(worker.spec, request)):

@@ -126,8 +126,8 @@ class Migrated:
 
     router_id: int
     handle: int
-    suspect: bool
-    """It was in a plan that didn't come back."""
+    suspect_group: int
+    """Not 0: it was in a plan that didn't come back, and is tried again together with the others of this group."""
     failures_alone: int
 
 

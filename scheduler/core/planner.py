@@ -181,13 +181,16 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
     A request is passed over, and those behind it may go, if another worker is the better place for it or if the block that it
     needs next is being computed by this very plan: a later plan will find it cached. A request that no worker has room for stops
     the search: nobody overtakes it, so that it can't starve. At most max_candidates are passed over.
+
+    A group of suspects stays together where its first request was placed: each step that is theirs alone holds all others up.
     """
     queue = state.queues.get(worker.spec.model_digest)
     if queue is None or queue.num_requests == 0 or worker.rows.num_free == 0 or worker.draining:
         return
     budget = worker.spec.max_num_batched_tokens - int(batch.counts.sum())
     passed_over: list[Request] = []
-    while budget > 0 and worker.rows.num_free and len(passed_over) < state.settings.max_candidates:
+    max_candidates = state.settings.max_candidates + (len(state.suspects) if batch.suspicion else 0)
+    while budget > 0 and worker.rows.num_free and len(passed_over) < max_candidates:
         request = queue.pop()
         if request is None:
             break
@@ -196,7 +199,7 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
             if batch.suspicion:
                 continue
             break  # it waits for a step of its own, and nobody overtakes it
-        placement = find_placement(state, request)
+        placement = find_placement(state, request, worker if batch.suspicion else None)
         if placement is None:
             if is_hopeless(state, request):
                 queue.push(request)  # so that failing it finds it where its state says

@@ -112,6 +112,8 @@ class Request:
             raise InvalidField("min_tokens", "must be in [0, max_tokens]")
         if any(not 0 <= token < 2**31 for token in self.sampling.stop_token_ids):
             raise InvalidField("stop_token_ids", "ids must be in [0, 2^31)")
+        if not 0 <= self.suspicion < 2**63:
+            raise InvalidField("suspicion", "must be in [0, 2^63)")
         if not 0 <= self.handle < 2**32:
             raise InvalidField("handle", "must be an unsigned 32-bit number")
         self.num_charged_outputs = self.output_token_ids.size

@@ -112,9 +112,9 @@ class Scheduler:
         self._next_sequence += 1
         state.counters.submitted += 1
         state.requests.setdefault(request.router_id, {})[request.handle] = request
-        if request.suspicion:  # another scheduler found it so
-            state.next_group += 1
-            request.suspicion, request.num_outputs_at_failure = state.next_group, request.output_token_ids.size
+        if request.suspicion:  # another scheduler found it so, and its group comes with it
+            state.next_group = max(state.next_group, request.suspicion)
+            request.num_outputs_at_failure = request.output_token_ids.size
             state.suspects[request.key] = request
         state.enqueue_after_plans(request)
         if digest not in state.workers_of:
@@ -199,7 +199,7 @@ class Scheduler:
         """Requests that lost their worker since the last call and are still here."""
         migrated, self._state.migrated = self._state.migrated, []
         return [
-            Migrated(request.router_id, request.handle, request.suspicion != 0, request.failures_alone)
+            Migrated(request.router_id, request.handle, request.suspicion, request.failures_alone)
             for request in migrated
             if not request.is_finished
         ]

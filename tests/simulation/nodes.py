@@ -42,7 +42,9 @@ class SchedulerNode(Node):
 
     def boot(self) -> None:
         rng = self.world.random
-        self.hub = Hub(HubSettings(core=self._core), rng.getrandbits(60), rng.getrandbits(40))
+        self.hub = Hub(
+            HubSettings(heartbeat_ms=100, lease_ms=300, core=self._core), rng.getrandbits(60), rng.getrandbits(40)
+        )
         self._plan_due = False
         self.every(_TICK, self._tick)
 

@@ -64,7 +64,8 @@ def test_who_lost_a_worker_is_told_and_who_was_in_its_step_is_a_suspect() -> Non
     named = {new.request.handle for new in plan.new_rows}
     scheduler.remove_worker(1, 0.0)
     migrated = scheduler.take_migrated()
-    assert {(m.handle, m.suspect, m.failures_alone) for m in migrated} == {(handle, True, 0) for handle in named}
+    assert {m.handle for m in migrated if m.suspect_group} == named and len({m.suspect_group for m in migrated}) == 2
+    assert all(m.failures_alone == 0 for m in migrated)
     assert scheduler.take_migrated() == []
 
 
@@ -91,3 +92,30 @@ def test_a_worker_that_comes_again_did_not_die_of_it(incarnations: list[int], fa
         scheduler.remove_worker(number - 1, 0.0)
         scheduler.add_worker(number, SPEC, incarnation)
     assert [failed.reason for failed in scheduler.take_failed()] == [Reason.POISON] * fails
+
+
+def test_suspects_that_moved_here_are_tried_together() -> None:
+    """One after the other would cost each of them, and everyone beside them, a step of its own."""
+    scheduler = scheduler_with(SPEC)
+    groups = {0: 7, 1: 9, 2: 7, 3: 9}
+    for handle, group in groups.items():
+        suspect = request(handle, max_tokens=4)
+        suspect.suspicion = group
+        scheduler.submit(suspect, 0.0)
+    plan = scheduler.plan(1, 0.0)
+    assert plan is not None and [new.request.handle for new in plan.new_rows] == [0, 2]
+    scheduler.apply(1, answer(plan), 0.0)
+    plan = scheduler.plan(1, 0.0)
+    assert plan is not None and [new.request.handle for new in plan.new_rows] == [1, 3]
+
+
+def test_a_group_stays_on_one_worker() -> None:
+    """However placement would spread it: each worker that has a part of it would stand still for it."""
+    scheduler = scheduler_with(SPEC)
+    scheduler.add_worker(2, SPEC)
+    for handle in range(4):
+        suspect = request(handle, max_tokens=4)
+        suspect.suspicion = 5
+        scheduler.submit(suspect, 0.0)
+    plan = scheduler.plan(1, 0.0)
+    assert plan is not None and [new.request.handle for new in plan.new_rows] == [0, 1, 2, 3]

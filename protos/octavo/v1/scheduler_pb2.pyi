@@ -62,7 +62,7 @@ class RouterHello(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., protocol: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "task", "model", "digest", "adapter", "tenant", "cache_salt", "priority", "group_id", "index", "seed", "attempt", "remaining_ms", "waited_ms", "sampling", "grammar", "prompt", "output_token_ids", "num_prompt_tokens", "suspect", "failures_alone")
+    __slots__ = ("handle", "request_id", "task", "model", "digest", "adapter", "tenant", "cache_salt", "priority", "group_id", "index", "seed", "attempt", "remaining_ms", "waited_ms", "sampling", "grammar", "prompt", "output_token_ids", "num_prompt_tokens", "suspect_group", "failures_alone")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -83,7 +83,7 @@ class Submit(_message.Message):
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    SUSPECT_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_GROUP_FIELD_NUMBER: _ClassVar[int]
     FAILURES_ALONE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
@@ -105,9 +105,9 @@ class Submit(_message.Message):
     prompt: _containers.RepeatedCompositeFieldContainer[Segment]
     output_token_ids: bytes
     num_prompt_tokens: int
-    suspect: bool
+    suspect_group: int
     failures_alone: int
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., model: _Optional[str] = ..., digest: _Optional[bytes] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., group_id: _Optional[int] = ..., index: _Optional[int] = ..., seed: _Optional[int] = ..., attempt: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingSpec, _Mapping]] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., prompt: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., output_token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., suspect: _Optional[bool] = ..., failures_alone: _Optional[int] = ...) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., model: _Optional[str] = ..., digest: _Optional[bytes] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., group_id: _Optional[int] = ..., index: _Optional[int] = ..., seed: _Optional[int] = ..., attempt: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingSpec, _Mapping]] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., prompt: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., output_token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., suspect_group: _Optional[int] = ..., failures_alone: _Optional[int] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("token_ids", "placeholder")
@@ -206,14 +206,14 @@ class Admitted(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_ms: _Optional[int] = ...) -> None: ...
 
 class Migrated(_message.Message):
-    __slots__ = ("handle", "suspect", "failures_alone")
+    __slots__ = ("handle", "suspect_group", "failures_alone")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
-    SUSPECT_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_GROUP_FIELD_NUMBER: _ClassVar[int]
     FAILURES_ALONE_FIELD_NUMBER: _ClassVar[int]
     handle: int
-    suspect: bool
+    suspect_group: int
     failures_alone: int
-    def __init__(self, handle: _Optional[int] = ..., suspect: _Optional[bool] = ..., failures_alone: _Optional[int] = ...) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., suspect_group: _Optional[int] = ..., failures_alone: _Optional[int] = ...) -> None: ...
 
 class TokenBatch(_message.Message):
     __slots__ = ("handles", "first_output_index", "num_tokens", "finish_reason", "token_ids", "logprobs")
