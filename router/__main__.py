@@ -12,15 +12,17 @@ from octavo.v1 import inference_pb2_grpc
 from router.assets import AssetStore
 from router.attach import Attachments
 from router.hub import Hub
+from router.idempotency import IdempotencyKeys
 from router.prepare import Clocks, Preparation, TextPool
 from router.pulse import Terms
 from router.service import InferenceService
 from router.session import RouterSession, SessionSettings
 from router.settings import RouterSettings
+from router.shared_keys import SharedKeys
 from router.stats import Stats
 from router.ticket import TicketOffice, ticket_key
 from service.auth import credentials, read_token
-from service.discovery import Registry
+from service.discovery import Peer, Registry
 from service.errors import OctavoError, Reason
 from service.lifecycle import Lifecycle, run
 from service.metrics import Metrics
@@ -61,8 +63,18 @@ class Router:
         clocks = Clocks(self.hub.now, time.time)
         preparation = Preparation(self.session.models, self.assets, self.pool, tickets, clocks)
         self.metrics = Metrics()
-        stats = Stats(self.metrics.registry, self.session)
-        self.service = InferenceService(self.hub, self.assets, preparation, self.pool, stats)
+        self._stats = Stats(self.metrics.registry, self.session)
+        self.service = InferenceService(self.hub, self.assets, preparation, self.pool, self._stats)
+
+    async def share_keys(self, url: str, me: Peer) -> None:
+        """Idempotency keys hold for all routers from now on. Runs until cancelled."""
+        shared = SharedKeys(url, me, self._stats.alone)
+        keys = self.service.keys = IdempotencyKeys(self.hub.now, shared)
+        try:
+            await shared.listen(keys.taken_over)
+        finally:
+            await keys.close()
+            await shared.close()
 
     def load_assets(self) -> None:
         """Have the text side of every model that is served."""
@@ -98,10 +110,11 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
     server = Server(settings, SERVICES, PUBLIC_MESSAGE_BYTES)
     router = Router(life, settings)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(router.service, server.grpc)
-    registry = Registry(settings.redis) if settings.redis else None
+    registry = Registry(settings.redis, router.metrics.redis_up()) if settings.redis else None
     try:
         address = await server.start()
         router.metrics.start(settings.metrics)
+        me = Peer(address, str(life.incarnation), life.name)
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(router.hub.run_clock(settings.heartbeat_ms / 3e3)),
@@ -109,14 +122,19 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
                 tasks.create_task(router.attachments.watch()),
             ]
             router.attachments.set_addresses(settings.scheduler)
-            if registry is not None:
+            lease: asyncio.Task[None] | None = None
+            if registry is not None and settings.redis is not None:
                 background.append(tasks.create_task(_discover(registry, router, settings)))
+                background.append(tasks.create_task(router.share_keys(settings.redis, me)))
+                lease = tasks.create_task(registry.hold("router", me, life.stopping))
             await server.set_serving(True)
             life.announce(address, router.metrics.address)
             await life.stopping.wait()
             await server.set_serving(False)
             await router.drain()
             await server.stop(grace=1.0)
+            if lease is not None:
+                await lease
             for task in background:
                 task.cancel()
     finally:

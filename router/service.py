@@ -36,7 +36,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._preparation = preparation
         self._pool = pool
         self._stats = stats
-        self._keys = IdempotencyKeys()
+        self.keys = IdempotencyKeys(hub.now)
         self.draining = False
 
     async def Generate(  # type: ignore[override]  # grpc.aio takes coroutines that write, too
@@ -174,13 +174,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             preparing = self._preparation.prepare(message, _TENANT, self._deadline(context))
             prepared = await (_beating(preparing, context) if bounded and message.heartbeats else preparing)
             request = prepared.request
-            claim = self._keys.claim(
+            claim = await self.keys.claim(
                 _TENANT, message.idempotency_key, message.attempt, lambda error: self._hub.fail(request, error)
             )
             try:
+                if request.error is not None:  # another attempt was quicker
+                    raise request.error
                 stream = self._hub.submit(request, bounded=bounded, heartbeats=bounded and message.heartbeats)
             except OctavoError:
-                self._keys.release(claim)
+                self.keys.release(claim, ran=False)
                 raise
         except OctavoError as error:
             self._stats.refused(error.reason.name)
@@ -189,7 +191,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             yield prepared, stream
         finally:
             self._hub.close(stream, scheduler_pb2.CANCEL_REASON_CLIENT)
-            self._keys.release(claim)
+            self.keys.release(claim, ran=request.delivered and request.error is None)
             self._stats.ended(request, self._hub.now())
 
     def _deadline(self, context: Any) -> float | None:

@@ -30,6 +30,11 @@ class Stats:
         self._total = Histogram(
             "octavo_router_request_seconds", "Acceptance to end", buckets=_SECONDS, registry=registry
         )
+        self._alone = Counter(
+            "octavo_router_keys_alone",
+            "Idempotency keys that Redis did not answer for, so that other routers do not know them",
+            registry=registry,
+        )
         gauges = {
             "octavo_router_requests_running": ("Requests that are not done", lambda: session.num_requests),
             "octavo_router_schedulers_attached": ("Schedulers that welcomed us", lambda: session.num_attached),
@@ -41,6 +46,10 @@ class Stats:
     def refused(self, reason: str) -> None:
         """A request was refused before it ran."""
         self._requests.labels(reason).inc()
+
+    def alone(self) -> None:
+        """An idempotency key is known to this router alone."""
+        self._alone.inc()
 
     def ended(self, request: Request, now: float) -> None:
         """A request that ran is over."""

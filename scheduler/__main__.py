@@ -60,7 +60,7 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(service, server.grpc)
     metrics = Metrics()
     metrics.registry.register(_SchedulerCollector(hub))
-    registry = Registry(settings.redis) if settings.redis else None
+    registry = Registry(settings.redis, metrics.redis_up()) if settings.redis else None
     try:
         address = await server.start()
         metrics.start(settings.metrics)

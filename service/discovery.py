@@ -101,7 +101,7 @@ class Registry:
                             changed(peers)
                         # A message makes it quick; the timeout finds leases that ran out.
                         await events.get_message(timeout=RENEW_SECONDS)
-                        _raise_swallowed_cancel()
+                        raise_swallowed_cancel()
             except (RedisError, OSError) as error:
                 self._on_up(False)
                 log.warning("redis: %s; discovery stays as it was", error)
@@ -123,7 +123,7 @@ class Registry:
         return frozenset(peers)
 
 
-def _raise_swallowed_cancel() -> None:
+def raise_swallowed_cancel() -> None:
     """redis-py's `get_message` loses a cancellation that comes together with a message (seen with 8.1): raise it here."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():

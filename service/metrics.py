@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import (
     CollectorRegistry,
+    Gauge,
     GCCollector,
     PlatformCollector,
     ProcessCollector,
@@ -22,6 +25,13 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self.address = ""
+
+    def redis_up(self) -> Callable[[bool], None]:
+        """A gauge of whether Redis answers, for service.discovery.Registry."""
+        gauge = Gauge(
+            "octavo_redis_up", "1 while Redis answers; without it discovery stays as it was", registry=self.registry
+        )
+        return lambda up: gauge.set(float(up))
 
     def start(self, listen: str) -> str:
         """Serve /metrics; returns HOST:PORT. Raises SettingsError where the address can't be bound."""

@@ -69,7 +69,7 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
     engine = Engine(selection.backend, on_output, on_failure, _die)
     engine.start()
     metrics = Metrics()
-    registry = Registry(settings.redis) if settings.redis else None
+    registry = Registry(settings.redis, metrics.redis_up()) if settings.redis else None
     try:
         identity = await _load(engine, selection, life)
         enlistment = Enlistment(settings, identity, engine)
