@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import sys
+import time
 
 from octavo.v1 import scheduler_pb2_grpc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -16,10 +17,12 @@ from scheduler.hub import Hub, HubSettings
 from scheduler.inspect import counters
 from scheduler.service import SchedulerService
 from scheduler.settings import SchedulerSettings
+from scheduler.spread import Spreader
+from service.auth import credentials, read_token
 from service.discovery import Peer, Registry
 from service.lifecycle import Lifecycle, run
 from service.metrics import Metrics
-from service.server import INTERNAL_MESSAGE_BYTES, Server
+from service.server import INTERNAL_MESSAGE_BYTES, Server, open_channel
 from service.settings import SettingsError, exit_on_settings_error, parse
 
 log = logging.getLogger("octavo.scheduler")
@@ -48,13 +51,14 @@ class _SchedulerCollector(Collector):
 async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
     """Serve until told to stop, then let running requests end."""
     server = Server(settings, SERVICES, INTERNAL_MESSAGE_BYTES)
+    token = read_token(settings.cluster_token_file)
     core = Settings(
         max_waiting_requests=settings.max_waiting,
         max_waiting_tokens=settings.max_waiting_tokens,
         watermark=settings.watermark,
         no_worker_timeout=settings.no_worker_timeout,
     )
-    hub_settings = HubSettings(settings.heartbeat_ms, settings.lease_ms, settings.run_ahead, core)
+    hub_settings = HubSettings(settings.heartbeat_ms, settings.lease_ms, settings.run_ahead, core=core)
     hub = Hub(hub_settings, life.incarnation, first_epoch=secrets.randbits(62))
     service = SchedulerService(hub, settings.heartbeat_ms / 3e3)
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(service, server.grpc)
@@ -66,8 +70,13 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
         metrics.start(settings.metrics)
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(service.tick_forever())]
+            spreader = Spreader(hub, lambda to: open_channel(settings, to), credentials(token), time.monotonic)
+            spreader.set_peers(settings.peer)
+            if settings.spread_seconds:
+                background.append(tasks.create_task(spreader.run(settings.spread_seconds)))
             lease: asyncio.Task[None] | None = None
             if registry is not None:
+                background.append(tasks.create_task(_discover(registry, spreader, address, settings)))
                 peer = Peer(address, str(life.incarnation), life.name)
                 lease = tasks.create_task(registry.hold("scheduler", peer, life.stopping))
             await server.set_serving(True)
@@ -84,6 +93,13 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
         metrics.stop()
         if registry is not None:
             await registry.close()
+
+
+async def _discover(registry: Registry, spreader: Spreader, address: str, settings: SchedulerSettings) -> None:
+    """Know the other schedulers."""
+    await registry.watch(
+        "scheduler", lambda peers: spreader.set_peers({*settings.peer, *(p.address for p in peers)} - {address})
+    )
 
 
 async def _drain(hub: Hub, timeout: float) -> None:

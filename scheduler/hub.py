@@ -7,6 +7,7 @@ one, keeps leases, turns messages into calls of the core and the core's events i
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
 
 from octavo.v1 import common_pb2, scheduler_pb2, step_pb2
@@ -28,6 +29,7 @@ class HubSettings:
     heartbeat_ms: int = 75
     lease_ms: int = 250
     run_ahead: int = 2
+    redial_patience_s: float = 5.0
     core: Settings = field(default_factory=Settings)
 
 
@@ -153,7 +155,8 @@ class Hub:
         if self.workers.pop(worker.peer_id, None) is None:
             return
         running = self.core.num_running(worker.peer_id)
-        self.core.remove_worker(worker.peer_id, now)
+        # One that leaves in peace says nothing against its requests.
+        self.core.remove_worker(worker.peer_id, now, died=not worker.draining)
         self._deliver_failures()
         self._tell_models()
         log.info("worker %s left; %d requests go back to the queue", worker.name, running)
@@ -163,6 +166,25 @@ class Hub:
         worker.draining = True
         self.core.drain_worker(worker.peer_id)
         self._release_if_drained(worker)
+
+    def count_workers(self) -> Counter[bytes]:
+        """Workers by model digest, those that are leaving not counted."""
+        return Counter(worker.hello.model_digest for worker in self.workers.values() if not worker.draining)
+
+    def redial(self, digest: bytes, address: str, now: float) -> None:
+        """Send a worker of this digest to another scheduler; no effect while one is still on its way.
+
+        What runs on it may end first; what takes longer goes to the other workers here.
+        """
+        if any(worker.redial for worker in self.workers.values()):
+            return
+        able = [w for w in self.workers.values() if w.hello.model_digest == digest and not w.draining]
+        if len(able) < 2:
+            return
+        worker = min(able, key=lambda w: (self.core.num_running(w.peer_id), w.peer_id))
+        worker.redial, worker.redial_by = address, now + self._settings.redial_patience_s
+        log.info("worker %s goes to the scheduler at %s, which has fewer", worker.name, address)
+        self.drain_worker(worker)
 
     # Steps ---------------------------------------------------------------------------------------------------------------
 
@@ -200,6 +222,8 @@ class Hub:
             if not late:
                 self._judge(worker, now, lease)
                 self._judge_steps(worker, now)
+            if worker.redial and now >= worker.redial_by:
+                self._let_go(worker)
         load = self.load()
         for router in list(self.routers.values()):
             if now - router.spoke_at >= interval * 0.9:
@@ -349,8 +373,16 @@ class Hub:
                 self.worker_gone(worker, now)
 
     def _release_if_drained(self, worker: WorkerPeer) -> None:
-        if worker.draining and not worker.closing and self.core.num_running(worker.peer_id) == 0:
-            worker.closing = True
+        if worker.draining and self.core.num_running(worker.peer_id) == 0:
+            self._let_go(worker)
+
+    def _let_go(self, worker: WorkerPeer) -> None:
+        if worker.closing:
+            return
+        worker.closing = True
+        if worker.redial:
+            worker.put(scheduler_pb2.EnlistResponse(redial=scheduler_pb2.Redial(address=worker.redial)))
+        else:
             worker.put(scheduler_pb2.EnlistResponse(go_away=scheduler_pb2.GoAway()))
 
     def _judge(self, peer: Peer, now: float, lease: float) -> None:

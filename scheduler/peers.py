@@ -119,6 +119,8 @@ class WorkerPeer(Peer):
     outbox: Outbox[scheduler_pb2.EnlistResponse] = field(default_factory=lambda: Outbox(_MAX_WORKER_MESSAGES))
     incoming: Incoming | None = None
     draining: bool = False
+    redial: str = ""  # where it is sent once its requests have ended, or at `redial_by` if they have not
+    redial_by: float = 0.0
     last_plan: scheduler_pb2.PlanSummary = field(default_factory=scheduler_pb2.PlanSummary)
     last_step: int = 0
     pace: Pace = field(default_factory=lambda: Pace())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.core.settings import MAX_RUN_AHEAD
-from service.settings import CommonSettings, SettingsError, flag
+from service.settings import CommonSettings, SettingsError, flag, split_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +21,19 @@ class SchedulerSettings(CommonSettings):
         "seconds that requests wait for a worker after the last one of their model left", 60.0
     )
 
+    peer: tuple[str, ...] = flag("address of another scheduler, found by themselves with --redis; repeatable", ())
+    spread_seconds: float = flag("seconds between looks at the others' workers, to even them out; 0: never", 5.0)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.run_ahead <= MAX_RUN_AHEAD:
             raise SettingsError(f"--run-ahead must be from 1 to {MAX_RUN_AHEAD}")
         if self.max_waiting < 1 or self.max_waiting_tokens < 1:
             raise SettingsError("--max-waiting and --max-waiting-tokens must be at least 1")
+        if self.spread_seconds < 0:
+            raise SettingsError("--spread-seconds must not be negative")
+        for address in self.peer:
+            if not address.startswith("unix:"):
+                split_address(address)
         if not 0.0 <= self.watermark < 1.0 or self.no_worker_timeout < 0:
             raise SettingsError("--watermark must be in [0, 1) and --no-worker-timeout not negative")

@@ -60,15 +60,15 @@ class Scheduler:
         state.models.setdefault(spec.model, set()).add(spec.model_digest)
         state.orphaned_at.pop(spec.model_digest, None)
 
-    def remove_worker(self, worker_id: int, now: float) -> None:
+    def remove_worker(self, worker_id: int, now: float, *, died: bool = True) -> None:
         """The worker is gone: its requests go back to the head of the queue, prompt and confirmed tokens kept apart.
 
-        Raises UnknownWorker.
+        Unless it `died` they are under no suspicion. Raises UnknownWorker.
         """
         state = self._state
         worker = self._worker(worker_id)
         digest = worker.spec.model_digest
-        state.evacuate(worker, step_failed=False)
+        state.evacuate(worker, step_failed=False, died=died)
         for plan in worker.in_flight:
             state.close_plan(plan)
         del state.workers[worker_id]

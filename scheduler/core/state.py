@@ -201,10 +201,11 @@ class SchedulerState:
         self.counters.failed[reason] += 1
         self.failed.append(Failed(request.router_id, request.handle, reason, message))
 
-    def evacuate(self, worker: WorkerState, *, step_failed: bool) -> None:
+    def evacuate(self, worker: WorkerState, *, step_failed: bool, died: bool = True) -> None:
         """The worker has forgotten every row and block: all its requests go back, its plans in flight are void.
 
-        Those in a plan that didn't come back are suspects: one of them may be what brought the step or the worker down.
+        Those in a plan that didn't come back are suspects, unless it left in peace: one of them may be what brought the step or the
+        worker down.
         """
         suspects = [worker.rows.requests[row] for row in np.unique(rows_in_flight(worker)).tolist()]
         for row in worker.rows.order()[::-1].tolist():
@@ -213,6 +214,8 @@ class SchedulerState:
         worker.pool.clear_cache()
         for plan in worker.in_flight:
             plan.void = True
+        if not died:
+            return
         # A process that comes again has not died of it: only its first loss is evidence.
         self._suspect(
             [request for request in suspects if request is not None], 0 if step_failed else worker.incarnation

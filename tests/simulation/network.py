@@ -60,7 +60,7 @@ class _Direction:
         self.on_message: Callable[[Any], None] = lambda message: None
         self.on_end: Callable[[], None] = lambda: None
         self.on_ghost: Callable[[Any], None] = lambda message: None
-        self.said: deque[tuple[float, Any]] = deque(maxlen=3)  # the last that arrived
+        self.said: deque[tuple[float, Any]] = deque(maxlen=8)  # the last that arrived
         self.ended = False  # the receiver has heard the end, or has left
         self.closed = False  # the sender says nothing more
         self.last_due = 0.0
@@ -116,7 +116,7 @@ class Stream:
             way = self._into(node)
             if not way.ended and not way.closed:
                 way.closed = True
-                if node is self.ends[0] and world.random.random() < 0.7:
+                if node is self.ends[0] and world.random.random() < 0.9:
                     for _, message in [*way.said, *way.wire]:
                         if message is not None:
                             ghost = node.guard(lambda message=message, way=way: self._haunt(way, message))  # type: ignore[misc]

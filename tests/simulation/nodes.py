@@ -12,6 +12,7 @@ from router.session import RouterSession, SessionSettings
 from scheduler.core import Settings
 from scheduler.hub import Hub, HubSettings
 from scheduler.peers import RouterPeer, WorkerPeer
+from scheduler.spread import choose_move
 from service.errors import OctavoError
 from tests.simulation.network import Network, Stream
 from tests.simulation.plan import Plan
@@ -38,6 +39,7 @@ class SchedulerNode(Node):
         self.network = network
         self._core = Settings(prefix_caching=plan.prefix_caching)
         self._plan_due = False
+        self.peers: list[SchedulerNode] = []
         self.hub: Hub
 
     def boot(self) -> None:
@@ -47,6 +49,7 @@ class SchedulerNode(Node):
         )
         self._plan_due = False
         self.every(_TICK, self._tick)
+        self.every(rng.uniform(0.8, 1.2), self._spread)
 
     def died(self) -> None:
         self.network.break_all(self)
@@ -114,6 +117,14 @@ class SchedulerNode(Node):
     def _tick(self) -> None:
         self.hub.tick(self.world.now)
         self._plan_soon()
+
+    def _spread(self) -> None:
+        """As scheduler/spread.py, with answers at once."""
+        others = [s for s in self.peers if s is not self and s.alive and not s.frozen]
+        move = choose_move(self.hub.count_workers(), {s.name: s.hub.count_workers() for s in others})
+        if move is not None:
+            self.world.note(f"{self.name} sends a worker to {move[1]}")
+            self.hub.redial(*move, self.world.now)
 
     def _plan_soon(self) -> None:
         if not self._plan_due:

@@ -32,6 +32,8 @@ class Cluster:
         self.world = World(seed)
         self.network = Network(self.world)
         self.schedulers = [SchedulerNode(self.network, f"scheduler-{i}", plan) for i in range(plan.schedulers)]
+        for scheduler in self.schedulers:
+            scheduler.peers = self.schedulers
         self.workers = [WorkerNode(self.network, f"worker-{i}", plan, self.schedulers) for i in range(plan.workers)]
         self.routers = [RouterNode(self.network, f"router-{i}", self.schedulers) for i in range(plan.routers)]
         for node in self.nodes:
