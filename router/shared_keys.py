@@ -25,6 +25,8 @@ log = logging.getLogger("octavo.router.shared_keys")
 # Of a key that runs, milliseconds: only garbage collection, since a dead router's keys are worth nothing.
 _RUNNING_MS = 24 * 3_600_000
 _POLL_SECONDS = 1.0
+_ANSWER_SECONDS = 0.25
+_MAX_CONNECTIONS = 16
 
 _TAKE = """
 local held = redis.call('GET', KEYS[1])
@@ -65,9 +67,16 @@ class SharedKeys:
 
     def __init__(self, url: str, me: Peer, on_alone: Callable[[], None] = lambda: None) -> None:
         """`me`: as the router's lease says. `on_alone` is called for each claim that Redis did not answer, for a metric."""
-        # Requests wait for it, so not for long.
-        self._redis = redis.asyncio.Redis.from_url(
-            url, socket_connect_timeout=0.25, socket_timeout=0.25, decode_responses=True
+        # Requests wait for it, so not for long; and a burst of them must not open a connection each.
+        self._redis = redis.asyncio.Redis.from_pool(
+            redis.asyncio.BlockingConnectionPool.from_url(
+                url,
+                max_connections=_MAX_CONNECTIONS,
+                timeout=_ANSWER_SECONDS,
+                socket_connect_timeout=_ANSWER_SECONDS,
+                socket_timeout=_ANSWER_SECONDS,
+                decode_responses=True,
+            )
         )
         self._events = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2.0, decode_responses=True)
         self._take = self._redis.register_script(_TAKE)

@@ -9,6 +9,7 @@ import sys
 import time
 
 from octavo.v1 import scheduler_pb2_grpc
+from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -64,6 +65,12 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(service, server.grpc)
     metrics = Metrics()
     metrics.registry.register(_SchedulerCollector(hub))
+    hub.on_recovery = Histogram(
+        "octavo_scheduler_recovery_seconds",
+        "From the loss of a request's worker until it is planned again",
+        buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0),
+        registry=metrics.registry,
+    ).observe
     registry = Registry(settings.redis, metrics.redis_up()) if settings.redis else None
     try:
         address = await server.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.v1 import common_pb2, scheduler_pb2, step_pb2
@@ -33,6 +34,10 @@ class HubSettings:
     core: Settings = field(default_factory=Settings)
 
 
+def _nobody_counts(seconds: float) -> None:
+    """No metric."""
+
+
 class Hub:
     """All streams of one scheduler process. One thread."""
 
@@ -43,6 +48,8 @@ class Hub:
         self.routers: dict[int, RouterPeer] = {}
         self.workers: dict[int, WorkerPeer] = {}
         self.draining = False
+        self.on_recovery: Callable[[float], None] = _nobody_counts
+        """Told, for a metric, how many seconds a request waited from the loss of its worker until it was planned again."""
         self._settings = settings
         self._incarnation = incarnation
         self._epoch = first_epoch
@@ -204,6 +211,7 @@ class Hub:
                 queue_ms=int(admitted.queue_seconds * 1e3),
             )
             self._to_router(admitted.router_id, scheduler_pb2.AttachResponse(admitted=message))
+        self._note_recoveries()
         self._deliver_failures()
 
     # Time ----------------------------------------------------------------------------------------------------------------
@@ -340,6 +348,14 @@ class Hub:
             self._to_router(migrated.router_id, scheduler_pb2.AttachResponse(migrated=message))
         for failed in self.core.take_failed():
             self._fail(failed)
+
+    def _note_recoveries(self) -> None:
+        recoveries = self.core.take_recoveries()
+        for seconds in recoveries:
+            self.on_recovery(seconds)
+        if recoveries:
+            first, count = min(recoveries) * 1e3, len(recoveries)
+            log.info("%d requests that had lost their worker are planned again, the first after %.1f ms", count, first)
 
     def _fail(self, failed: Failed) -> None:
         router = self.routers.get(failed.router_id)

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from octavo.v1 import worker_pb2_grpc
@@ -82,7 +83,9 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
             running = tasks.create_task(enlistment.run())
             background = [tasks.create_task(_keep_health(server, enlistment))]
             if registry is not None:
-                background.append(tasks.create_task(registry.watch("scheduler", _follow(enlistment))))
+                background.append(
+                    tasks.create_task(registry.watch("scheduler", _follow(enlistment, settings.scheduler)))
+                )
             ready = tasks.create_task(_announce(life, enlistment, address, metrics.address, identity.hello.model))
             await life.stopping.wait()
             await server.set_serving(False)
@@ -115,9 +118,11 @@ async def _load(engine: Engine, selection: Selection, life: Lifecycle) -> Identi
     return identity_of(selection, info, life.incarnation, life.name)
 
 
-def _follow(enlistment: Enlistment):  # type: ignore[no-untyped-def]
+def _follow(enlistment: Enlistment, fixed: tuple[str, ...]) -> Callable[[frozenset[Peer]], None]:
+    """The schedulers from the flags, and those that hold leases."""
+
     def changed(peers: frozenset[Peer]) -> None:
-        enlistment.set_schedulers(peer.address for peer in peers)
+        enlistment.set_schedulers({*fixed, *(peer.address for peer in peers)})
 
     return changed
 

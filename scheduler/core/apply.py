@@ -11,7 +11,7 @@ from scheduler.core.request import FinishReason, Int32Array
 from scheduler.core.state import InFlightPlan, SchedulerState, WorkerState, still_there
 
 
-def apply_result(state: SchedulerState, worker: WorkerState, result: StepResult) -> list[TokenColumns]:
+def apply_result(state: SchedulerState, worker: WorkerState, result: StepResult, now: float) -> list[TokenColumns]:
     """Books the result of the oldest plan in flight and returns the events of each router.
 
     Entries are read by position against the kept plan. Those of rows that were freed since (a stop token seen late, a cancel, a
@@ -22,7 +22,7 @@ def apply_result(state: SchedulerState, worker: WorkerState, result: StepResult)
         expected = plan.step_id if plan else "none"
         raise InvalidResult(f"step_id {result.step_id} came, expected {expected}")
     if not result.ok:
-        fail_step(state, worker)
+        fail_step(state, worker, now)
         return []
     token_ids, status = check_columns(plan, result)
     events = confirm_tokens(state, worker, plan, token_ids, status)
@@ -33,7 +33,7 @@ def apply_result(state: SchedulerState, worker: WorkerState, result: StepResult)
     return events
 
 
-def fail_step(state: SchedulerState, worker: WorkerState) -> None:
+def fail_step(state: SchedulerState, worker: WorkerState, now: float) -> None:
     """A failed step voids the plans after it. All requests on the worker are recomputed.
 
     When those plans fail too, nothing is left to do: requests planned since come later on the device's stream. When one of them
@@ -41,7 +41,7 @@ def fail_step(state: SchedulerState, worker: WorkerState) -> None:
     """
     if not worker.in_flight[0].void:
         state.counters.failed_steps += 1
-        state.evacuate(worker, step_failed=True)
+        state.evacuate(worker, now, step_failed=True)
     state.close_plan(worker.in_flight.popleft())
 
 

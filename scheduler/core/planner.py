@@ -276,6 +276,9 @@ def count_admission(state: SchedulerState, request: Request, num_cached: int, no
     if state.last_admission is not None:
         state.admission_gap += GAP_SMOOTHING * (now - state.last_admission - state.admission_gap)
     state.last_admission = now
+    if request.lost_at is not None:
+        state.recoveries.append(now - request.lost_at)
+        request.lost_at = None
     if request.reads_prefix_cache:
         counters.prefix_queries += request.num_known_tokens
         counters.prefix_hits += num_cached

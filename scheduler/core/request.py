@@ -97,6 +97,8 @@ class Request:
     lost_on: set[int] = field(default_factory=set)
     """Incarnations of the workers that were lost while they ran nothing else, since its last new token."""
     num_outputs_at_failure: int = -1
+    lost_at: float | None = None
+    """When its worker was lost or its step failed, seconds, until it is planned again."""
     num_charged_outputs: int = 0
     hash_chains: dict[bytes, HashChain] = field(default_factory=dict)
     """By seed: the hashes of its leading full blocks, as far as they were needed."""

@@ -68,7 +68,7 @@ class Scheduler:
         state = self._state
         worker = self._worker(worker_id)
         digest = worker.spec.model_digest
-        state.evacuate(worker, step_failed=False, died=died)
+        state.evacuate(worker, now, step_failed=False, died=died)
         for plan in worker.in_flight:
             state.close_plan(plan)
         del state.workers[worker_id]
@@ -162,7 +162,7 @@ class Scheduler:
 
     def apply(self, worker_id: int, result: StepResult, now: float) -> list[TokenColumns]:
         """Books a result; returns the events of each router. Raises UnknownWorker, and InvalidResult with nothing changed."""
-        return apply_result(self._state, self._worker(worker_id), result)
+        return apply_result(self._state, self._worker(worker_id), result, now)
 
     # Time ----------------------------------------------------------------------------------------------------------------
 
@@ -203,6 +203,11 @@ class Scheduler:
             for request in migrated
             if not request.is_finished
         ]
+
+    def take_recoveries(self) -> list[float]:
+        """Seconds that requests waited from the loss of their worker until they were planned again, since the last call."""
+        taken, self._state.recoveries = self._state.recoveries, []
+        return taken
 
     def take_failed(self) -> list[Failed]:
         """Requests that were failed by `plan`, `apply`, `remove_worker` or `expire`, since the last call."""

@@ -127,6 +127,8 @@ class SchedulerState:
     failed: list[Failed] = field(default_factory=list)
     migrated: list[Request] = field(default_factory=list)
     """Lost their worker since the shell last asked."""
+    recoveries: list[float] = field(default_factory=list)
+    """Seconds from a loss until the request was planned again, since the shell last asked."""
     suspects: dict[RequestKey, Request] = field(default_factory=dict)
     """Requests that are tried again apart from others."""
     next_group: int = 0
@@ -201,7 +203,7 @@ class SchedulerState:
         self.counters.failed[reason] += 1
         self.failed.append(Failed(request.router_id, request.handle, reason, message))
 
-    def evacuate(self, worker: WorkerState, *, step_failed: bool, died: bool = True) -> None:
+    def evacuate(self, worker: WorkerState, now: float, *, step_failed: bool, died: bool = True) -> None:
         """The worker has forgotten every row and block: all its requests go back, its plans in flight are void.
 
         Those in a plan that didn't come back are suspects, unless it left in peace: one of them may be what brought the step or the
@@ -210,6 +212,7 @@ class SchedulerState:
         suspects = [worker.rows.requests[row] for row in np.unique(rows_in_flight(worker)).tolist()]
         for row in worker.rows.order()[::-1].tolist():
             request = self.preempt(worker, row)
+            request.lost_at = now
             self.migrated.append(request)
         worker.pool.clear_cache()
         for plan in worker.in_flight:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.chaos import KINDS, ROLES, Chaos, ChaosReport, ChaosSettings
+from deploy.chaos import FAULTS, REDIS_FAULTS, Chaos, ChaosReport, ChaosSettings
 from deploy.environment import ROOT
 
 pytestmark = pytest.mark.xdist_group("chaos")
@@ -23,7 +23,8 @@ def test_no_stream_notices_more_than_a_pause() -> None:
     print(json.dumps(report.as_json(), indent=2))
     assert report.wrong == []
     assert report.errors == []
-    assert set(report.faults) == {f"{kind} {role}" for kind in KINDS for role in ROLES}
+    assert set(report.faults) == {f"{kind} {role}" for kind, role in (*FAULTS, *REDIS_FAULTS)}
+    assert set(report.detection) == {"kill worker", "stop worker", "partition worker"} and report.first_plan
     assert min(report.mid_output) >= 32
     assert report.streams > 64 and report.tokens > 64 * 200
 
@@ -31,8 +32,8 @@ def test_no_stream_notices_more_than_a_pause() -> None:
 def test_a_difference_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = Chaos._undisturbed
 
-    async def forged(self: Chaos) -> None:
-        await undisturbed(self)
+    async def forged(self: Chaos, front: list[str]) -> None:
+        await undisturbed(self, front)
         for tokens in self._expected:
             tokens[100] += 1
 

@@ -424,3 +424,18 @@ def test_many_cancelled_deadlines_leave_memory() -> None:
         scheduler.cancel((1, handle), 0.0)
     assert len(scheduler._deadlines) < 200
     assert scheduler.next_deadline() is None
+
+
+def test_how_long_requests_waited_for_a_new_worker_is_told_once() -> None:
+    scheduler = scheduler_with(SPEC, SPEC)
+    for handle in range(3):
+        scheduler.submit(request(handle, max_tokens=9), 0.0)
+    assert scheduler.plan(1, 0.0) is not None
+    running = scheduler.num_running(1)
+    assert running > 0
+    scheduler.remove_worker(1, 5.0)
+    assert scheduler.take_recoveries() == []
+    assert scheduler.plan(2, 5.25) is not None  # its own step, or that of the first half of the suspects
+    first = scheduler.take_recoveries()
+    assert first and set(first) == {0.25} and len(first) <= running
+    assert scheduler.take_recoveries() == []

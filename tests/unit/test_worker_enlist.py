@@ -9,7 +9,9 @@ import grpc
 import pytest
 from octavo.v1 import scheduler_pb2
 
+from service.discovery import Peer
 from service.errors import OctavoError, Reason
+from worker.__main__ import _follow
 from worker.backend import BackendInfo, KVGroup
 from worker.backends.mock import MockBackend, MockSettings
 from worker.engine import Engine
@@ -53,3 +55,18 @@ def test_the_reason_of_an_end_is_told_though_a_write_failed_first(
     with caplog.at_level(logging.ERROR, "octavo.enlist"):
         asyncio.run(main())
     assert "LOST: you were silent" in caplog.text
+
+
+def test_discovery_adds_to_the_schedulers_from_flags() -> None:
+    """A Redis that knows no scheduler must not make a worker forget those that it was told."""
+
+    class Known:
+        def set_schedulers(self, addresses: set[str]) -> None:
+            self.addresses = addresses
+
+    known = Known()
+    changed = _follow(known, ("10.0.0.1:1",))  # type: ignore[arg-type]
+    changed(frozenset())
+    assert known.addresses == {"10.0.0.1:1"}
+    changed(frozenset({Peer("10.0.0.2:1")}))
+    assert known.addresses == {"10.0.0.1:1", "10.0.0.2:1"}
