@@ -38,8 +38,12 @@ class Link:
         return self.epoch != 0
 
     def serves(self, digest: bytes) -> int:
-        """Workers there that hold this model digest, under whatever name."""
+        """Workers there that take new requests of this model digest, under whatever name."""
         return sum(model.workers for model in self.models if model.digest == digest)
+
+    def holds(self, digest: bytes) -> bool:
+        """Whether a worker there holds it, be it one that is leaving."""
+        return any(model.digest == digest for model in self.models)
 
     def new_handle(self) -> int:
         """A handle that nobody uses on this stream."""

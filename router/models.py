@@ -1,7 +1,12 @@
-"""The models that can be asked for now, merged over all schedulers; and those that were served before."""
+"""The models that can be asked for now, merged over all schedulers; and those that were served before.
+
+A model whose last worker has just gone lingers: new requests for it wait instead of being refused, so that an upgrade or a crash of
+the only worker or scheduler is a pause for newcomers, too.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,16 +31,19 @@ class ModelDirectory:
 
     def __init__(self) -> None:
         self._models: dict[tuple[str, bytes], KnownModel] = {}  # the same weights may be served under two names
+        # Lingering, and since when; infinity while its last workers are still leaving.
+        self._gone: dict[tuple[str, bytes], tuple[KnownModel, float]] = {}
         self._names_seen: set[str] = set()
 
-    def update(self, served: Iterable[scheduler_pb2.ServedModel]) -> None:
-        """Replace everything by what the schedulers say now."""
+    def update(self, served: Iterable[scheduler_pb2.ServedModel], now: float) -> None:
+        """Replace everything by what the schedulers say at `now`, in seconds."""
         merged: dict[tuple[str, bytes], KnownModel] = {}
+        leaving: set[tuple[str, bytes]] = set()
         for model in served:
-            if not model.workers:
-                self._names_seen.add(model.name)
-                continue
             key = (model.name, model.digest)
+            if not model.workers:
+                leaving.add(key)
+                continue
             old = merged.get(key)
             merged[key] = KnownModel(
                 model.name,
@@ -44,6 +52,14 @@ class ModelDirectory:
                 model.vocab_size,
                 model.workers + (0 if old is None else old.workers),
             )
+        before = {key: model for key, (model, _) in self._gone.items()} | self._models
+        since = {key: gone[1] for key, gone in self._gone.items() if gone[1] != math.inf}
+        self._gone = {
+            key: (model, math.inf if key in leaving else since.get(key, now))
+            for key, model in before.items()
+            if key not in merged
+        }
+        self._names_seen.update(name for name, _ in leaving)
         self._models = merged
         self._names_seen.update(model.name for model in merged.values())
 
@@ -51,13 +67,22 @@ class ModelDirectory:
         """Ordered by name, then by digest."""
         return [self._models[key] for key in sorted(self._models)]
 
+    def forget_gone(self, before: float) -> None:
+        """What went before this time, in seconds, lingers no more."""
+        if self._gone:
+            self._gone = {key: gone for key, gone in self._gone.items() if gone[1] >= before}
+
+    def lingers(self, digest: bytes) -> bool:
+        """Whether nobody serves this digest now, but somebody did until just now."""
+        return any(key[1] == digest for key in self._gone)
+
     def digests(self) -> set[bytes]:
         """All digests served now."""
         return {digest for _, digest in self._models}
 
     def by_digest(self, digest: bytes) -> KnownModel | None:
-        """The model with this digest, by the first of its names, if it is served now."""
-        return next((model for model in self.all() if model.digest == digest), None)
+        """The model with this digest, by the first of its names, if it is served now or lingers."""
+        return next((model for model in [*self.all(), *self._lingering()] if model.digest == digest), None)
 
     def find(self, name: str) -> KnownModel:
         """The model of this name; of several digests the one with most workers. "" is the only model there is.
@@ -65,6 +90,7 @@ class ModelDirectory:
         Raises MODEL_UNKNOWN, NO_WORKER, or INVALID_ARGUMENT where "" could be several.
         """
         found = [model for model in self.all() if name in ("", model.name)]
+        found = found or [model for model in self._lingering() if name in ("", model.name)]
         if not name and len({model.name for model in found}) > 1:
             names = ", ".join(sorted({model.name for model in found}))
             raise OctavoError(Reason.INVALID_ARGUMENT, f"model: must be one of {names}")
@@ -75,3 +101,6 @@ class ModelDirectory:
                 Reason.NO_WORKER, f"no worker serves {name or 'any model'} at present", retry_after_ms=1_000
             )
         raise OctavoError(Reason.MODEL_UNKNOWN, f"no model named {name!r}")
+
+    def _lingering(self) -> list[KnownModel]:
+        return [self._gone[key][0] for key in sorted(self._gone)]

@@ -44,6 +44,8 @@ class SessionSettings:
     lease: float = 0.25
     # How long an accepted sequence waits for a scheduler before its stream breaks (resumably).
     patience: float = 30.0
+    # How long a new one waits for a model whose last worker has just gone.
+    linger: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ class RouterSession:
         link = self._links.pop(address, None)
         if link is None:
             return
-        self._update_models()
+        self._update_models(now)
         for sequence in list(link.running.values()):
             self._make_homeless(sequence, now)
         self._place_homeless(now)
@@ -159,8 +161,12 @@ class RouterSession:
     # ---- requests
 
     def submit(self, request: Request, now: float) -> None:
-        """Start a request. Raises MODEL_CHANGED or NO_WORKER where nobody serves its digest and it was not accepted before."""
-        if not request.spec.resumed and not self._candidates(request.sequences[0]):
+        """Start a request.
+
+        Raises MODEL_CHANGED or NO_WORKER where nobody serves its digest, nor did until just now, and it was not accepted before.
+        """
+        may_wait = request.spec.resumed or self._comes_again(request)
+        if not may_wait and not self._candidates(request.sequences[0]):
             raise self._nobody(request)
         self._requests[request] = None
         for sequence in request.sequences:
@@ -203,6 +209,7 @@ class RouterSession:
                 self._send(link, heartbeat=scheduler_pb2.RouterHeartbeat())
         for request in [r for r in self._requests if r.spec.deadline is not None and now >= r.spec.deadline]:
             self.fail(request, OctavoError(Reason.DEADLINE, "the deadline passed"), _CANCEL_DEADLINE, now)
+        self.models.forget_gone(now - self._settings.linger)
         self._place_homeless(now)
 
     def detach(self) -> None:
@@ -286,6 +293,7 @@ class RouterSession:
         sequence.refused_by.add(link.address)
         elsewhere = bool(self._candidates(sequence))
         go_on = error.rule.resumable and sequence.accepted and reason is not Reason.SLOW_CONSUMER
+        go_on |= reason in (Reason.NO_WORKER, Reason.DRAINING) and self._comes_again(sequence.request)
         once_more = reason is Reason.INTERNAL and sequence.attempt == 0
         if (go_on or once_more or (error.rule.retryable and elsewhere)) and sequence.tries < _MAX_TRIES:
             if go_on or once_more:
@@ -303,12 +311,18 @@ class RouterSession:
         self._move(link.running.values(), now)
 
     def _models_changed(self, now: float) -> None:
-        """Find room for who waits: for the homeless, and for those whose scheduler has lost its last worker of their model."""
-        self._update_models()
+        """Find room for who waits: for the homeless, and for those whose scheduler has lost its last worker of their model.
+
+        What runs on a worker that is leaving may end there.
+        """
+        self._update_models(now)
         for link in self._links.values():
-            served = {digest: link.serves(digest) for digest in {s.request.spec.digest for s in link.running.values()}}
-            if not all(served.values()):
-                self._move([s for s in link.running.values() if not served[s.request.spec.digest]], now)
+            digests = {sequence.request.spec.digest for sequence in link.running.values()}
+            lost = {digest for digest in digests if not link.serves(digest)}
+            held = {digest for digest in lost if link.holds(digest)}
+            if lost:
+                stranded = [s for s in link.running.values() if s.request.spec.digest in lost]
+                self._move([s for s in stranded if not (s.admitted and s.request.spec.digest in held)], now)
         self._place_homeless(now)
 
     def _move(self, sequences: Iterable[Sequence], now: float) -> None:
@@ -330,6 +344,12 @@ class RouterSession:
             if link.attached and not link.draining and link.serves(digest) and link.address not in sequence.refused_by
         ]
 
+    def _comes_again(self, request: Request) -> bool:
+        """Whether its model was served until just now, or is by a scheduler that is leaving: either may be an upgrade."""
+        digest = request.spec.digest
+        leaving = any(link.attached and link.draining and link.serves(digest) for link in self._links.values())
+        return leaving or self.models.lingers(digest)
+
     def _place_homeless(self, now: float) -> None:
         for sequence in list(self._homeless):
             if sequence in self._homeless:
@@ -340,7 +360,8 @@ class RouterSession:
         candidates = self._candidates(sequence) if now >= sequence.not_before else []
         if not candidates:
             self._homeless[sequence] = None
-            if now - sequence.homeless_since > self._settings.patience:
+            patient = sequence.accepted or sequence.tries or self._comes_again(sequence.request)
+            if now - sequence.homeless_since > (self._settings.patience if patient else self._settings.linger):
                 nobody = self._nobody(sequence.request)
                 self.fail(sequence.request, nobody, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)
             return
@@ -431,8 +452,8 @@ class RouterSession:
         request = scheduler_pb2.AttachRequest(epoch=link.epoch, **message)  # type: ignore[arg-type]
         self._messages.append((link.address, request))
 
-    def _update_models(self) -> None:
-        self.models.update(model for link in self._links.values() for model in link.models)
+    def _update_models(self, now: float) -> None:
+        self.models.update((model for link in self._links.values() for model in link.models), now)
 
 
 def _reason(number: int) -> Reason:

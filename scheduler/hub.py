@@ -172,6 +172,7 @@ class Hub:
         """No new requests for it; it is let go when the running ones have ended."""
         worker.draining = True
         self.core.drain_worker(worker.peer_id)
+        self._tell_models()
         self._release_if_drained(worker)
 
     def count_workers(self) -> Counter[bytes]:
@@ -265,7 +266,7 @@ class Hub:
         )
 
     def served_models(self) -> list[scheduler_pb2.ServedModel]:
-        """The models whose workers are here and whose assets have come."""
+        """The models whose workers are here and whose assets have come; with 0 workers where all of them are leaving."""
         models: dict[tuple[str, bytes], scheduler_pb2.ServedModel] = {}  # the same weights may have two names
         for worker in self.workers.values():
             hello = worker.hello
@@ -276,7 +277,7 @@ class Hub:
                 scheduler_pb2.ServedModel(name=hello.model, digest=hello.model_digest, vocab_size=hello.vocab_size),
             )
             model.max_model_len = max(model.max_model_len, hello.max_model_len)
-            model.workers += 1
+            model.workers += not worker.draining
         return list(models.values())
 
     def admit_digest(self, model: str, digest: bytes) -> None:

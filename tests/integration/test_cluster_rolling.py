@@ -140,3 +140,26 @@ async def eventually_workers(cluster: LocalCluster, names: list[str], counts: li
             if sorted(found) == counts:
                 return
             await asyncio.sleep(0.1)
+
+
+def test_with_one_of_each_an_upgrade_is_a_pause_for_newcomers_too() -> None:
+    """Plain stubs that ask all the time, while the only worker and then the only scheduler are restarted."""
+    lease = {"lease-ms": 1000}
+    flags = {"scheduler": lease, "router": lease, "worker": lease | {"mock-step-ms": 5}}
+    with LocalCluster(redis=False, flags=flags) as cluster:
+
+        async def main() -> None:
+            load = Load(cluster, await undisturbed(cluster))
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(4):
+                    tasks.create_task(load.plain(number, cluster.routers[0]))
+                for name in ("worker-1", "scheduler-1", "worker-1"):
+                    begun = load.plain_streams
+                    assert await asyncio.to_thread(cluster.members[name].stop) == 0
+                    await asyncio.to_thread(cluster.restart, name)
+                    async with asyncio.timeout(30):
+                        while load.plain_streams < begun + 8:  # noqa: ASYNC110 - what is waited for counts up
+                            await asyncio.sleep(0.02)
+                load.over = True
+
+        asyncio.run(main())

@@ -205,7 +205,7 @@ class RouterUnderTest:
     """A whole router in this process, without its settings and lifecycle."""
 
     def __init__(self, schedulers: Sequence[str], secret: bytes = b"secret", **hub_options: Any) -> None:
-        self.session = RouterSession(SessionSettings(incarnation=5, name="test", patience=5.0))
+        self.session = RouterSession(SessionSettings(incarnation=5, name="test", patience=5.0, linger=0.2))
         self.hub = Hub(self.session, on_models=self._on_models, **hub_options)
         self.pool = TextPool()
         self.attachments = Attachments(self.hub, grpc.aio.insecure_channel)

@@ -195,7 +195,7 @@ def test_each_refusal_has_its_reason() -> None:
     asyncio.run(main())
 
 
-def test_no_worker_is_told_at_once_and_a_draining_router_refuses() -> None:
+def test_no_worker_is_told_soon_and_a_draining_router_refuses() -> None:
     async def main() -> None:
         async with cluster(say_text) as (scheduler, router):
             router.service.draining = True
