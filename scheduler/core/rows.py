@@ -77,6 +77,10 @@ class Rows:
         """Running rows in the order in which they are served: highest priority, then earliest arrival. int64 [num_running]."""
         return self._order
 
+    def lowest_priority(self) -> int | None:
+        """The priority of the row that is last in order, or None if nothing runs."""
+        return -self._order_keys[-1][0] if self._order_keys else None
+
     def occupy(self, request: Request, chain: HashChain | None, num_cached: int) -> int:
         """Gives the request a row, with its first `num_cached` tokens computed and no block yet."""
         row = self._free.pop()
