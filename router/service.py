@@ -11,6 +11,7 @@ from typing import Any
 from octavo.v1 import common_pb2, inference_pb2, inference_pb2_grpc, scheduler_pb2
 
 from router.assets import AssetStore, ModelAssets
+from router.gate import Gate
 from router.hub import ClientStream, Hub
 from router.idempotency import IdempotencyKeys
 from router.models import KnownModel
@@ -18,10 +19,11 @@ from router.prepare import Preparation, Prepared, TextPool
 from router.resolve import ModelLimits
 from router.stats import Stats
 from router.validate import Violations, check_chat
+from service.auth import caller_of
 from service.errors import OctavoError, Reason, abort
+from service.keys import Authenticator
 
 _CHUNK_BYTES = 1 << 20
-_TENANT = "default"
 # Started waits so long for the first plan, seconds: then it can tell the cached tokens, and a refusal comes as a plain status.
 _STARTED_AFTER = 0.1
 
@@ -29,12 +31,23 @@ _STARTED_AFTER = 0.1
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """The public door. Every error is a status with a reason of the closed list."""
 
-    def __init__(self, hub: Hub, assets: AssetStore, preparation: Preparation, pool: TextPool, stats: Stats) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        assets: AssetStore,
+        preparation: Preparation,
+        pool: TextPool,
+        stats: Stats,
+        gate: Gate,
+        authenticator: Authenticator,
+    ) -> None:
         self._hub = hub
         self._assets = assets
         self._preparation = preparation
         self._pool = pool
         self._stats = stats
+        self._gate = gate
+        self._authenticator = authenticator
         self._keys = IdempotencyKeys()
         self.draining = False
 
@@ -163,29 +176,48 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _running(
         self, message: inference_pb2.GenerateRequest, context: Any, *, bounded: bool
     ) -> AsyncIterator[tuple[Prepared, ClientStream]]:
-        """A request from preparation to its end; leaving it cancels what still runs."""
+        """A request from the gate to its end; leaving it cancels what still runs."""
+        tenant = self._tenant(context)
         try:
             if self.draining:
                 raise OctavoError(Reason.DRAINING, "this router is shutting down")
-            prepared = await self._preparation.prepare(message, _TENANT, self._deadline(context))
-            request = prepared.request
-            claim = self._keys.claim(
-                _TENANT, message.idempotency_key, message.attempt, lambda error: self._hub.fail(request, error)
-            )
-            try:
-                stream = self._hub.submit(request, bounded=bounded)
-            except OctavoError:
-                self._keys.release(claim)
-                raise
+            resumed = message.HasField("resume")
+            if not resumed:
+                self._hub.check_room(message.model, tenant, message.priority)
+            self._gate.enter(tenant, self._hub.now(), resumed=resumed)
         except OctavoError as error:
             self._stats.refused(error.reason.name)
             raise
         try:
-            yield prepared, stream
+            try:
+                prepared = await self._preparation.prepare(message, tenant, self._deadline(context))
+                request = prepared.request
+                claim = self._keys.claim(
+                    tenant, message.idempotency_key, message.attempt, lambda error: self._hub.fail(request, error)
+                )
+                try:
+                    stream = self._hub.submit(request, bounded=bounded)
+                except OctavoError:
+                    self._keys.release(claim)
+                    raise
+            except OctavoError as error:
+                self._stats.refused(error.reason.name)
+                raise
+            try:
+                yield prepared, stream
+            finally:
+                self._hub.close(stream, scheduler_pb2.CANCEL_REASON_CLIENT)
+                self._keys.release(claim)
+                self._stats.ended(request, self._hub.now())
         finally:
-            self._hub.close(stream, scheduler_pb2.CANCEL_REASON_CLIENT)
-            self._keys.release(claim)
-            self._stats.ended(request, self._hub.now())
+            self._gate.leave(tenant, self._hub.now())
+
+    def _tenant(self, context: Any) -> str:
+        """Whose request it is. The interceptor let it in, but its key may have been taken away since."""
+        caller = caller_of(self._authenticator, context.invocation_metadata())
+        if caller is None:
+            raise OctavoError(Reason.UNAUTHENTICATED, "the API key is not valid any more")
+        return caller.tenant
 
     def _deadline(self, context: Any) -> float | None:
         remaining = context.time_remaining()
