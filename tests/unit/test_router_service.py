@@ -179,7 +179,9 @@ def test_a_full_queue_is_told_with_a_delay() -> None:
             ):
                 error = await refuse(call)
                 assert error.reason is Reason.QUEUE_FULL
-                assert 100 <= error.retry_after_ms <= 250  # the second one may be refused unasked, with what is left of it
+                assert (
+                    100 <= error.retry_after_ms <= 250
+                )  # the second one may be refused unasked, with what is left of it
 
     asyncio.run(main())
 
