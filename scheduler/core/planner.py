@@ -167,6 +167,9 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
         return
     if worker.rows.num_free == 0 and not outranks(queue, worker):
         return
+    if queue.has_rivals():
+        for running, num_tokens in worker.rows.take_uncharged():
+            queue.charge(running, num_tokens)
     budget = worker.spec.max_num_batched_tokens - int(batch.counts.sum())
     passed_over: list[Request] = []
     while budget > 0 and len(passed_over) < state.settings.max_candidates:

@@ -98,6 +98,7 @@ class Request:
     """Incarnations of the workers that were lost while they ran nothing else, since its last new token."""
     num_outputs_at_failure: int = -1
     num_charged_outputs: int = 0
+    """Outputs that its tenant was charged for, up to when it last left a row."""
     hash_chains: dict[bytes, HashChain] = field(default_factory=dict)
     """By seed: the hashes of its leading full blocks, as far as they were needed."""
 

@@ -4,7 +4,8 @@ Fairness counts tokens, not requests: the Virtual Token Counter of "Fairness in 
 al., OSDI 2024). Each tenant has a counter of the tokens it was served; the lowest goes next. A tenant that comes back
 after idling is lifted to the lowest counter among those that wait, so that idling saves up nothing. Requests that were
 served before (preempted, migrated, resumed) go first in their class, oldest first: they have clients in mid-stream.
-Prompts are charged when they are placed, outputs when they leave their row.
+Prompts are charged when they are placed; outputs before each choice between tenants, and when they leave their row. Were they
+charged then only, a tenant would look cheap for as long as its rows run, and the tenants would take all rows by turns.
 
 A bounded queue that one tenant could fill would keep the others out of it and the counters idle. So a newcomer is measured by the
 mean of what its tenant and all tenants have waiting: alone, a tenant may fill the queue; several share up to twice as much, none
@@ -203,6 +204,11 @@ class WaitingQueue:
     def highest_priority(self) -> int | None:
         """The priority of the next request, or None if none waits. O(1) but for classes that pop() has just emptied."""
         return next((-p for p in self._priorities if self._classes[-p].waiting.requests), None)
+
+    def has_rivals(self) -> bool:
+        """Whether several tenants wait in the class that is next: then the counters decide. O(1), as highest_priority()."""
+        highest = self.highest_priority()
+        return highest is not None and len(self._classes[highest].waiting_of) > 1
 
     def load_on(self, tenant: str, priority: int) -> tuple[Amount, Amount]:
         """What of this priority or a higher one waits: of the tenant, and of all. O(priorities)."""
