@@ -18,8 +18,8 @@ class RouterSettings(CommonSettings):
     max_buffered_tokens: int = flag("tokens that may wait for a client that reads slowly", 4_096)
     text_threads: int = flag("threads for templates and tokenizing", 2)
     max_requests: int = flag(
-        "requests that a tenant may have here at a time before its new ones are refused; several tenants share up to twice as many",
-        20_000,
+        "requests of a tenant that may be here (30 kB each) before new ones are refused; several share up to twice that",
+        8_192,
     )
     api_keys: Path | None = flag(
         "file with a line KEY TENANT [ROLE] for each API key (# comments); with it every call needs one; read again on SIGHUP",

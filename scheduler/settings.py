@@ -14,8 +14,8 @@ class SchedulerSettings(CommonSettings):
 
     listen: str = flag("address to serve gRPC on, HOST:PORT (port 0: any free one) or unix:PATH", "127.0.0.1:50061")
     max_waiting: int = flag(
-        "requests that a tenant may have waiting before its new ones are refused; several tenants share up to twice as many",
-        10_000,
+        "requests of a tenant that may wait (30 kB each in a router, 3 here) before new ones are refused; several share twice that",
+        4_096,
     )
     max_waiting_tokens: int = flag("tokens of waiting requests, in the same way", 16_000_000)
     run_ahead: int = flag("plans in flight for each worker", 2)

@@ -21,6 +21,8 @@ from scheduler.core.state import InFlightPlan, SchedulerState, WorkerState
 
 EMPTY_INT32 = np.empty(0, np.int32)
 GAP_SMOOTHING = 0.1
+CHARGE_EVERY = 4
+"""Steps in which the tenants of running requests are charged at most once: somebody may be admitted in each of them."""
 
 
 def plan_step(state: SchedulerState, worker: WorkerState, now: float) -> StepPlan | None:
@@ -167,7 +169,8 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
         return
     if worker.rows.num_free == 0 and not outranks(queue, worker):
         return
-    if queue.has_rivals():
+    if worker.next_step_id >= worker.charge_from_step and queue.has_rivals():
+        worker.charge_from_step = worker.next_step_id + CHARGE_EVERY
         for running, num_tokens in worker.rows.take_uncharged():
             queue.charge(running, num_tokens)
     budget = worker.spec.max_num_batched_tokens - int(batch.counts.sum())

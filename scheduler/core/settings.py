@@ -13,7 +13,7 @@ MAX_RUN_AHEAD = 4
 class Settings:
     """Policy of one scheduler. Raises InvalidField."""
 
-    max_waiting_requests: int = 10_000
+    max_waiting_requests: int = 4_096
     """Requests that one tenant alone may have waiting, over all models. Several share up to twice as many, as waiting.py says;
     requests of lower priority don't count, but all together are never more than four times as many."""
     max_waiting_tokens: int = 16_000_000

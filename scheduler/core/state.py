@@ -80,6 +80,8 @@ class WorkerState:
     """Of its process; it may enlist more than once."""
     in_flight: deque[InFlightPlan] = field(default_factory=deque)
     next_step_id: int = 1
+    charge_from_step: int = 0
+    """From this step on tenants may be charged again for what their rows have made."""
     freed_rows: list[int] = field(default_factory=list)
     """Rows to name as freed in the next plan."""
     draining: bool = False
