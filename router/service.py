@@ -58,8 +58,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             async with self._running(request, context, bounded=True) as (prepared, stream):
                 await _wait_for_plan(stream)
-                await context.write(inference_pb2.GenerateResponse(started=_started(prepared)))
                 running = stream.request
+                running.started_told = True
+                await context.write(inference_pb2.GenerateResponse(started=_started(prepared)))
                 while True:
                     for message in running.take():
                         await context.write(message)

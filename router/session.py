@@ -306,7 +306,9 @@ class RouterSession:
             spec = sequence.request.spec
             link.note_full(spec.tenant, spec.priority, message.retry_after_ms / 1e3, now)
         elsewhere = bool(self._candidates(sequence))
-        go_on = error.rule.resumable and sequence.accepted and reason is not Reason.SLOW_CONSUMER
+        # Whoever was accepted is never refused for want of room: its scheduler was lost, and this one is full of others.
+        may_go_on = error.rule.resumable or reason is Reason.QUEUE_FULL
+        go_on = may_go_on and sequence.accepted and reason is not Reason.SLOW_CONSUMER
         once_more = reason is Reason.INTERNAL and sequence.attempt == 0
         if (go_on or once_more or (error.rule.retryable and elsewhere)) and sequence.tries < _MAX_TRIES:
             if go_on or once_more:

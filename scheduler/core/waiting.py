@@ -5,7 +5,7 @@ al., OSDI 2024). Each tenant has a counter of the tokens it was served; the lowe
 after idling is lifted to the lowest counter among those that wait, so that idling saves up nothing. Requests that were
 served before (preempted, migrated, resumed) go first in their class, oldest first: they have clients in mid-stream.
 Prompts are charged when they are placed; outputs every few steps while there is a choice between tenants, and when they leave
-their row. Were they charged then only, a tenant would look cheap for as long as its rows run, and tenants would take all rows by turns.
+their row. Were they charged then only, a tenant would look cheap while its rows run, and tenants would take all rows by turns.
 
 A bounded queue that one tenant could fill would keep the others out of it and the counters idle. So a newcomer is measured by the
 mean of what its tenant and all tenants have waiting: alone, a tenant may fill the queue; several share up to twice as much, none

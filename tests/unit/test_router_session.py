@@ -463,3 +463,24 @@ def test_kinds_that_were_full_do_not_pile_up() -> None:
     for number in range(1000):
         link.note_full(f"tenant-{number}", 0, 0.5, now=float(number))
     assert len(link.full) < 300
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_who_was_told_that_it_is_accepted_is_not_refused_by_a_full_scheduler_after_its_own_was_lost(told: bool) -> None:
+    bench = Bench("a")
+    request = make_request()
+    start(bench, request)
+    request.started_told = told  # it waits, and its client has had Started
+    bench.session.link_closed("a", bench.now)
+    bench.attach("a")
+    bench.tick(0.5)
+    (again,) = bench.submits()
+    bench.fail("a", again.handle, Reason.QUEUE_FULL, retry_after_ms=200)
+    if not told:
+        assert request.error is not None and request.error.reason is Reason.QUEUE_FULL
+        return
+    assert request.error is None
+    bench.tick(2.0)
+    (third,) = bench.submits()
+    bench.say("a", tokens(0, (third.handle, 0, [*HELLO, 1], STOP)))
+    assert request.done and request.error is None
