@@ -34,8 +34,9 @@ class Gate:
         """Let a request in; whoever called must call `leave`. Raises QUEUE_FULL, but never for a resume: that was let in before."""
         everyone = self._inside.total()
         if not resumed and self._inside[tenant] + everyone >= 2 * self._max_requests:
-            message = f"this router holds {everyone} requests, {self._inside[tenant]} of this tenant, and takes no more"
-            raise OctavoError(Reason.QUEUE_FULL, message, retry_after_ms=self._retry_after_ms(everyone, now))
+            retry_after_ms = self._retry_after_ms(everyone, now)
+            message = f"this router holds as many requests as it takes, retry after {retry_after_ms / 1e3:.2f} s"
+            raise OctavoError(Reason.QUEUE_FULL, message, retry_after_ms=retry_after_ms)
         if not everyone:
             self._left_at = now
         self._inside[tenant] += 1

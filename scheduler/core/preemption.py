@@ -64,14 +64,15 @@ def find_victims(state: SchedulerState, worker: WorkerState, request: Request) -
     hits = [block for name in chain.hashes[first:num_hits] if (block := pool.lookup(name)) is not None]
     needed = spec.num_blocks_for(request.num_known_tokens) - len(hits)
     watermark = int(state.settings.watermark * spec.num_blocks)
+    outranked = rows.less_important_than(request.priority)
+    owned = int((rows.num_blocks[outranked] - rows.first_block[outranked]).sum())
+    if needed > pool.num_available + owned:
+        return []  # soon told, for it may be so in each plan of a long time
     # As has_room() will find it once they are gone: blocks that only victims own become available, hits among them not.
     owners = pool.ref_count.copy()
     available = pool.num_available
     victims: list[int] = []
-    for row in rows.order()[::-1].tolist():
-        running = rows.requests[row]
-        if running is None or running.priority >= request.priority:
-            return []
+    for row in outranked[::-1].tolist():
         victims.append(row)
         blocks = rows.owned_blocks(row)
         owners[blocks] -= 1

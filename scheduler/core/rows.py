@@ -85,6 +85,10 @@ class Rows:
         """The priority of the row that is last in order, or None if nothing runs."""
         return -self._order_keys[-1][0] if self._order_keys else None
 
+    def less_important_than(self, priority: int) -> Int64Array:
+        """Rows of strictly lower priority, in order: they are the end of it. int64."""
+        return self._order[bisect.bisect_left(self._order_keys, (1 - priority,)) :]
+
     def occupy(self, request: Request, chain: HashChain | None, num_cached: int) -> int:
         """Gives the request a row, with its first `num_cached` tokens computed and no block yet."""
         row = self._free.pop()
