@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sys
 import time
+from pathlib import Path
 
 from octavo.v1 import inference_pb2_grpc
 
 from router.assets import AssetStore
 from router.attach import Attachments
+from router.gate import Gate
 from router.hub import Hub
 from router.idempotency import IdempotencyKeys
 from router.prepare import Clocks, Preparation, TextPool
@@ -24,6 +27,7 @@ from router.ticket import TicketOffice, ticket_key
 from service.auth import credentials, read_token
 from service.discovery import Peer, Registry
 from service.errors import OctavoError, Reason
+from service.keys import ApiKeys, Authenticator
 from service.lifecycle import Lifecycle, run
 from service.metrics import Metrics
 from service.server import PUBLIC_MESSAGE_BYTES, Server, open_channel
@@ -37,7 +41,7 @@ SERVICES = ("octavo.v1.InferenceService",)
 class Router:
     """The parts of one router process, wired. To be made inside its event loop."""
 
-    def __init__(self, life: Lifecycle, settings: RouterSettings) -> None:
+    def __init__(self, life: Lifecycle, settings: RouterSettings, authenticator: Authenticator) -> None:
         self._settings = settings
         token = read_token(settings.cluster_token_file)
         self.session = RouterSession(
@@ -64,7 +68,8 @@ class Router:
         preparation = Preparation(self.session.models, self.assets, self.pool, tickets, clocks)
         self.metrics = Metrics()
         self._stats = Stats(self.metrics.registry, self.session)
-        self.service = InferenceService(self.hub, self.assets, preparation, self.pool, self._stats)
+        gate = Gate(settings.max_requests)
+        self.service = InferenceService(self.hub, self.assets, preparation, self.pool, self._stats, gate, authenticator)
 
     async def share_keys(self, url: str, me: Peer) -> None:
         """Idempotency keys hold for all routers from now on. Runs until cancelled."""
@@ -107,8 +112,9 @@ class Router:
 
 async def serve(life: Lifecycle, settings: RouterSettings) -> None:
     """Serve until told to stop, then drain."""
-    server = Server(settings, SERVICES, PUBLIC_MESSAGE_BYTES)
-    router = Router(life, settings)
+    keys = None if settings.api_keys is None else ApiKeys.read(settings.api_keys)
+    server = Server(settings, SERVICES, PUBLIC_MESSAGE_BYTES, keys)
+    router = Router(life, settings, server.authenticator)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(router.service, server.grpc)
     registry = Registry(settings.redis, router.metrics.redis_up()) if settings.redis else None
     try:
@@ -121,6 +127,8 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
                 tasks.create_task(router.keep_assets()),
                 tasks.create_task(router.attachments.watch()),
             ]
+            if settings.api_keys is not None:
+                background.append(tasks.create_task(_follow_keys(server.authenticator, settings.api_keys)))
             router.attachments.set_addresses(settings.scheduler)
             lease: asyncio.Task[None] | None = None
             if registry is not None and settings.redis is not None:
@@ -143,6 +151,25 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
             router.metrics.stop()
         if registry is not None:
             await registry.close()
+
+
+async def _follow_keys(authenticator: Authenticator, path: Path) -> None:
+    """Read the API keys again at each SIGHUP; a file that can't be used changes nothing. Streams that run go on. Until cancelled."""
+    loop = asyncio.get_running_loop()
+    again = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, again.set)
+    try:
+        while True:
+            await again.wait()
+            again.clear()
+            try:
+                authenticator.keys = await loop.run_in_executor(None, ApiKeys.read, path)
+            except SettingsError as error:
+                log.error("the API keys stay as they were: %s", error)
+            else:
+                log.info("read %d API keys", len(authenticator.keys.callers))
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 async def _discover(registry: Registry, router: Router, settings: RouterSettings) -> None:

@@ -10,6 +10,9 @@ from octavo.v1 import scheduler_pb2
 from router.request import Sequence
 
 PROTOCOL = 1
+# A scheduler that has no room is asked again after this at the latest, seconds: its queue may have been cancelled meanwhile.
+_LONGEST_REFUSAL = 1.0
+_MAX_FULL = 256  # kinds of requests that are noted before those that are over are swept out
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +33,8 @@ class Link:
     running: dict[int, Sequence] = field(default_factory=dict)
     # Cancelled, not acknowledged yet: these handles must not be used.
     cancelling: set[int] = field(default_factory=set)
+    # By tenant and priority: until when its new requests are refused here unasked, and when the scheduler wants to see them again.
+    full: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
     _handles: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -44,6 +49,20 @@ class Link:
     def holds(self, digest: bytes) -> bool:
         """Whether a worker there holds it, be it one that is leaving."""
         return any(model.digest == digest for model in self.models)
+
+    def note_full(self, tenant: str, priority: int, retry_after: float, now: float) -> None:
+        """The scheduler has no room for requests of this kind and knows when it will. `retry_after` in seconds."""
+        if len(self.full) >= _MAX_FULL:
+            self.full = {kind: times for kind, times in self.full.items() if times[0] > now}
+        self.full[tenant, priority] = (now + min(retry_after, _LONGEST_REFUSAL), now + retry_after)
+
+    def full_for(self, tenant: str, priority: int, now: float) -> float:
+        """Seconds after which a new request of this kind should come again; 0.0 if the scheduler may be asked now."""
+        until, come_again = self.full.get((tenant, priority), (0.0, 0.0))
+        if now < until:
+            return come_again - now
+        self.full.pop((tenant, priority), None)
+        return 0.0
 
     def new_handle(self) -> int:
         """A handle that nobody uses on this stream."""

@@ -71,7 +71,8 @@ class Sequence:
     @property
     def accepted(self) -> bool:
         """Whether it has got anywhere: then it is carried on, not refused."""
-        return self.admitted or self.request.spec.resumed or len(self.output.token_ids) > 0
+        request = self.request
+        return self.admitted or request.started_told or request.spec.resumed or len(self.output.token_ids) > 0
 
 
 class Request:
@@ -81,6 +82,7 @@ class Request:
         self.spec = spec
         self.sequences = [Sequence(self, output, seed) for output, seed in zip(outputs, seeds, strict=True)]
         self.error: OctavoError | None = None
+        self.started_told = False  # the client knows that it was accepted
         self.prompt_logprobs: dict[int, PositionLogprobs] = {}
         self._table = table
         self._prompt_logprobs_sent = not spec.sampling.HasField("prompt_logprobs")

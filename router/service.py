@@ -11,6 +11,7 @@ from typing import Any
 from octavo.v1 import common_pb2, inference_pb2, inference_pb2_grpc, scheduler_pb2
 
 from router.assets import AssetStore, ModelAssets
+from router.gate import Gate
 from router.hub import ClientStream, Hub, heartbeat
 from router.idempotency import IdempotencyKeys
 from router.models import KnownModel
@@ -19,10 +20,11 @@ from router.pulse import CALM
 from router.resolve import ModelLimits
 from router.stats import Stats
 from router.validate import Violations, check_chat
+from service.auth import caller_of
 from service.errors import OctavoError, Reason, abort
+from service.keys import Authenticator
 
 _CHUNK_BYTES = 1 << 20
-_TENANT = "default"
 # Started waits so long for the first plan, seconds: then it can tell the cached tokens, and a refusal comes as a plain status.
 _STARTED_AFTER = 0.1
 
@@ -30,12 +32,23 @@ _STARTED_AFTER = 0.1
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """The public door. Every error is a status with a reason of the closed list."""
 
-    def __init__(self, hub: Hub, assets: AssetStore, preparation: Preparation, pool: TextPool, stats: Stats) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        assets: AssetStore,
+        preparation: Preparation,
+        pool: TextPool,
+        stats: Stats,
+        gate: Gate,
+        authenticator: Authenticator,
+    ) -> None:
         self._hub = hub
         self._assets = assets
         self._preparation = preparation
         self._pool = pool
         self._stats = stats
+        self._gate = gate
+        self._authenticator = authenticator
         self.keys = IdempotencyKeys(hub.now)
         self.draining = False
 
@@ -49,8 +62,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 started = _started(prepared)
                 if request.heartbeats:
                     started.heartbeat.CopyFrom(heartbeat())
-                await context.write(inference_pb2.GenerateResponse(started=started))
                 running = stream.request
+                running.started_told = True
+                await context.write(inference_pb2.GenerateResponse(started=started))
                 while True:
                     for message in self._hub.outgoing(stream):
                         await context.write(message)
@@ -167,32 +181,52 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _running(
         self, message: inference_pb2.GenerateRequest, context: Any, *, bounded: bool
     ) -> AsyncIterator[tuple[Prepared, ClientStream]]:
-        """A request from preparation to its end; leaving it cancels what still runs."""
+        """A request from the gate to its end; leaving it cancels what still runs."""
+        tenant = self._tenant(context)
         try:
             if self.draining:
                 raise OctavoError(Reason.DRAINING, "this router is shutting down")
-            preparing = self._preparation.prepare(message, _TENANT, self._deadline(context))
-            prepared = await (_beating(preparing, context) if bounded and message.heartbeats else preparing)
-            request = prepared.request
-            claim = await self.keys.claim(
-                _TENANT, message.idempotency_key, message.attempt, lambda error: self._hub.fail(request, error)
-            )
-            try:
-                if request.error is not None:  # another attempt was quicker
-                    raise request.error
-                stream = self._hub.submit(request, bounded=bounded, heartbeats=bounded and message.heartbeats)
-            except OctavoError:
-                self.keys.release(claim, ran=False)
-                raise
+            resumed = message.HasField("resume")
+            if not resumed:
+                self._hub.check_room(message.model, tenant, message.priority)
+            self._gate.enter(tenant, self._hub.now(), resumed=resumed)
         except OctavoError as error:
             self._stats.refused(error.reason.name)
             raise
         try:
-            yield prepared, stream
+            try:
+                beating = bounded and message.heartbeats
+                preparing = self._preparation.prepare(message, tenant, self._deadline(context))
+                prepared = await (_beating(preparing, context) if beating else preparing)
+                request = prepared.request
+                claim = await self.keys.claim(
+                    tenant, message.idempotency_key, message.attempt, lambda error: self._hub.fail(request, error)
+                )
+                try:
+                    if request.error is not None:  # another attempt was quicker
+                        raise request.error
+                    stream = self._hub.submit(request, bounded=bounded, heartbeats=beating)
+                except OctavoError:
+                    self.keys.release(claim, ran=False)
+                    raise
+            except OctavoError as error:
+                self._stats.refused(error.reason.name)
+                raise
+            try:
+                yield prepared, stream
+            finally:
+                self._hub.close(stream, scheduler_pb2.CANCEL_REASON_CLIENT)
+                self.keys.release(claim, ran=request.delivered and request.error is None)
+                self._stats.ended(request, self._hub.now())
         finally:
-            self._hub.close(stream, scheduler_pb2.CANCEL_REASON_CLIENT)
-            self.keys.release(claim, ran=request.delivered and request.error is None)
-            self._stats.ended(request, self._hub.now())
+            self._gate.leave(tenant, self._hub.now())
+
+    def _tenant(self, context: Any) -> str:
+        """Whose request it is. The interceptor let it in, but its key may have been taken away since."""
+        caller = caller_of(self._authenticator, context.invocation_metadata())
+        if caller is None:
+            raise OctavoError(Reason.UNAUTHENTICATED, "the API key is not valid any more")
+        return caller.tenant
 
     def _deadline(self, context: Any) -> float | None:
         remaining = context.time_remaining()

@@ -32,6 +32,7 @@ _CANCEL_STOP = scheduler_pb2.CANCEL_REASON_STOP_STRING
 _CANCEL_DEADLINE = scheduler_pb2.CANCEL_REASON_DEADLINE
 _MAX_TRIES = 20
 _MAX_BACKOFF = 1.0
+_MIN_RETRY_MS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,23 @@ class RouterSession:
             self._cut_link(link, "a message of an unknown kind", now)
 
     # ---- requests
+
+    def check_room(self, model: str, tenant: str, priority: int, now: float) -> None:
+        """Raises QUEUE_FULL where every scheduler of the model has just refused requests of this kind and wants none yet.
+
+        That costs microseconds; to ask costs tokenizing, two threads and a round trip, at a time when all are busy.
+        """
+        if not any(link.full for link in self._links.values()):
+            return
+        digest = self.models.find(model).digest
+        links = [link for link in self._links.values() if link.attached and not link.draining and link.serves(digest)]
+        waits = [link.full_for(tenant, priority, now) for link in links]
+        if waits and all(waits):
+            raise OctavoError(
+                Reason.QUEUE_FULL,
+                f"the waiting queue is full, retry after {min(waits):.2f} s",
+                retry_after_ms=max(_MIN_RETRY_MS, round(min(waits) * 1e3)),
+            )
 
     def submit(self, request: Request, now: float) -> None:
         """Start a request.
@@ -291,8 +309,13 @@ class RouterSession:
         reason = _reason(message.reason)
         error = OctavoError(reason, message.message or reason.name, retry_after_ms=message.retry_after_ms)
         sequence.refused_by.add(link.address)
+        if reason is Reason.QUEUE_FULL:
+            spec = sequence.request.spec
+            link.note_full(spec.tenant, spec.priority, message.retry_after_ms / 1e3, now)
         elsewhere = bool(self._candidates(sequence))
-        go_on = error.rule.resumable and sequence.accepted and reason is not Reason.SLOW_CONSUMER
+        # Whoever was accepted is never refused for want of room: its scheduler was lost, and this one is full of others.
+        may_go_on = error.rule.resumable or reason is Reason.QUEUE_FULL
+        go_on = may_go_on and sequence.accepted and reason is not Reason.SLOW_CONSUMER
         go_on |= reason in (Reason.NO_WORKER, Reason.DRAINING) and self._comes_again(sequence.request)
         once_more = reason is Reason.INTERNAL and sequence.attempt == 0
         if (go_on or once_more or (error.rule.retryable and elsewhere)) and sequence.tries < _MAX_TRIES:

@@ -17,6 +17,14 @@ class RouterSettings(CommonSettings):
     flush_ms: float = flag("longest wait of a token under load, milliseconds", 8.0)
     max_buffered_tokens: int = flag("tokens that may wait for a client that reads slowly", 4_096)
     text_threads: int = flag("threads for templates and tokenizing", 2)
+    max_requests: int = flag(
+        "requests of a tenant that may be here (30 kB each) before new ones are refused; several share up to twice that",
+        8_192,
+    )
+    api_keys: Path | None = flag(
+        "file with a line KEY TENANT [ROLE] for each API key (# comments); with it every call needs one; read again on SIGHUP",
+        None,
+    )
     ticket_key_file: Path | None = flag(
         "file with the key of resume tickets, shared by all routers; made if it is not there", None
     )
@@ -28,6 +36,8 @@ class RouterSettings(CommonSettings):
             raise SettingsError("--flush-ms must be above 0 and at most 1000")
         if self.max_buffered_tokens < 1 or self.text_threads < 1 or self.patience < 0:
             raise SettingsError("--max-buffered-tokens and --text-threads must be at least 1, --patience not negative")
+        if self.max_requests < 1:
+            raise SettingsError("--max-requests must be at least 1")
         if not self.scheduler and self.redis is None:
             raise SettingsError("--scheduler or --redis must say where schedulers are")
         for address in self.scheduler:

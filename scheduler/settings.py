@@ -13,8 +13,11 @@ class SchedulerSettings(CommonSettings):
     """The scheduler: owns the request queue and the block table, and forms continuous batches."""
 
     listen: str = flag("address to serve gRPC on, HOST:PORT (port 0: any free one) or unix:PATH", "127.0.0.1:50061")
-    max_waiting: int = flag("waiting requests beyond which new ones are refused", 10_000)
-    max_waiting_tokens: int = flag("tokens of waiting requests beyond which new ones are refused", 50_000_000)
+    max_waiting: int = flag(
+        "requests of a tenant that may wait (30 kB each in a router, 3 here) before new ones are refused; several share twice that",
+        4_096,
+    )
+    max_waiting_tokens: int = flag("tokens of waiting requests, in the same way", 16_000_000)
     run_ahead: int = flag("plans in flight for each worker", 2)
     watermark: float = flag("share of a worker's blocks kept free when a request is admitted", 0.01)
     no_worker_timeout: float = flag(

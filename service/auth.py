@@ -1,22 +1,27 @@
 """Who may call what: deny by default.
 
-Without a cluster token a service binds loopback only and trusts every caller there. With one, every call but health checks must
-carry it. TLS alone encrypts; it lets a service bind elsewhere only together with the token, unless the operator sets neither.
+Without a cluster token and API keys a service binds loopback only and trusts every caller there. With either, every call but health
+checks must carry one of them: the cluster token opens everything, a key what clients need, and the methods of admins only if it is
+an admin's. TLS alone encrypts; it lets a service bind elsewhere only together with the token or keys.
 """
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from service.errors import OctavoError, Reason, abort
+from service.keys import Authenticator, Caller, Role
 from service.settings import CommonSettings, SettingsError, is_loopback
 
 _OPEN_PREFIXES = ("/grpc.health.v1.Health/",)
+# What a client's key opens; everything else is for admins, also what is added later and forgotten here.
+_CLIENT_PREFIXES = ("/octavo.v1.InferenceService/", "/grpc.reflection.")
+
+Metadata = Iterable[tuple[str, str | bytes]]
 
 
 def read_token(path: Path | None) -> str | None:
@@ -32,14 +37,16 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
-def check_binding(settings: CommonSettings, token: str | None) -> None:
-    """Refuse to serve strangers: off loopback a cluster token is needed. Raises SettingsError."""
-    if token is None and settings.tls_cert is None and not is_loopback(settings.listen):
+def check_binding(settings: CommonSettings, token: str | None, *, has_keys: bool = False) -> None:
+    """Refuse to serve strangers: off loopback a cluster token or API keys are needed. Raises SettingsError."""
+    if token is not None or has_keys or is_loopback(settings.listen):
+        return
+    needed = "--cluster-token-file, or --api-keys at a router"
+    if settings.tls_cert is None:
         raise SettingsError(
-            f"--listen {settings.listen} is reachable from other machines: set --cluster-token-file or TLS, or bind 127.0.0.1"
+            f"--listen {settings.listen} is reachable from other machines: set {needed}; or bind 127.0.0.1"
         )
-    if token is None and not is_loopback(settings.listen):
-        raise SettingsError(f"--listen {settings.listen} with TLS but no --cluster-token-file would let anyone in")
+    raise SettingsError(f"--listen {settings.listen} with TLS alone would let anyone in: set {needed}")
 
 
 def credentials(token: str | None) -> tuple[tuple[str, str], ...]:
@@ -47,11 +54,24 @@ def credentials(token: str | None) -> tuple[tuple[str, str], ...]:
     return () if token is None else (("authorization", f"Bearer {token}"),)
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Lets calls through that carry the cluster token, and health checks."""
+def caller_of(authenticator: Authenticator, metadata: Metadata | None) -> Caller | None:
+    """Who calls, by the metadata of the call."""
+    value = next((value for key, value in metadata or () if key == "authorization"), None)
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    return authenticator.identify(value)
 
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+
+def may_call(role: Role, method: str) -> bool:
+    """Whether callers of this role may call /SERVICE/METHOD."""
+    return role is Role.ADMIN or method.startswith(_CLIENT_PREFIXES)
+
+
+class AuthInterceptor(grpc.aio.ServerInterceptor):
+    """Lets calls through whose caller is known and may make them, and health checks."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
 
     async def intercept_service(
         self,
@@ -59,18 +79,20 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(_OPEN_PREFIXES):
+        method = handler_call_details.method
+        if handler is None or method.startswith(_OPEN_PREFIXES):
             return handler
-        for key, value in handler_call_details.invocation_metadata or ():
-            raw = value.encode() if isinstance(value, str) else value
-            if key == "authorization" and hmac.compare_digest(raw, self._expected):
-                return handler
-        return _refuse(handler)
+        caller = caller_of(self._authenticator, handler_call_details.invocation_metadata)
+        if caller is None:
+            what = "the cluster token" if self._authenticator.keys is None else "an API key"
+            error = OctavoError(Reason.UNAUTHENTICATED, f"this method needs {what} (authorization: Bearer …)")
+            return _refuse(handler, error)
+        if not may_call(caller.role, method):
+            return _refuse(handler, OctavoError(Reason.PERMISSION_DENIED, "this method is for admins"))
+        return handler
 
 
-def _refuse(handler: Any) -> Any:
-    error = OctavoError(Reason.UNAUTHENTICATED, "this method needs the cluster token (authorization: Bearer …)")
-
+def _refuse(handler: Any, error: OctavoError) -> Any:
     async def answer(request: Any, context: Any) -> Any:
         await abort(context, error)
 

@@ -10,7 +10,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from service.auth import TokenInterceptor, check_binding, read_token
+from service.auth import AuthInterceptor, check_binding, read_token
+from service.keys import ApiKeys, Authenticator
 from service.settings import CommonSettings, SettingsError, split_address
 
 PUBLIC_MESSAGE_BYTES = 16 << 20
@@ -23,15 +24,22 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class Server:
     """One gRPC server with health (NOT_SERVING until told) and reflection. Owned by the event loop that starts it."""
 
-    def __init__(self, settings: CommonSettings, services: Sequence[str], max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        settings: CommonSettings,
+        services: Sequence[str],
+        max_message_bytes: int,
+        keys: ApiKeys | None = None,
+    ) -> None:
         """`services` are full service names for health and reflection. Raises SettingsError for an unsafe binding."""
         token = read_token(settings.cluster_token_file)
-        check_binding(settings, token)
+        check_binding(settings, token, has_keys=keys is not None)
+        self.authenticator = Authenticator(token, keys)
         self._settings = settings
         self._services = tuple(services)
         self._health = HealthServicer()
         self.grpc = grpc.aio.server(
-            interceptors=[TokenInterceptor(token)] if token else [],
+            interceptors=[] if self.authenticator.is_open else [AuthInterceptor(self.authenticator)],
             options=_server_options(max_message_bytes),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

@@ -2,6 +2,8 @@
 
     scheduler.py    the face: Scheduler.submit, plan, apply, …
     planner.py      plan one step for one worker: plan_step
+    batch.py        the step while it is composed
+    preemption.py   which running requests make room for a more important one
     apply.py        book one step's result: apply_result
     placement.py    which worker a waiting request should go to
     waiting.py      the queue: priorities, fairness between tenants

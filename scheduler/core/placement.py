@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from scheduler.core.prefix import HashChain, chain_for, num_cached_blocks
@@ -36,19 +37,24 @@ def find_placement(state: SchedulerState, request: Request, only: WorkerState | 
     token_ids = request.known_token_ids()
     best: Placement | None = None
     for worker in state.workers_of.get(request.digest, ()) if only is None else (only,):
-        if worker.draining or worker.rows.num_free == 0:
-            continue
-        if not fits(worker.spec, request.num_known_tokens, limit_on(worker.spec, request)):
-            continue
-        chain, num_hits = find_prefix(state, worker, request, token_ids)
-        if not has_room(state, worker, request, chain, num_hits):
-            continue
-        # A cached prefix is worth as much as the share of the request that it saves; load costs the share of rows that run.
-        share_cached = num_hits * worker.spec.block_size / request.num_known_tokens
-        score = share_cached - worker.rows.num_running / worker.spec.max_rows
-        if best is None or score > best.score:
-            best = Placement(worker, chain, num_hits, score)
+        place = place_on(state, worker, request, token_ids)
+        if place is not None and (best is None or place.score > best.score):
+            best = place
     return best
+
+
+def place_on(state: SchedulerState, worker: WorkerState, request: Request, token_ids: Int32Array) -> Placement | None:
+    """The place of the request on this worker, or None if it has no room now. `token_ids` are all its known tokens."""
+    if worker.draining or worker.rows.num_free == 0:
+        return None
+    if not fits(worker.spec, request.num_known_tokens, limit_on(worker.spec, request)):
+        return None
+    chain, num_hits = find_prefix(state, worker, request, token_ids)
+    if not has_room(state, worker, request, chain, num_hits):
+        return None
+    # A cached prefix is worth as much as the share of the request that it saves; load costs the share of rows that run.
+    share_cached = num_hits * worker.spec.block_size / request.num_known_tokens
+    return Placement(worker, chain, num_hits, share_cached - worker.rows.num_running / worker.spec.max_rows)
 
 
 def find_prefix(
@@ -75,3 +81,13 @@ def has_room(state: SchedulerState, worker: WorkerState, request: Request, chain
     # Hits that a row owns already cost nothing; hits that nobody owns are taken from what is available.
     needed = spec.num_blocks_for(request.num_known_tokens) - len(hits) + pool.num_unowned(hits)
     return needed + watermark <= pool.num_available
+
+
+def next_block_is_coming(
+    request: Request, chain: HashChain, num_hits: int, block_size: int, completes: Mapping[bytes, int]
+) -> bool:
+    """Whether the plan in the making, which fills the blocks in `completes`, computes the first block that the request lacks."""
+    num_full = (request.num_known_tokens - 1) // block_size
+    if not request.reads_prefix_cache or num_hits >= min(num_full, len(chain.hashes)):
+        return False
+    return chain.hashes[num_hits] in completes

@@ -8,48 +8,29 @@ same arithmetic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
+from scheduler.core.batch import EMPTY, Batch
 from scheduler.core.errors import Reason
-from scheduler.core.placement import Placement, find_placement, fits, limit_on
+from scheduler.core.placement import Placement, find_placement, fits, limit_on, next_block_is_coming
 from scheduler.core.plan import DEAD_BLOCK, Admitted, Int64Array, NewRow, StepPlan
+from scheduler.core.preemption import outranks, place_by_preemption
 from scheduler.core.request import Request, RequestState
 from scheduler.core.rows import Rows
 from scheduler.core.state import InFlightPlan, SchedulerState, WorkerState
 
-EMPTY = np.empty(0, np.int64)
 EMPTY_INT32 = np.empty(0, np.int32)
 GAP_SMOOTHING = 0.1
-
-
-@dataclass(slots=True)
-class Batch:
-    """A step while it is composed."""
-
-    rows: Int64Array = field(default_factory=lambda: EMPTY)
-    """int64 [R]: running rows that compute."""
-    counts: Int64Array = field(default_factory=lambda: EMPTY)
-    """int64 [R]: tokens that each computes."""
-    append_rows: Int64Array = field(default_factory=lambda: EMPTY)
-    append_blocks: Int64Array = field(default_factory=lambda: EMPTY)
-    chunks: Int64Array = field(default_factory=lambda: EMPTY)
-    """Indices into `rows` of those whose tokens are known, so must be sent."""
-    new_rows: list[NewRow] = field(default_factory=list)
-    new_counts: list[int] = field(default_factory=list)
-    preempted: bool = False
-    suspicion: int = 0
-    """The group of suspects that this step is for; 0: it is for all who are under no suspicion."""
-    completes: dict[bytes, int] = field(default_factory=dict)
-    """Hash and block_id of the blocks of known tokens that this step fills."""
+CHARGE_EVERY = 4
+"""Steps in which the tenants of running requests are charged at most once: somebody may be admitted in each of them."""
 
 
 def plan_step(state: SchedulerState, worker: WorkerState, now: float) -> StepPlan | None:
     """The next step of a worker, or None if its pipeline is full or there is nothing to do.
 
     Running rows come first and take the blocks they need, preempting the least important ones if there are too few. Then waiting
-    requests get what is left of the budget. Rows freed since the last plan go out with this one, if need be alone.
+    requests get what is left of the budget, or the place of running ones of lower priority. Rows freed since the last plan go out
+    with this one, if need be alone.
     """
     if len(worker.in_flight) >= worker.spec.run_ahead:
         return None
@@ -180,17 +161,26 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
 
     A request is passed over, and those behind it may go, if another worker is the better place for it or if the block that it
     needs next is being computed by this very plan: a later plan will find it cached. A request that no worker has room for stops
-    the search: nobody overtakes it, so that it can't starve. At most max_candidates are passed over.
+    the search, unless it may take the place of others: nobody overtakes it, so that it can't starve. At most max_candidates are
+    passed over.
 
     A group of suspects stays together where its first request was placed: each step that is theirs alone holds all others up.
     """
     queue = state.queues.get(worker.spec.model_digest)
-    if queue is None or queue.num_requests == 0 or worker.rows.num_free == 0 or worker.draining:
+    if queue is None or queue.num_requests == 0 or worker.draining:
         return
+    if worker.rows.num_free == 0 and not outranks(queue, worker):
+        return
+    if worker.next_step_id >= worker.charge_from_step and queue.has_rivals():
+        worker.charge_from_step = worker.next_step_id + CHARGE_EVERY
+        for running, num_tokens in worker.rows.take_uncharged():
+            queue.charge(running, num_tokens)
     budget = worker.spec.max_num_batched_tokens - int(batch.counts.sum())
     passed_over: list[Request] = []
     max_candidates = state.settings.max_candidates + (len(state.suspects) if batch.suspicion else 0)
-    while budget > 0 and worker.rows.num_free and len(passed_over) < max_candidates:
+    while budget > 0 and len(passed_over) < max_candidates:
+        if worker.rows.num_free == 0 and not outranks(queue, worker):
+            break
         request = queue.pop()
         if request is None:
             break
@@ -199,7 +189,13 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
             if batch.suspicion:
                 continue
             break  # it waits for a step of its own, and nobody overtakes it
+        if batch.victim_priority is not None and request.priority <= batch.victim_priority:
+            passed_over.append(request)
+            break  # who has just lost its place must not take what is left of it
         placement = find_placement(state, request, worker if batch.suspicion else None)
+        if placement is None:
+            placement, returned = place_by_preemption(state, worker, request, batch)
+            budget += returned
         if placement is None:
             if is_hopeless(state, request):
                 queue.push(request)  # so that failing it finds it where its state says
@@ -207,7 +203,8 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
                 continue
             passed_over.append(request)
             break
-        if placement.worker is not worker or next_block_is_coming(request, placement, batch):
+        chain, hits, size = placement.chain, placement.num_hits, placement.worker.spec.block_size
+        if placement.worker is not worker or next_block_is_coming(request, chain, hits, size, batch.completes):
             passed_over.append(request)
             continue
         budget -= admit(state, placement, request, batch, budget, now)
@@ -218,15 +215,6 @@ def is_hopeless(state: SchedulerState, request: Request) -> bool:
     """Whether no worker of the model could ever hold the request."""
     specs = [worker.spec for worker in state.workers_of[request.digest]]
     return not any(fits(spec, request.num_known_tokens, limit_on(spec, request)) for spec in specs)
-
-
-def next_block_is_coming(request: Request, placement: Placement, batch: Batch) -> bool:
-    """Whether this plan computes the first block that the request would have to compute itself."""
-    hashes = placement.chain.hashes
-    num_full = (request.num_known_tokens - 1) // placement.worker.spec.block_size
-    if not request.reads_prefix_cache or placement.num_hits >= min(num_full, len(hashes)):
-        return False
-    return hashes[placement.num_hits] in batch.completes
 
 
 def admit(state: SchedulerState, placement: Placement, request: Request, batch: Batch, budget: int, now: float) -> int:
@@ -273,9 +261,6 @@ def count_admission(state: SchedulerState, request: Request, num_cached: int, no
     """Books, and the router's first news of its request."""
     counters = state.counters
     counters.admitted += 1
-    if state.last_admission is not None:
-        state.admission_gap += GAP_SMOOTHING * (now - state.last_admission - state.admission_gap)
-    state.last_admission = now
     if request.lost_at is not None:
         state.recoveries.append(now - request.lost_at)
         request.lost_at = None
@@ -284,6 +269,9 @@ def count_admission(state: SchedulerState, request: Request, num_cached: int, no
         counters.prefix_hits += num_cached
     if not request.was_admitted:
         request.was_admitted = True
+        # Of newcomers only: who comes back from a row doesn't move the queue.
+        state.admission_gap += GAP_SMOOTHING * (now - state.queue_moved_at - state.admission_gap)
+        state.queue_moved_at = now
         state.queues[request.digest].charge(request, request.num_prompt_tokens)
         waited = max(0.0, now - request.submitted)
         state.admitted.append(Admitted(request.router_id, request.handle, num_cached, request.digest, waited))

@@ -100,6 +100,7 @@ class Request:
     lost_at: float | None = None
     """When its worker was lost or its step failed, seconds, until it is planned again."""
     num_charged_outputs: int = 0
+    """Outputs that its tenant was charged for, up to when it last left a row."""
     hash_chains: dict[bytes, HashChain] = field(default_factory=dict)
     """By seed: the hashes of its leading full blocks, as far as they were needed."""
 

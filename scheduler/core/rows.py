@@ -43,6 +43,8 @@ class Rows:
         self.num_confirmed = np.zeros(size, np.int64)
         self.num_initial = np.zeros(size, np.int64)
         self.num_prompt = np.zeros(size, np.int64)
+        self.num_charged = np.zeros(size, np.int64)  # tokens that the tenant's counter knows of
+        self.account = np.zeros(size, np.int64)  # the same for rows of one tenant and priority
         self.limit = np.zeros(size, np.int64)
         self.min_total = np.zeros(size, np.int64)  # prompt + min_tokens
         self.num_blocks = np.zeros(size, np.int64)  # length of the block table
@@ -59,6 +61,8 @@ class Rows:
         self.requests: list[Request | None] = [None] * size
         self.chains: list[HashChain | None] = [None] * size
         self.num_prompt_logprobs = 0
+        self._accounts: dict[tuple[int, str], list[int]] = {}  # number and rows of each that has any
+        self._next_account = 0
         self._free = list(range(size - 1, -1, -1))
         self._order_keys: list[tuple[int, float, int]] = []  # ascending; the request of _order[i] has key i
         self._order = np.empty(0, np.int64)
@@ -77,6 +81,14 @@ class Rows:
         """Running rows in the order in which they are served: highest priority, then earliest arrival. int64 [num_running]."""
         return self._order
 
+    def lowest_priority(self) -> int | None:
+        """The priority of the row that is last in order, or None if nothing runs."""
+        return -self._order_keys[-1][0] if self._order_keys else None
+
+    def less_important_than(self, priority: int) -> Int64Array:
+        """Rows of strictly lower priority, in order: they are the end of it. int64."""
+        return self._order[bisect.bisect_left(self._order_keys, (1 - priority,)) :]
+
     def occupy(self, request: Request, chain: HashChain | None, num_cached: int) -> int:
         """Gives the request a row, with its first `num_cached` tokens computed and no block yet."""
         row = self._free.pop()
@@ -87,6 +99,8 @@ class Rows:
         self.num_tokens[row] = self.num_confirmed[row] = self.num_initial[row] = known
         self.num_computed[row] = num_cached
         self.num_prompt[row] = prompt
+        self.num_charged[row] = prompt + request.num_charged_outputs
+        self._open_account(row, request)
         self.limit[row] = request.limit
         self.min_total[row] = prompt + request.sampling.min_tokens
         self.num_blocks[row] = self.first_block[row] = self.last_step[row] = 0
@@ -107,6 +121,8 @@ class Rows:
             raise RuntimeError(f"row {row} is free already")
         confirmed = self.tokens[row, self.num_prompt[row] : self.num_confirmed[row]]
         request.output_token_ids = confirmed.copy()
+        request.num_charged_outputs = int(self.num_charged[row] - self.num_prompt[row])
+        self._close_account(request)
         self.num_prompt_logprobs -= int(self.prompt_logprobs[row])
         self.requests[row] = self.chains[row] = None
         self.generation[row] += 1
@@ -131,6 +147,34 @@ class Rows:
             self.block_table[owner, self.num_blocks[owner] + np.arange(owner.size) - start] = blocks
         self.num_blocks[rows] += counts
         return owner
+
+    def take_uncharged(self) -> list[tuple[Request, int]]:
+        """Outputs that came since their tenants were last charged: one request of each account that has some, and how many."""
+        order = self._order
+        due = self.num_confirmed[order] - self.num_charged[order]
+        if np.count_nonzero(due) == 0:
+            return []
+        self.num_charged[order] = self.num_confirmed[order]
+        _, first, group = np.unique(self.account[order], return_index=True, return_inverse=True)
+        totals = np.bincount(group, due).astype(np.int64)
+        found = []
+        for row, total in zip(order[first].tolist(), totals.tolist(), strict=True):
+            request = self.requests[row]
+            if total and request is not None:
+                found.append((request, total))
+        return found
+
+    def _open_account(self, row: int, request: Request) -> None:
+        account = self._accounts.setdefault((request.priority, request.tenant), [self._next_account, 0])
+        self._next_account += account[1] == 0
+        account[1] += 1
+        self.account[row] = account[0]
+
+    def _close_account(self, request: Request) -> None:
+        account = self._accounts[request.priority, request.tenant]
+        account[1] -= 1
+        if not account[1]:
+            del self._accounts[request.priority, request.tenant]
 
     def _set_stop_token_ids(self, row: int, token_ids: tuple[int, ...]) -> None:
         width = self.stop_token_ids.shape[1]

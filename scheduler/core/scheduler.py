@@ -33,6 +33,8 @@ from scheduler.core.state import Counters, SchedulerState, WorkerState
 MIN_RETRY_AFTER = 0.1
 MAX_RETRY_AFTER = 30.0
 DEADLINES_COMPACT_ABOVE = 64
+MAX_SHARES = 4
+"""What waits is never more than so many times the bounds of one tenant, however many tenants and priorities there are."""
 
 
 class Scheduler:
@@ -103,10 +105,12 @@ class Scheduler:
         try:
             digest = self._pin(request)
             limit = self._limit(request, digest)
-            self._check_queue(request)
+            self._check_queue(request, now)
         except Exception:
             state.counters.refused += 1
             raise
+        if not any(queue.num_requests for queue in state.queues.values()):
+            state.queue_moved_at = now
         request.digest, request.limit, request.submitted = digest, limit, now
         request.sequence = self._next_sequence
         self._next_sequence += 1
@@ -267,17 +271,30 @@ class Scheduler:
             raise Unplaceable(f"no worker's KV cache can hold {limit} tokens")
         return limit
 
-    def _check_queue(self, request: Request) -> None:
+    def _check_queue(self, request: Request, now: float) -> None:
+        """Raises QueueFull where the request's tenant, at its priority, or everything together has too much waiting."""
         state, settings = self._state, self._state.settings
         if request.output_token_ids.size:
             return
-        waiting = sum(queue.num_requests for queue in state.queues.values())
-        tokens = sum(queue.num_tokens for queue in state.queues.values())
-        too_many = waiting >= settings.max_waiting_requests
-        if too_many or tokens + request.num_known_tokens > settings.max_waiting_tokens:
-            # In about this time a tenth of the queue will have moved on.
-            estimate = state.admission_gap * max(1.0, waiting / 10)
-            raise QueueFull(min(MAX_RETRY_AFTER, max(MIN_RETRY_AFTER, estimate)))
+        queues, size = state.queues.values(), request.num_known_tokens
+        loads = [queue.load_on(request.tenant, request.priority) for queue in queues]
+        requests = sum(own.requests + everyone.requests for own, everyone in loads)
+        tokens = sum(own.tokens + everyone.tokens for own, everyone in loads)
+        num_waiting = sum(queue.num_requests for queue in queues)
+        num_tokens = sum(queue.num_tokens for queue in queues)
+        if (
+            requests >= 2 * settings.max_waiting_requests
+            or tokens + 2 * size > 2 * settings.max_waiting_tokens
+            or num_waiting >= MAX_SHARES * settings.max_waiting_requests
+            or num_tokens + size > MAX_SHARES * settings.max_waiting_tokens
+        ):
+            raise QueueFull(self._retry_after(num_waiting, now))
+
+    def _retry_after(self, num_waiting: int, now: float) -> float:
+        """Seconds in which a tenth of the queue will have moved on, as newcomers are admitted at present."""
+        # A queue that has stopped moving is as slow as it has stood.
+        gap = max(self._state.admission_gap, now - self._state.queue_moved_at)
+        return min(MAX_RETRY_AFTER, max(MIN_RETRY_AFTER, gap * max(1.0, num_waiting / 10)))
 
     def _push_deadline(self, deadline: float, request: Request) -> None:
         heapq.heappush(self._deadlines, (deadline, request.sequence, request))

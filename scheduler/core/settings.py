@@ -13,14 +13,18 @@ MAX_RUN_AHEAD = 4
 class Settings:
     """Policy of one scheduler. Raises InvalidField."""
 
-    max_waiting_requests: int = 100_000
-    max_waiting_tokens: int = 100_000_000
-    """Prompt and output ids kept in the waiting queue, over all models."""
+    max_waiting_requests: int = 4_096
+    """Requests that one tenant alone may have waiting, over all models. Several share up to twice as many, as waiting.py says;
+    requests of lower priority don't count, but all together are never more than four times as many."""
+    max_waiting_tokens: int = 16_000_000
+    """The same of their prompt and output ids: 8 to 12 bytes each in this process."""
     watermark: float = 0.01
     """Share of a worker's blocks that stays available when a request is admitted beside others. Running requests may
     use it, so that a newcomer isn't preempted by the next block that its neighbours need."""
     max_candidates: int = 16
     """Waiting requests looked at in one plan beyond those that are admitted."""
+    max_preempting: int = 8
+    """Waiting requests that take the place of running ones of lower priority in one plan."""
     prefix_caching: bool = True
     no_worker_timeout: float = 60.0
     """Seconds that requests wait for a worker of their model after the last one left, before they fail."""
@@ -28,7 +32,13 @@ class Settings:
     """Failed steps or lost workers that ran nothing but one request and got no token further, before it fails as POISON."""
 
     def __post_init__(self) -> None:
-        for name in ("max_waiting_requests", "max_waiting_tokens", "max_candidates", "max_failures_alone"):
+        for name in (
+            "max_waiting_requests",
+            "max_waiting_tokens",
+            "max_candidates",
+            "max_preempting",
+            "max_failures_alone",
+        ):
             if getattr(self, name) < 1:
                 raise InvalidField(name, "must be at least 1")
         if not 0.0 <= self.watermark < 1.0:

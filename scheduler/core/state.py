@@ -30,6 +30,9 @@ class Counters:
     failed: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(Reason, 0))
     cancelled: int = 0
     preemptions: int = 0
+    """Requests that lost their row to others, for want of blocks or to a higher priority …"""
+    priority_preemptions: int = 0
+    """… and those of them that lost it to a waiting request of higher priority."""
     recomputed_tokens: int = 0
     """Computed counts that preemptions, failed steps and lost workers threw away."""
     discarded_tokens: int = 0
@@ -77,6 +80,8 @@ class WorkerState:
     """Of its process; it may enlist more than once."""
     in_flight: deque[InFlightPlan] = field(default_factory=deque)
     next_step_id: int = 1
+    charge_from_step: int = 0
+    """From this step on tenants may be charged again for what their rows have made."""
     freed_rows: list[int] = field(default_factory=list)
     """Rows to name as freed in the next plan."""
     draining: bool = False
@@ -117,8 +122,9 @@ class SchedulerState:
     orphaned_at: dict[bytes, float] = field(default_factory=dict)
     """By model digest without a worker: since when, seconds."""
     admission_gap: float = 0.0
-    """Seconds between admissions, smoothed."""
-    last_admission: float | None = None
+    """Seconds between admissions of newcomers while some wait, smoothed."""
+    queue_moved_at: float = 0.0
+    """When a newcomer was last admitted, or came to wait where nobody waited."""
     row_of: dict[RequestKey, tuple[WorkerState, int]] = field(default_factory=dict)
     """Where each running request is."""
     named_in: dict[RequestKey, InFlightPlan] = field(default_factory=dict)

@@ -4,7 +4,13 @@ Fairness counts tokens, not requests: the Virtual Token Counter of "Fairness in 
 al., OSDI 2024). Each tenant has a counter of the tokens it was served; the lowest goes next. A tenant that comes back
 after idling is lifted to the lowest counter among those that wait, so that idling saves up nothing. Requests that were
 served before (preempted, migrated, resumed) go first in their class, oldest first: they have clients in mid-stream.
-Prompts are charged when they are placed, outputs when they leave their row.
+Prompts are charged when they are placed; outputs every few steps while there is a choice between tenants, and when they leave
+their row. Were they charged then only, a tenant would look cheap while its rows run, and tenants would take all rows by turns.
+
+A bounded queue that one tenant could fill would keep the others out of it and the counters idle. So a newcomer is measured by the
+mean of what its tenant and all tenants have waiting: alone, a tenant may fill the queue; several share up to twice as much, none
+of them more than its part, and whoever has less is let in. Requests of lower priority don't count, or they would keep out those that
+they should make way for. `load_on` gives the numbers, Scheduler.submit holds them against the bounds.
 
 Every operation is O(log) amortised. A cancelled request stays where it is until it is met or until the dead outnumber the living.
 """
@@ -24,6 +30,19 @@ COMPACT_ABOVE = 64
 
 
 @dataclass(slots=True)
+class Amount:
+    """Requests that wait, and their known tokens."""
+
+    requests: int = 0
+    tokens: int = 0
+
+    def add(self, request: Request, sign: int) -> None:
+        """Counts a request in (1) or out (-1)."""
+        self.requests += sign
+        self.tokens += sign * request.num_known_tokens
+
+
+@dataclass(slots=True)
 class _Tenant:
     name: str
     served: float = 0.0  # virtual time: tokens
@@ -33,7 +52,8 @@ class _Tenant:
 
 class _PriorityClass:
     def __init__(self) -> None:
-        self.num_waiting = 0
+        self.waiting = Amount()
+        self.waiting_of: dict[str, Amount] = {}  # by tenant; none that is zero
         self.resumed: list[tuple[float, int, Request]] = []
         self.tenants: dict[str, _Tenant] = {}
         self.heap: list[tuple[float, str]] = []  # (served, name); an entry with an old `served` is moved when met
@@ -51,6 +71,14 @@ class _PriorityClass:
             tenant.requests.appendleft(request)
         else:
             tenant.requests.append(request)
+
+    def count(self, request: Request, sign: int) -> None:
+        """Keeps `waiting` and `waiting_of` as a request comes (1) or leaves (-1)."""
+        own = self.waiting_of.setdefault(request.tenant, Amount())
+        for amount in (self.waiting, own):
+            amount.add(request, sign)
+        if not own.requests:
+            del self.waiting_of[request.tenant]
 
     def _join(self, name: str) -> _Tenant:
         """A tenant starts to wait, at the floor or where its counter stands above it."""
@@ -133,9 +161,7 @@ class WaitingQueue:
             chosen = self._classes[request.priority] = _PriorityClass()
             bisect.insort(self._priorities, -request.priority)
         chosen.push(request, at_head=at_head)
-        chosen.num_waiting += 1
-        self.num_requests += 1
-        self.num_tokens += request.num_known_tokens
+        self._count(chosen, request, 1)
 
     def pop(self) -> Request | None:
         """The next request in order, or None. It is charged to its tenant by charge(), once it is placed."""
@@ -143,7 +169,7 @@ class WaitingQueue:
             chosen = self._classes[-priority]
             request = chosen.pop()
             if request is not None:
-                self._leave(chosen, request)
+                self._count(chosen, request, -1)
                 return request
             # Only dead entries were left, and pop() dropped them. Counters of an empty class start afresh.
             del self._classes[-priority]
@@ -157,8 +183,12 @@ class WaitingQueue:
 
     def discard(self, request: Request) -> None:
         """Forgets a waiting request (cancelled or past its deadline); its entry is dropped later."""
-        self._leave(self._classes[request.priority], request)
+        chosen = self._classes[request.priority]
+        self._count(chosen, request, -1)
         request.state = RequestState.FINISHED
+        if not chosen.waiting.requests:  # so that highest_priority() meets no crowd of empty classes
+            del self._classes[request.priority]
+            self._priorities.remove(-request.priority)
         self._num_dead += 1
         if self._num_dead > self.num_requests + COMPACT_ABOVE:
             for chosen in self._classes.values():
@@ -171,10 +201,29 @@ class WaitingQueue:
         if chosen is not None:
             chosen.charge(request.tenant, num_tokens)
 
-    def _leave(self, chosen: _PriorityClass, request: Request) -> None:
-        chosen.num_waiting -= 1
-        self.num_requests -= 1
-        self.num_tokens -= request.num_known_tokens
+    def highest_priority(self) -> int | None:
+        """The priority of the next request, or None if none waits. O(1) but for classes that pop() has just emptied."""
+        return next((-p for p in self._priorities if self._classes[-p].waiting.requests), None)
+
+    def has_rivals(self) -> bool:
+        """Whether several tenants wait in the class that is next: then the counters decide. O(1), as highest_priority()."""
+        highest = self.highest_priority()
+        return highest is not None and len(self._classes[highest].waiting_of) > 1
+
+    def load_on(self, tenant: str, priority: int) -> tuple[Amount, Amount]:
+        """What of this priority or a higher one waits: of the tenant, and of all. O(priorities)."""
+        own, everyone = Amount(), Amount()
+        for negated in self._priorities[: bisect.bisect_right(self._priorities, -priority)]:
+            chosen = self._classes[-negated]
+            for total, part in ((everyone, chosen.waiting), (own, chosen.waiting_of.get(tenant, Amount()))):
+                total.requests += part.requests
+                total.tokens += part.tokens
+        return own, everyone
+
+    def _count(self, chosen: _PriorityClass, request: Request, sign: int) -> None:
+        chosen.count(request, sign)
+        self.num_requests += sign
+        self.num_tokens += sign * request.num_known_tokens
 
     def __iter__(self) -> Iterator[Request]:
         """All waiting requests, class by class; for inspection and for failing all of them."""
@@ -183,4 +232,5 @@ class WaitingQueue:
 
     def num_by_priority(self) -> dict[int, int]:
         """Waiting requests of each priority, highest first."""
-        return {-p: self._classes[-p].num_waiting for p in self._priorities if self._classes[-p].num_waiting}
+        counts = {-p: self._classes[-p].waiting.requests for p in self._priorities}
+        return {priority: count for priority, count in counts.items() if count}

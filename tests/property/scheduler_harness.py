@@ -16,6 +16,7 @@ from scheduler.core import (
     FinishReason,
     Request,
     RequestKey,
+    RequestState,
     RowStatus,
     SamplingParams,
     Scheduler,
@@ -243,9 +244,13 @@ class Cluster:
 
     def plan(self, worker_id: int) -> bool:
         """One step planned and sent; False if there was nothing to do."""
+        running = [s.request for s in self.streams.values() if s.request.state is RequestState.RUNNING]
+        before = self.scheduler.counters.priority_preemptions
         plan = self.scheduler.plan(worker_id, self.now)
         if plan is not None:
             self.check_plan(worker_id, plan)
+            lost = [request for request in running if request.state is not RequestState.RUNNING]
+            self.check_preemptions(plan, lost, self.scheduler.counters.priority_preemptions - before)
         self.collect()
         return plan is not None
 
@@ -315,6 +320,20 @@ class Cluster:
                 assert new.num_computed == 0, "prompt log-probabilities need every token computed"
         device.send(plan)
         assert len(device.inbox) <= device.spec.run_ahead
+
+    def check_preemptions(self, plan: StepPlan, lost: list[Request], count: int) -> None:
+        """`lost` are the requests that the plan took from their rows, `count` of them for the sake of a higher priority."""
+        assert count <= len(lost)
+        gained = [new.request.priority for new in plan.new_rows]
+        if count:
+            assert gained, "preempted in vain"
+            outranked = [request for request in lost if request.priority < max(gained)]
+            assert len(outranked) >= count, "preempted by an equal"
+        if count == len(lost):
+            for request in lost:  # for each there was someone more important, and nobody as unimportant was left alone
+                assert all(request.priority < priority for priority in gained), (
+                    "who lost its place was overtaken by an equal"
+                )
 
     def collect(self) -> None:
         self.scheduler.check_integrity()

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scheduler.core import Reason, RowStatus, SamplingParams, Scheduler, Settings, WorkerSpec
+from scheduler.core import (
+    Reason,
+    Request,
+    RequestState,
+    RowStatus,
+    SamplingParams,
+    Scheduler,
+    Settings,
+    WorkerSpec,
+)
 from tests.property.scheduler_harness import VOCABULARY, Cluster
 
 MAX_MODEL_LEN = 40
@@ -69,7 +79,7 @@ def random_submission(random: Random) -> dict[str, Any]:
             stop_token_ids=tuple(random.sample(range(VOCABULARY), random.choice((0, 1, 3, 6)))),
             prompt_logprobs=random.random() < 0.1,
         ),
-        "priority": random.randint(0, 1),
+        "priority": random.randint(0, 2),
         "tenant": random.choice("abc"),
         "cache_salt": random.choice((b"", b"", b"salt")),
     }
@@ -174,6 +184,55 @@ def test_deadlines_hold_while_waiting_and_running(spec: WorkerSpec, seed: int) -
             assert stream.request.deadline > cluster.now
     cluster.finish_all()
     assert all(stream.ended in ("STOP", "LENGTH", Reason.DEADLINE) for stream in cluster.done)
+
+
+def most_important_wait(cluster: Cluster) -> list[Request]:
+    """Those of the highest priority that waits."""
+    waiting = [s.request for s in cluster.streams.values() if s.request.state is RequestState.WAITING]
+    return [r for r in waiting if r.priority == max(other.priority for other in waiting)]
+
+
+@fast
+@given(worker_specs(), seeds, st.sampled_from((0.0, 0.05)))
+def test_nobody_waits_for_those_that_are_less_important(spec: WorkerSpec, seed: int, watermark: float) -> None:
+    """After each plan of one worker: who waits at the head would not have room even if all of lower priority were gone."""
+    random = Random(seed)
+    spec = replace(spec, max_num_batched_tokens=1000, window=None)  # the budget is not what they wait for
+    cluster = Cluster(Scheduler(Settings(watermark=watermark, prefix_caching=False, max_preempting=100)), spec)
+    cluster.add_worker()
+    for _ in range(150):
+        if random.random() < 0.4:
+            cluster.submit(**random_submission(random) | {"priority": random.randint(0, 3)})
+        counters = cluster.scheduler.counters
+        for_blocks = counters.preemptions - counters.priority_preemptions
+        if cluster.plan(1) and counters.preemptions - counters.priority_preemptions == for_blocks:
+            (worker,) = cluster.scheduler.snapshot().workers
+            waiting = most_important_wait(cluster)
+            stays = worker.priority >= waiting[0].priority if waiting else worker.priority >= 0
+            if waiting and not stays.all():
+                rows_left = spec.max_rows - int(stays.sum())
+                reserve = int(watermark * spec.num_blocks) if stays.any() else 0
+                free = spec.num_blocks - int(worker.num_blocks[stays].sum()) - reserve
+                fit = [r for r in waiting if rows_left and spec.num_blocks_for(r.num_known_tokens) <= free]
+                assert len(fit) < len(waiting), "the head of the queue waits for those that are less important"
+        if cluster.devices[1].inbox and random.random() < 0.6:
+            cluster.deliver(1)
+    cluster.finish_all()
+    assert all(stream.ended in ("STOP", "LENGTH") for stream in cluster.done)
+
+
+def test_the_events_above_do_preempt() -> None:
+    """Many times and on both grounds, or the properties say nothing of it."""
+    spec = WorkerSpec("m", b"d" * 32, 4, 16, MAX_MODEL_LEN, 4, 20)
+    total = by_priority = 0
+    for seed in range(20):
+        cluster = Cluster(Scheduler(Settings(watermark=0.05, max_failures_alone=1000)), spec)
+        cluster.add_worker()
+        play(cluster, random_events(ROUGH, seed, MAX_EVENTS))
+        total += cluster.scheduler.counters.preemptions
+        by_priority += cluster.scheduler.counters.priority_preemptions
+    assert by_priority > 30
+    assert total - by_priority > 10
 
 
 @fast

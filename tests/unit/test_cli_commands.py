@@ -25,7 +25,7 @@ from tests.unit.client_fake_router import DIGEST, FakeRouter, Play, whole_text
 def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No cluster of this checkout, no settings of this user."""
     monkeypatch.chdir(tmp_path)
-    for name in ("OCTAVO_ADDRESS", "OCTAVO_SCHEDULER", "OCTAVO_CLUSTER_TOKEN_FILE"):
+    for name in ("OCTAVO_ADDRESS", "OCTAVO_SCHEDULER", "OCTAVO_CLUSTER_TOKEN_FILE", "OCTAVO_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -265,6 +265,19 @@ def test_where_the_routers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert connect_to(["c:3"], environ={"OCTAVO_ADDRESS": "a:1"}).addresses == ("c:3",)
 
 
+def test_what_opens_a_router_and_a_scheduler(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("cluster-token\n")
+    (tmp_path / "key").write_text("key-of-file\n")
+    environ = {"OCTAVO_API_KEY": "key", "OCTAVO_CLUSTER_TOKEN_FILE": str(tmp_path / "token")}
+    assert connect_to(environ=environ).metadata == (("authorization", "Bearer key"),)
+    assert connect_to(service="scheduler", environ=environ).token == "cluster-token"
+    assert connect_to(token_file=tmp_path / "key", environ=environ).token == "key-of-file"
+    assert connect_to(token="given", environ=environ).token == "given"
+    assert connect_to(environ={}).metadata == ()
+    with pytest.raises(ConnectionProblem, match="OCTAVO_API_KEY: a token is one line"):
+        connect_to(environ={"OCTAVO_API_KEY": "two\nlines"})
+
+
 def test_settings_that_can_not_be_used_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConnectionProblem, match="no address"):

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from router.assets import AssetStore, ModelAssets
 from router.attach import Attachments
+from router.gate import Gate
 from router.hub import Hub
 from router.prepare import Clocks, Preparation, TextPool
 from router.service import InferenceService
@@ -23,6 +24,7 @@ from router.session import RouterSession, SessionSettings
 from router.stats import Stats
 from router.ticket import TicketOffice
 from service.columns import pack
+from service.keys import Authenticator
 
 DIGEST = bytes(range(32))
 CHATML = (
@@ -204,7 +206,9 @@ async def _beat(say: Say) -> None:
 class RouterUnderTest:
     """A whole router in this process, without its settings and lifecycle."""
 
-    def __init__(self, schedulers: Sequence[str], secret: bytes = b"secret", **hub_options: Any) -> None:
+    def __init__(
+        self, schedulers: Sequence[str], secret: bytes = b"secret", max_requests: int = 1000, **hub_options: Any
+    ) -> None:
         self.session = RouterSession(SessionSettings(incarnation=5, name="test", patience=5.0, linger=0.2))
         self.hub = Hub(self.session, on_models=self._on_models, **hub_options)
         self.pool = TextPool()
@@ -218,7 +222,10 @@ class RouterUnderTest:
             Clocks(self.hub.now, lambda: 1_750_000_000.0),
         )
         stats = Stats(CollectorRegistry(), self.session)
-        self.service = InferenceService(self.hub, self.store, self.preparation, self.pool, stats)
+        self.gate = Gate(max_requests)
+        self.service = InferenceService(
+            self.hub, self.store, self.preparation, self.pool, stats, self.gate, Authenticator()
+        )
         self._schedulers = schedulers
         self.stub: Any = None
 
@@ -247,12 +254,12 @@ class RouterUnderTest:
 
 
 @asynccontextmanager
-async def cluster(script: Script, **hub_options: Any) -> AsyncIterator[tuple[FakeScheduler, RouterUnderTest]]:
+async def cluster(script: Script, **options: Any) -> AsyncIterator[tuple[FakeScheduler, RouterUnderTest]]:
     """One scheduler with a script and one router attached to it."""
     scheduler = FakeScheduler(script)
     await scheduler.start()
     try:
-        async with RouterUnderTest([scheduler.address], **hub_options) as router:
+        async with RouterUnderTest([scheduler.address], **options) as router:
             yield scheduler, router
     finally:
         await scheduler.stop()

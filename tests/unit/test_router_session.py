@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from octavo.v1 import common_pb2, scheduler_pb2
 
+from router.link import Link
 from router.output import FinishRules, Output
 from router.request import Request, RequestSpec
 from router.resolve import sequence_seed
@@ -75,8 +76,10 @@ class Bench:
         message.epoch = message.epoch or self.epochs[address]
         self.session.receive(address, message, self.now)
 
-    def fail(self, address: str, handle: int, reason: Reason) -> None:
-        failed = scheduler_pb2.Failed(handle=handle, reason=int(reason), message="because")
+    def fail(self, address: str, handle: int, reason: Reason, retry_after_ms: int = 0) -> None:
+        failed = scheduler_pb2.Failed(
+            handle=handle, reason=int(reason), message="because", retry_after_ms=retry_after_ms
+        )
         self.say(address, scheduler_pb2.AttachResponse(failed=failed))
 
     def tick(self, now: float) -> None:
@@ -501,3 +504,61 @@ def test_while_its_last_worker_leaves_newcomers_wait_and_what_runs_there_may_end
         kinds.count(("b", "submit")) == 2 and kinds.count(("a", "cancel")) == 1
     )  # the newcomer and the one that waited
     assert running.sequences[0].link == "a"
+
+
+def test_it_is_asked_again_after_a_second_at_the_latest_and_other_kinds_at_once() -> None:
+    bench = Bench("a")
+    first = start(bench, make_request())
+    bench.fail("a", first.handle, Reason.QUEUE_FULL, retry_after_ms=5_000)
+    with pytest.raises(OctavoError) as caught:
+        bench.session.check_room("tiny", "t", 0, bench.now + 0.5)
+    assert (caught.value.reason, caught.value.retry_after_ms) == (Reason.QUEUE_FULL, 4_500)
+    bench.session.check_room("tiny", "other", 0, bench.now + 0.5)
+    bench.session.check_room("tiny", "t", 1, bench.now + 0.5)
+    bench.session.check_room("tiny", "t", 0, bench.now + 1.0)
+    bench.session.check_room("tiny", "t", 0, bench.now + 0.5)  # once asked again it is not full until it says so
+    bench.fail("a", start(bench, make_request()).handle, Reason.QUEUE_FULL, retry_after_ms=200)
+    bench.session.check_room("tiny", "t", 0, bench.now + 0.2)
+
+
+def test_one_of_two_schedulers_with_room_is_enough() -> None:
+    bench = Bench("a", "b")
+    request = make_request()
+    bench.session.submit(request, bench.now)
+    ((home, submit),) = bench.sent("submit")
+    bench.fail(home, submit.handle, Reason.QUEUE_FULL, retry_after_ms=900)  # type: ignore[attr-defined]
+    bench.session.check_room("tiny", "t", 0, bench.now)
+    ((other, again),) = bench.sent("submit")
+    assert other != home
+    bench.fail(other, again.handle, Reason.QUEUE_FULL, retry_after_ms=400)  # type: ignore[attr-defined]
+    with pytest.raises(OctavoError) as caught:
+        bench.session.check_room("tiny", "t", 0, bench.now)
+    assert caught.value.retry_after_ms == 400
+
+
+def test_kinds_that_were_full_do_not_pile_up() -> None:
+    link = Link("a", 0.0)
+    for number in range(1000):
+        link.note_full(f"tenant-{number}", 0, 0.5, now=float(number))
+    assert len(link.full) < 300
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_who_was_told_that_it_is_accepted_is_not_refused_by_a_full_scheduler_after_its_own_was_lost(told: bool) -> None:
+    bench = Bench("a")
+    request = make_request()
+    start(bench, request)
+    request.started_told = told  # it waits, and its client has had Started
+    bench.session.link_closed("a", bench.now)
+    bench.attach("a")
+    bench.tick(0.5)
+    (again,) = bench.submits()
+    bench.fail("a", again.handle, Reason.QUEUE_FULL, retry_after_ms=200)
+    if not told:
+        assert request.error is not None and request.error.reason is Reason.QUEUE_FULL
+        return
+    assert request.error is None
+    bench.tick(2.0)
+    (third,) = bench.submits()
+    bench.say("a", tokens(0, (third.handle, 0, [*HELLO, 1], STOP)))
+    assert request.done and request.error is None

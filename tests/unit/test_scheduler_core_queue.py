@@ -109,3 +109,36 @@ def test_tenants_that_are_gone_are_forgotten() -> None:
             assert entry is not None
             queue.charge(entry, 1)
     assert len(queue._classes[0].tenants) < 300
+
+
+def test_the_load_counts_what_is_as_important_of_the_tenant_and_of_all() -> None:
+    requests = [request("a", tokens=3), request("a", priority=2), request("b", tokens=2), request("b", priority=1)]
+    queue = filled(*requests)
+    assert queue.highest_priority() == 2
+
+    def load(tenant: str, priority: int) -> tuple[int, int, int, int]:
+        own, everyone = queue.load_on(tenant, priority)
+        return own.requests, own.tokens, everyone.requests, everyone.tokens
+
+    assert load("a", 0) == (2, 4, 4, 7)
+    assert load("b", 1) == (1, 1, 2, 2)
+    assert load("c", 2) == (0, 0, 1, 1)
+    assert load("a", 3) == (0, 0, 0, 0)
+    queue.discard(requests[1])
+    assert queue.highest_priority() == 1
+    assert queue.pop() is requests[3]
+    assert queue.highest_priority() == 0
+    assert load("b", 0) == (1, 2, 2, 5)
+    drain(queue)
+    assert queue.highest_priority() is None
+    assert load("a", 0) == (0, 0, 0, 0)
+
+
+def test_classes_that_were_only_cancelled_leave_nothing() -> None:
+    queue = filled(request())
+    for priority in range(1, 100):
+        entry = request(priority=priority)
+        queue.push(entry)
+        queue.discard(entry)
+    assert len(queue._priorities) == len(queue._classes) == 1
+    assert queue.highest_priority() == 0

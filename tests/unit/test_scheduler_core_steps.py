@@ -94,6 +94,76 @@ def test_the_queue_is_bounded_by_tokens_too() -> None:
     scheduler.submit(request(3, num_prompt=4), 0.0)
 
 
+def refused(scheduler: Scheduler, handle: int, now: float = 0.0, **options: object) -> float | None:
+    """Submits; the time to come again in seconds if it is refused."""
+    try:
+        scheduler.submit(request(handle, **options), now)
+    except QueueFull as error:
+        return error.retry_after
+    return None
+
+
+def test_a_tenant_that_floods_the_queue_leaves_room_for_others() -> None:
+    scheduler = scheduler_with(max_waiting_requests=6)
+    scheduler.add_worker(1, replace(SPEC, max_rows=1))
+    handles = iter(range(1000))
+    accepted = {
+        tenant: sum(refused(scheduler, next(handles), tenant=tenant) is None for _ in range(100)) for tenant in "abc"
+    }
+    assert accepted["a"] == 6  # alone it has the whole queue
+    assert accepted["b"] == 3  # (3 + 9) / 2 = 6
+    assert accepted["c"] == 2
+    assert scheduler.load().waiting <= 12
+
+
+def test_lower_priorities_keep_nobody_out_and_everything_together_is_bounded() -> None:
+    scheduler = scheduler_with(SPEC, max_waiting_requests=4)
+    handles = iter(range(1000))
+    accepted = [
+        sum(refused(scheduler, next(handles), priority=priority) is None for _ in range(20)) for priority in range(8)
+    ]
+    assert accepted == [4, 4, 4, 4, 0, 0, 0, 0]
+    assert refused(scheduler, next(handles), priority=-1) is not None
+    assert scheduler.load().waiting == 16
+
+
+def test_the_time_to_come_again_follows_the_rate_of_admissions() -> None:
+    scheduler = scheduler_with(replace(SPEC, max_rows=1), max_waiting_requests=40)
+    handles = iter(range(1000))
+    now = 1000.0  # nothing happened for long: that is no rate
+    for _ in range(200):
+        while refused(scheduler, next(handles), now, max_tokens=1) is None:
+            pass
+        now += 0.5
+        scheduler.apply(1, answer(scheduler.plan(1, now)), now)  # type: ignore[arg-type]
+    scheduler.submit(request(next(handles), max_tokens=1), now)
+    hint = refused(scheduler, next(handles), now)
+    assert hint == pytest.approx(0.5 * 4, rel=0.1)  # a tenth of the queue, at one admission in 0.5 s
+    stalled = refused(scheduler, next(handles), now + 5)
+    assert stalled == pytest.approx(5 * 4, rel=0.1)
+
+
+def test_a_deadline_that_passes_frees_the_place_in_the_queue_or_the_row_and_its_blocks() -> None:
+    scheduler = scheduler_with(replace(SPEC, max_rows=1), max_waiting_requests=1)
+    scheduler.submit(request(1, max_tokens=20, deadline=3.0), 0.0)
+    step(scheduler)
+    scheduler.submit(request(2, max_tokens=20, deadline=2.0), 0.0)
+    assert refused(scheduler, 3) is not None
+    scheduler.expire(2.0)
+    assert [(failed.handle, failed.reason) for failed in scheduler.take_failed()] == [(2, Reason.DEADLINE)]
+    assert refused(scheduler, 4, 2.0, max_tokens=1) is None
+    in_flight = planned(scheduler)
+    scheduler.expire(3.0)
+    assert [(failed.handle, failed.reason) for failed in scheduler.take_failed()] == [(1, Reason.DEADLINE)]
+    plan = planned(scheduler)
+    assert plan.freed_rows.tolist() == in_flight.rows.tolist()
+    assert [new.request.handle for new in plan.new_rows] == [4]
+    assert scheduler.apply(1, answer(in_flight), 0.0) == []
+    scheduler.apply(1, answer(plan), 0.0)
+    assert [worker.used_blocks for worker in scheduler.snapshot().workers] == [0]
+    assert scheduler.load().waiting == 0
+
+
 def test_a_resumed_request_is_never_refused_for_a_full_queue() -> None:
     scheduler = scheduler_with(SPEC, max_waiting_requests=1)
     scheduler.submit(request(1), 0.0)

@@ -30,7 +30,10 @@ Scheduler = Annotated[
 ]
 TokenFile = Annotated[
     Path | None,
-    typer.Option(help="File with the cluster token. Default: $OCTAVO_CLUSTER_TOKEN_FILE.", rich_help_panel=_ROUTING),
+    typer.Option(
+        help="File with the API key or the cluster token. Default: the key $OCTAVO_API_KEY, then $OCTAVO_CLUSTER_TOKEN_FILE.",
+        rich_help_panel=_ROUTING,
+    ),
 ]
 Tls = Annotated[bool, typer.Option("--tls", help="Connect with TLS.", rich_help_panel=_ROUTING)]
 TlsCa = Annotated[

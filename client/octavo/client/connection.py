@@ -74,14 +74,14 @@ def connect_to(
 ) -> Connection:
     """Settings from arguments, then from OCTAVO_* variables, then from the cluster file of `make up`, then defaults.
 
-    `service` is "router" or "scheduler"; several addresses are given as a sequence or separated by commas. Raises ConnectionProblem.
+    `service` is "router" or "scheduler"; several addresses are given as a sequence or separated by commas. `token` is the cluster
+    token or, for a router, an API key; their variables are OCTAVO_CLUSTER_TOKEN_FILE and OCTAVO_API_KEY, of which the latter
+    goes first and is not sent to schedulers. Raises ConnectionProblem.
     """
     env = os.environ if environ is None else environ
-    variable = env.get("OCTAVO_CLUSTER_TOKEN_FILE")
-    path = token_file or (Path(variable) if variable else None)
     return Connection(
         addresses=_find_addresses(address, service, env),
-        token=token if token is not None else _read_token(path),
+        token=token if token is not None else _find_token(token_file, service, env),
         tls=tls or tls_ca is not None,
         tls_ca=None if tls_ca is None else _read(tls_ca),
     )
@@ -111,13 +111,25 @@ def _from_cluster_file(service: str) -> Sequence[str] | None:
     return addresses
 
 
-def _read_token(path: Path | None) -> str | None:
+def _find_token(path: Path | None, service: str, env: Mapping[str, str]) -> str | None:
+    """An API key opens routers only: schedulers know the cluster token and nothing else."""
+    key, variable = env.get("OCTAVO_API_KEY"), env.get("OCTAVO_CLUSTER_TOKEN_FILE")
+    if path is None and key and service == "router":
+        return _checked("OCTAVO_API_KEY", key.strip())
+    path = path or (Path(variable) if variable else None)
     if path is None:
         return None
     try:
-        return _read(path).decode().strip()
+        return _checked(str(path), _read(path).decode().strip())
     except UnicodeDecodeError as error:
         raise ConnectionProblem(f"{path}: {error}") from None
+
+
+def _checked(where: str, token: str) -> str:
+    """gRPC would refuse anything else as metadata, and not say why."""
+    if not token.isascii() or not token.isprintable():
+        raise ConnectionProblem(f"{where}: a token is one line of ASCII characters")
+    return token
 
 
 def _read(path: Path) -> bytes:

@@ -1,0 +1,160 @@
+"""API keys, roles and the interceptor: who is let in, as whom, and to what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from octavo.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
+
+from service.auth import check_binding, may_call
+from service.errors import Reason, from_rpc_error
+from service.keys import ApiKeys, Authenticator, Caller, Role
+from service.server import PUBLIC_MESSAGE_BYTES, Server
+from service.settings import CommonSettings, SettingsError
+
+ALICE, BOB, ROOT = "alice-key-0123456789", "bob-key-0123456789#x", "root-key-0123456789"
+FILE = f"""# who may use the routers
+{ALICE} alice
+
+{BOB}   bob  client   # a # inside a word is part of it
+{ROOT} operations admin
+"""
+TOKEN = "cluster-token-of-enough-characters"
+
+
+def test_a_file_of_keys() -> None:
+    keys = ApiKeys.parse(FILE)
+    assert keys.find(ALICE) == Caller("alice", Role.CLIENT)
+    assert keys.find(BOB) == Caller("bob", Role.CLIENT)
+    assert keys.find(ROOT) == Caller("operations", Role.ADMIN)
+    assert keys.find(ALICE[:-1]) is None
+    assert keys.find("") is None
+    assert ALICE not in repr(keys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no key"),
+        ("# nothing\n", "no key"),
+        (f"{ALICE}\n", "line 1: KEY TENANT"),
+        (f"\n{ALICE} alice client more\n", "line 2: KEY TENANT"),
+        ("short alice\n", "at least 16"),
+        ("schlüssel-0123456789 alice\n", "ASCII"),
+        (f"{ALICE} al/ice\n", "tenant"),
+        (f"{ALICE} {'a' * 65}\n", "tenant"),
+        (f"{ALICE} alice root\n", "'root' is none of client, admin"),
+        (f"{ALICE} alice\n{ALICE} bob\n", "line 2: the key stands"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence_without_the_key(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=message) as caught:
+        ApiKeys.read(path)
+    assert ALICE not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="No such file"):
+        ApiKeys.read(tmp_path / "absent")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match="decode"):
+        ApiKeys.read(tmp_path / "binary")
+
+
+def test_who_shows_what() -> None:
+    both = Authenticator(TOKEN, ApiKeys.parse(FILE))
+    assert both.identify(f"Bearer {ALICE}") == Caller("alice", Role.CLIENT)
+    assert both.identify(f"bearer {TOKEN}") == Caller("default", Role.ADMIN)
+    for nothing in (None, "", "Bearer", "Bearer ", ALICE, f"Basic {ALICE}", "Bearer wrong", "Bearer schlüssel"):
+        assert both.identify(nothing) is None
+    assert Authenticator(TOKEN).identify(f"Bearer {ALICE}") is None
+    assert Authenticator(None, ApiKeys.parse(FILE)).identify(f"Bearer {TOKEN}") is None
+    assert Authenticator().identify(None) == Caller("default", Role.ADMIN)
+
+
+def test_off_loopback_keys_are_as_good_as_a_token() -> None:
+    outside = CommonSettings(listen="0.0.0.0:0")
+    with pytest.raises(SettingsError, match="--api-keys"):
+        check_binding(outside, None)
+    check_binding(outside, None, has_keys=True)
+
+
+def test_a_method_that_nobody_thought_of_is_for_admins() -> None:
+    for method in ("/octavo.v1.InferenceService/Generate", "/grpc.reflection.v1alpha.ServerReflection/Info"):
+        assert may_call(Role.CLIENT, method)
+    for method in ("/octavo.v1.SchedulerService/DrainWorker", "/octavo.v1.InferenceServiceX/Y", "/new.Service/Method"):
+        assert not may_call(Role.CLIENT, method)
+        assert may_call(Role.ADMIN, method)
+
+
+class _Inference(inference_pb2_grpc.InferenceServiceServicer):
+    async def ListModels(self, request: Any, context: Any) -> inference_pb2.ListModelsResponse:
+        return inference_pb2.ListModelsResponse()
+
+
+class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
+    async def ListWorkers(self, request: Any, context: Any) -> scheduler_pb2.ListWorkersResponse:
+        return scheduler_pb2.ListWorkersResponse()
+
+
+@asynccontextmanager
+async def serving(keys: ApiKeys) -> AsyncIterator[tuple[Server, grpc.aio.Channel]]:
+    """A server with keys that has a public service and one for admins."""
+    server = Server(CommonSettings(), (), PUBLIC_MESSAGE_BYTES, keys)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Inference(), server.grpc)
+    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(_Scheduler(), server.grpc)
+    try:
+        async with grpc.aio.insecure_channel(await server.start()) as channel:
+            yield server, channel
+    finally:
+        await server.stop(None)
+
+
+async def outcome(call: Any, secret: str | None) -> Reason | None:
+    """The reason of the refusal; None: it was let in."""
+    metadata = () if secret is None else (("authorization", f"Bearer {secret}"),)
+    try:
+        await call(metadata)
+    except grpc.aio.AioRpcError as error:
+        decoded = from_rpc_error(error)
+        assert decoded is not None, error
+        return decoded.reason
+    return None
+
+
+def test_each_method_over_grpc() -> None:
+    async def main() -> None:
+        async with serving(ApiKeys.parse(FILE)) as (server, channel):
+            inference: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+            scheduler: Any = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+            health: Any = health_pb2_grpc.HealthStub(channel)
+
+            async def public(metadata: Any) -> None:
+                await inference.ListModels(inference_pb2.ListModelsRequest(), metadata=metadata)
+
+            async def admin(metadata: Any) -> None:
+                await scheduler.ListWorkers(scheduler_pb2.ListWorkersRequest(), metadata=metadata)
+
+            for secret in (None, "wrong", TOKEN):
+                assert await outcome(public, secret) is Reason.UNAUTHENTICATED
+                assert await outcome(admin, secret) is Reason.UNAUTHENTICATED
+            assert await outcome(public, ALICE) is None
+            assert await outcome(admin, ALICE) is Reason.PERMISSION_DENIED
+            assert await outcome(public, ROOT) is None
+            assert await outcome(admin, ROOT) is None
+            await health.Check(health_pb2.HealthCheckRequest())
+            server.authenticator.keys = ApiKeys.parse(f"{ROOT} operations\n")  # as after SIGHUP
+            assert await outcome(public, ALICE) is Reason.UNAUTHENTICATED
+            assert await outcome(admin, ROOT) is Reason.PERMISSION_DENIED
+
+    asyncio.run(main())
