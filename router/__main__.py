@@ -58,7 +58,7 @@ class Router:
         tickets = TicketOffice(ticket_key(settings.ticket_key_file, token))
         clocks = Clocks(self.hub.now, time.time)
         preparation = Preparation(self.session.models, self.assets, self.pool, tickets, clocks)
-        self.metrics = Metrics()
+        self.metrics = Metrics(life.watchdog)
         stats = Stats(self.metrics.registry, self.session)
         self.service = InferenceService(self.hub, self.assets, preparation, self.pool, stats)
 

@@ -57,7 +57,7 @@ class _WorkerCollector(Collector):
 async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
     """Load, serve until told to stop, drain."""
     server = Server(settings, SERVICES, PUBLIC_MESSAGE_BYTES)
-    selection = select(settings)
+    selection = await asyncio.to_thread(select, settings)  # imports torch and reads the model's headers: seconds
     loop = asyncio.get_running_loop()
 
     def on_output(epoch: int, output: StepOutput) -> None:
@@ -68,7 +68,7 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
 
     engine = Engine(selection.backend, on_output, on_failure, _die)
     engine.start()
-    metrics = Metrics()
+    metrics = Metrics(life.watchdog)
     registry = Registry(settings.redis) if settings.redis else None
     try:
         identity = await _load(engine, selection, life)
