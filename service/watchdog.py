@@ -29,6 +29,24 @@ _LAST_WORDS_SECONDS = 2.0  # a log that nobody reads must not keep the process
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
+class Stillness:
+    """For how long something has made no progress, by the time that its judge was awake."""
+
+    def __init__(self, look_s: float) -> None:
+        """`look_s`: seconds between two looks. A look that comes later counts as twice that at most."""
+        self._most = 2 * look_s
+        self._progress: object = None
+        self._looked_at = 0.0
+        self._seconds = 0.0
+
+    def look(self, progress: object, now: float) -> float:
+        """Seconds without a change of `progress`."""
+        passed, self._looked_at = min(now - self._looked_at, self._most), now
+        self._seconds = self._seconds + passed if progress == self._progress else 0.0
+        self._progress = progress
+        return self._seconds
+
+
 class Lag:
     """How late the loop's beats came, seconds. Written by the loop, read by whoever scrapes."""
 
@@ -120,21 +138,17 @@ class LoopWatchdog(Collector):
 
     def _watch(self) -> None:
         look_s = min(limit for limit in (self._stall_s, self._exit_s, 1.0) if limit) / 4
-        seen, still, told = self._beats, 0.0, False
-        woke = time.monotonic()
+        stillness, told = Stillness(look_s), 0.0
         while not self._stop.wait(look_s):
-            now = time.monotonic()
-            waited, woke = min(now - woke, 2 * look_s), now
-            if self._beats != seen:
-                if told:
-                    _say(f"the event loop turns again, after {still:.1f} s")
-                seen, still, told = self._beats, 0.0, False
-                continue
-            still += waited
-            if self._stall_s and still >= self._stall_s and not told:
-                told = True
-                self.stalls += 1
-                _say(f"the event loop has not turned for {still:.1f} s\n{all_stacks(self._loop)}")
+            still = stillness.look(self._beats, time.monotonic())
+            if not still and told:
+                _say(f"the event loop turns again, after {told:.1f} s")
+                told = 0.0
+            if self._stall_s and still >= self._stall_s:
+                if not told:
+                    self.stalls += 1
+                    _say(f"the event loop has not turned for {still:.1f} s\n{all_stacks(self._loop)}")
+                told = still
             if self._exit_s and still >= self._exit_s:
                 _say(f"the event loop has not turned for {still:.1f} s: leaving\n{all_stacks(self._loop)}")
                 self._leave()

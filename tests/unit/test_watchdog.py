@@ -16,7 +16,7 @@ import pytest
 
 from deploy.cluster import LocalCluster
 from service.stacks import task_stacks
-from service.watchdog import BEAT_SECONDS, LoopWatchdog
+from service.watchdog import BEAT_SECONDS, LoopWatchdog, Stillness
 
 STALLS = """
 import asyncio, logging, sys, threading
@@ -66,6 +66,14 @@ def test_a_stall_is_shown_counted_and_ended_and_a_turn_forgives(caplog: pytest.L
     assert "1 × test_a_stall_is_shown_counted_and_ended_and_a_turn_forgives.<locals>.waits_for_ever at" in caplog.text
     assert "leaving" in caplog.text
     assert watchdog.lag.recent == watchdog.lag.longest > 0.4
+
+
+def test_only_the_time_counts_in_which_the_judge_was_awake() -> None:
+    stillness = Stillness(look_s=0.5)
+    assert [stillness.look(7, now) for now in (10.0, 10.5, 11.0)] == [0.0, 0.5, 1.0]
+    assert stillness.look(7, 999.0) == 2.0  # the whole process was stopped
+    assert stillness.look(8, 999.5) == 0.0
+    assert stillness.look(8, 1000.0) == 0.5
 
 
 def test_a_task_is_shown_where_it_waits_innermost() -> None:
