@@ -165,6 +165,10 @@ class WorkerNode(Node):
         self.network.break_all(self)
 
     def _dial(self) -> None:
+        """Unlike worker/enlist.py it does not wait for steps of an earlier stream, which makes fencing harder; but as there, who hangs
+        does not come again."""
+        if self._hung:
+            return
         open_to = [s for s in self._schedulers if s.alive and not s.frozen and self.network.reachable(self, s)]
         if not open_to:
             self.world.after(0.2, self.guard(self._dial))
