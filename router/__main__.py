@@ -44,6 +44,7 @@ class Router:
                 heartbeat=settings.heartbeat_ms / 1e3,
                 lease=settings.lease_ms / 1e3,
                 patience=settings.patience,
+                request_stall=settings.request_stall_seconds,
             )
         )
         self.hub = Hub(

@@ -27,6 +27,7 @@ from worker.step import Step, StepOutput
 DIGEST = bytes(range(32))
 MODEL = "mock"
 POISON_TOKEN = 7  # a worker that computes it dies
+REQUEST_STALL = 12.0
 _TICK = 0.1
 
 
@@ -286,7 +287,9 @@ class RouterNode(Node):
         self.on_death: list[Callable[[], None]] = []
 
     def boot(self) -> None:
-        settings = SessionSettings(incarnation=self.world.random.getrandbits(60), name=self.name)
+        settings = SessionSettings(
+            incarnation=self.world.random.getrandbits(60), name=self.name, request_stall=REQUEST_STALL
+        )
         self.session = RouterSession(settings)
         self._streams: dict[str, Stream] = {}
         self.watchers = {}
