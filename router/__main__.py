@@ -51,6 +51,7 @@ class Router:
                 heartbeat=settings.heartbeat_ms / 1e3,
                 lease=settings.lease_ms / 1e3,
                 patience=settings.patience,
+                request_stall=settings.request_stall_seconds,
             )
         )
         self.hub = Hub(
@@ -66,7 +67,7 @@ class Router:
         tickets = TicketOffice(ticket_key(settings.ticket_key_file, token))
         clocks = Clocks(self.hub.now, time.time)
         preparation = Preparation(self.session.models, self.assets, self.pool, tickets, clocks)
-        self.metrics = Metrics()
+        self.metrics = Metrics(life.watchdog)
         self._stats = Stats(self.metrics.registry, self.session)
         gate = Gate(settings.max_requests)
         self.service = InferenceService(self.hub, self.assets, preparation, self.pool, self._stats, gate, authenticator)

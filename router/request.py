@@ -58,6 +58,12 @@ class Sequence:
     not_before: float = 0.0
     homeless_since: float = 0.0
     admitted: bool = False
+    # For the watch on stalls: when anything last came for it; whether this submission was planned, and whether it has given a token
+    # since it was submitted or migrated; stalls since the last new token.
+    progress_at: float = 0.0
+    planned: bool = False
+    computed: bool = False
+    stalls: int = 0
     # Schedulers that had no room or no worker for it.
     refused_by: set[str] = field(default_factory=set)
     done: bool = False

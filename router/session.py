@@ -23,6 +23,7 @@ from router.logprobs import PositionLogprobs
 from router.models import ModelDirectory
 from router.placement import Candidate, affinity, choose
 from router.request import Request, Sequence
+from router.stall import StallWatch
 from service.errors import OctavoError, Reason
 
 log = logging.getLogger("octavo.router.session")
@@ -47,6 +48,8 @@ class SessionSettings:
     patience: float = 30.0
     # How long a new one waits for a model whose last worker has just gone.
     linger: float = 5.0
+    # After how long a running sequence that gets no token is submitted again. 0: never.
+    request_stall: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class RouterSession:
         self._messages: list[tuple[str, scheduler_pb2.AttachRequest]] = []
         self._cut: list[str] = []
         self._ticked_at: float | None = None
+        self._watch = StallWatch(settings.request_stall)
+        self.stalls = 0  # sequences that ran and got nothing
         self.models = ModelDirectory()
         self.dropped_tokens = 0  # came twice
 
@@ -142,9 +147,9 @@ class RouterSession:
             for entry in entries:
                 self._entry(link, entry, now)
         elif kind == "admitted":
-            self._admitted(link, message.admitted)
+            self._admitted(link, message.admitted, now)
         elif kind == "migrated":
-            self._migrated(link, message.migrated)
+            self._migrated(link, message.migrated, now)
         elif kind == "failed":
             self._failed(link, message.failed, now)
         elif kind == "cancelled":
@@ -217,6 +222,8 @@ class RouterSession:
         """Heartbeats, leases, deadlines, sequences that wait. To be called a few times in each heartbeat interval."""
         stalled = self._ticked_at is not None and now - self._ticked_at > self._settings.lease / 2
         self._ticked_at = now
+        if stalled:
+            self._watch.excuse(now)
         for link in list(self._links.values()):
             if stalled:  # our own loop stood still: what they sent meanwhile has not been read yet
                 link.heard_at = now
@@ -228,6 +235,8 @@ class RouterSession:
         for request in [r for r in self._requests if r.spec.deadline is not None and now >= r.spec.deadline]:
             self.fail(request, OctavoError(Reason.DEADLINE, "the deadline passed"), _CANCEL_DEADLINE, now)
         self.models.forget_gone(now - self._settings.linger)
+        for sequence in self._watch.take_due(now):
+            self._judge(sequence, now)
         self._place_homeless(now)
 
     def detach(self) -> None:
@@ -250,18 +259,23 @@ class RouterSession:
         link.models = tuple(welcome.models)
         self._models_changed(now)
 
-    def _admitted(self, link: Link, message: scheduler_pb2.Admitted) -> None:
+    def _admitted(self, link: Link, message: scheduler_pb2.Admitted, now: float) -> None:
         sequence = link.running.get(message.handle)
-        if sequence is None or sequence.admitted:
+        if sequence is None:
+            return
+        sequence.planned, sequence.progress_at = True, now
+        if sequence.admitted:
             return
         sequence.admitted = True
         sequence.cached_tokens = message.cached_tokens
         sequence.queue_ms = float(message.queue_ms)
         self._changed[sequence.request] = None
 
-    def _migrated(self, link: Link, message: scheduler_pb2.Migrated) -> None:
+    def _migrated(self, link: Link, message: scheduler_pb2.Migrated, now: float) -> None:
         sequence = link.running.get(message.handle)
         if sequence is not None:
+            sequence.planned = sequence.computed = False
+            sequence.progress_at = now
             sequence.migrations += 1
             sequence.suspect_group, sequence.failures_alone = message.suspect_group, message.failures_alone
 
@@ -270,6 +284,7 @@ class RouterSession:
         if sequence is None:  # cancelled, or resubmitted elsewhere
             return
         output, have = sequence.output, len(sequence.output.token_ids)
+        sequence.planned, sequence.progress_at = True, now
         if entry.first_output_index > have:
             self._resubmit_after_gap(link, sequence, entry, now)
             return
@@ -280,7 +295,8 @@ class RouterSession:
         if fresh:
             if sequence.first_token_at is None:
                 sequence.first_token_at = now
-            sequence.tries = 0
+            sequence.tries = sequence.stalls = 0
+            sequence.computed = True
             sequence.suspect_group, sequence.failures_alone = 0, 0
             output.append(fresh)
         if entry.finish_reason and not output.finish_reason:
@@ -378,9 +394,10 @@ class RouterSession:
             if sequence in self._homeless:
                 self._place(sequence, now)
 
-    def _place(self, sequence: Sequence, now: float) -> None:
-        """Submit a sequence that runs nowhere, or let it wait."""
+    def _place(self, sequence: Sequence, now: float, avoid: str = "") -> None:
+        """Submit a sequence that runs nowhere, or let it wait. `avoid`: an address to take only if there is no other."""
         candidates = self._candidates(sequence) if now >= sequence.not_before else []
+        candidates = [candidate for candidate in candidates if candidate.address != avoid] or candidates
         if not candidates:
             self._homeless[sequence] = None
             patient = sequence.accepted or sequence.tries or self._comes_again(sequence.request)
@@ -393,6 +410,7 @@ class RouterSession:
         link = self._links[choose(candidates, affinity(spec.cache_salt, spec.prompt_column))]
         sequence.link, sequence.handle = link.address, link.new_handle()
         sequence.tries += 1
+        self._watch.add(sequence, now)
         link.running[sequence.handle] = sequence
         self._send(link, submit=sequence.request.submission(sequence, now))
 
@@ -422,6 +440,35 @@ class RouterSession:
         self._make_homeless(sequence, now)
         if not sequence.done:
             self._place(sequence, now)
+
+    def _judge(self, sequence: Sequence, now: float) -> None:
+        """A sequence that runs and gets nothing is submitted again, elsewhere if somebody else serves its model."""
+        link = self._links[sequence.link]
+        quiet = self._watch.quiet_too_long(sequence, link.load.waiting, now)
+        if not quiet:
+            return
+        self.stalls += 1
+        log.error(
+            "%s: output %d has got nothing for %.1f s; submitting it again. Handle %d at %s, %s, attempt %d, %d tries; %d of at most "
+            "%d tokens have come; there %d run and %d wait",
+            sequence.request.spec.request_id,
+            sequence.output.index,
+            quiet,
+            sequence.handle,
+            link.address,
+            "planned" if sequence.planned else "not planned",
+            sequence.attempt,
+            sequence.tries,
+            len(sequence.output.token_ids),
+            sequence.request.spec.sampling.max_tokens,
+            link.load.running,
+            link.load.waiting,
+        )
+        self._leave(sequence, scheduler_pb2.CANCEL_REASON_UNSPECIFIED)
+        self._make_homeless(sequence, now)
+        sequence.stalls += 1
+        if not sequence.done:
+            self._place(sequence, now, avoid=link.address)
 
     def _nobody(self, request: Request) -> OctavoError:
         spec = request.spec
@@ -456,10 +503,12 @@ class RouterSession:
 
     def _release_handle(self, link: Link, sequence: Sequence) -> None:
         """A terminal entry came: the handle is free."""
+        self._watch.discard(sequence)
         link.running.pop(sequence.handle, None)
         sequence.handle, sequence.link = -1, ""
 
     def _forget_handle(self, sequence: Sequence) -> None:
+        self._watch.discard(sequence)
         link = self._links.get(sequence.link)
         if link is not None:
             link.running.pop(sequence.handle, None)

@@ -29,6 +29,9 @@ class RouterSettings(CommonSettings):
         "file with the key of resume tickets, shared by all routers; made if it is not there", None
     )
     patience: float = flag("seconds that accepted requests wait for a scheduler that is gone", 30.0)
+    request_stall_seconds: float = flag(
+        "seconds after which a running request that gets no token is submitted again (0: never)", 30.0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,6 +41,8 @@ class RouterSettings(CommonSettings):
             raise SettingsError("--max-buffered-tokens and --text-threads must be at least 1, --patience not negative")
         if self.max_requests < 1:
             raise SettingsError("--max-requests must be at least 1")
+        if self.request_stall_seconds < 0:
+            raise SettingsError("--request-stall-seconds must not be negative")
         if not self.scheduler and self.redis is None:
             raise SettingsError("--scheduler or --redis must say where schedulers are")
         for address in self.scheduler:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from router.request import Request
 from router.session import RouterSession
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class _SessionCounters(Collector):
+    """What the session counts, read when scraped."""
+
+    def __init__(self, session: RouterSession) -> None:
+        self._session = session
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            "octavo_router_request_stalls",
+            "Running sequences that got no token and were submitted again",
+            value=self._session.stalls,
+        )
 
 
 class Stats:
@@ -35,6 +53,7 @@ class Stats:
             "Idempotency keys that Redis did not answer for, so that other routers do not know them",
             registry=registry,
         )
+        registry.register(_SessionCounters(session))
         gauges = {
             "octavo_router_requests_running": ("Requests that are not done", lambda: session.num_requests),
             "octavo_router_schedulers_attached": ("Schedulers that welcomed us", lambda: session.num_attached),

@@ -63,7 +63,7 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
     hub = Hub(hub_settings, life.incarnation, first_epoch=secrets.randbits(62))
     service = SchedulerService(hub, settings.heartbeat_ms / 3e3)
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(service, server.grpc)
-    metrics = Metrics()
+    metrics = Metrics(life.watchdog)
     metrics.registry.register(_SchedulerCollector(hub))
     hub.on_recovery = Histogram(
         "octavo_scheduler_recovery_seconds",

@@ -1,13 +1,15 @@
 """How a process starts, becomes ready, drains and ends: the same for all services.
 
 Exit codes: 0 after a drain (SIGTERM, SIGINT), 2 for a setting that can't be used, 1 for anything else. A second signal ends the
-process at once.
+process at once. SIGUSR1 shows in the log where every thread and every asyncio task stands. So does an event loop that stands still,
+which ends the process if it goes on (service/watchdog.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from service.settings import CommonSettings, SettingsError
+from service.stacks import all_stacks
+from service.watchdog import LoopWatchdog
 
 log = logging.getLogger("octavo")
 
@@ -33,6 +37,12 @@ class Lifecycle:
         self.incarnation = secrets.randbits(63) | 1
         self.name = settings.name or f"{service}-{self.incarnation:x}"[: len(service) + 9]
         self.stopping = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self.watchdog = LoopWatchdog(self._loop, settings.stall_seconds, settings.stall_exit_seconds)
+
+    def dump_stacks(self, why: str) -> None:
+        """Log where every thread and every asyncio task stands."""
+        log.critical("%s\n%s", why, all_stacks(self._loop))
 
     def announce(self, address: str, metrics: str, **more: Any) -> None:
         """Write the ready file, then say so: the process serves now."""
@@ -93,10 +103,20 @@ async def _main(service: str, settings: CommonSettings, serve: Callable[[Lifecyc
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    _dump_on_signal(life, loop)
+    life.watchdog.start()
     try:
         await serve(life)
     finally:
         life.withdraw()
+        life.watchdog.stop()
+
+
+def _dump_on_signal(life: Lifecycle, loop: asyncio.AbstractEventLoop) -> None:
+    """SIGUSR1: the loop tells all it knows. Before that the signal's own handler writes the threads' stacks, which needs neither the
+    loop nor Python's lock."""
+    loop.add_signal_handler(signal.SIGUSR1, life.dump_stacks, "SIGUSR1")
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True, chain=True)
 
 
 def _first_leaf(group: BaseExceptionGroup[Any]) -> BaseException:

@@ -12,6 +12,7 @@ from prometheus_client import (
     ProcessCollector,
     start_http_server,
 )
+from prometheus_client.registry import Collector
 
 from service.settings import SettingsError, split_address
 
@@ -19,11 +20,14 @@ from service.settings import SettingsError, split_address
 class Metrics:
     """A registry and its HTTP endpoint (a daemon thread of prometheus-client)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *collectors: Collector) -> None:
+        """`collectors` beside those of the process itself."""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
+        for collector in collectors:
+            self.registry.register(collector)
         self.address = ""
 
     def redis_up(self) -> Callable[[bool], None]:

@@ -43,12 +43,18 @@ class CommonSettings:
     drain_timeout: float = flag("seconds that running work may take after SIGTERM", 30.0)
     heartbeat_ms: int = flag("milliseconds between heartbeats", 75)
     lease_ms: int = flag("milliseconds of silence after which a peer is taken for dead", 250)
+    stall_seconds: float = flag(
+        "seconds without a turn of the event loop after which stacks are logged (0: never)", 5.0
+    )
+    stall_exit_seconds: float = flag("and after which the process ends with exit code 1 (0: never)", 60.0)
 
     def __post_init__(self) -> None:
         if not 0 < self.heartbeat_ms < self.lease_ms:
             raise SettingsError("--heartbeat-ms must be above 0 and below --lease-ms")
         if self.drain_timeout < 0:
             raise SettingsError("--drain-timeout must not be negative")
+        if min(self.stall_seconds, self.stall_exit_seconds) < 0:
+            raise SettingsError("--stall-seconds and --stall-exit-seconds must not be negative")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("--tls-cert and --tls-key belong together")
 

@@ -26,6 +26,7 @@ from worker.backends.torch_threads import quiet_threads
 from worker.checkpoint.prefetch import prefetch
 from worker.engine import Engine
 from worker.enlist import Enlistment
+from worker.hang import HangWatch
 from worker.service import WorkerService
 from worker.session import Identity
 from worker.settings import WorkerSettings
@@ -58,7 +59,7 @@ class _WorkerCollector(Collector):
 async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
     """Load, serve until told to stop, drain."""
     server = Server(settings, SERVICES, PUBLIC_MESSAGE_BYTES)
-    selection = select(settings)
+    selection = await asyncio.to_thread(select, settings)  # imports torch and reads the model's headers: seconds
     loop = asyncio.get_running_loop()
 
     def on_output(epoch: int, output: StepOutput) -> None:
@@ -69,7 +70,8 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
 
     engine = Engine(selection.backend, on_output, on_failure, _die)
     engine.start()
-    metrics = Metrics()
+    hang = HangWatch(engine, settings.hang_seconds, settings.hang_exit_seconds, life.dump_stacks, _leave)
+    metrics = Metrics(life.watchdog, hang)
     registry = Registry(settings.redis, metrics.redis_up()) if settings.redis else None
     try:
         identity = await _load(engine, selection, life)
@@ -81,7 +83,7 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
         metrics.start(settings.metrics)
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(enlistment.run())
-            background = [tasks.create_task(_keep_health(server, enlistment))]
+            background = [tasks.create_task(_keep_health(server, enlistment, hang)), tasks.create_task(hang.run())]
             if registry is not None:
                 background.append(
                     tasks.create_task(registry.watch("scheduler", _follow(enlistment, settings.scheduler)))
@@ -95,7 +97,8 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
                 task.cancel()
         await server.stop(grace=0.5)
     finally:
-        await asyncio.to_thread(engine.close)
+        if not await asyncio.to_thread(engine.close, settings.hang_seconds):
+            _leave("the device does not end its steps")
         if metrics.address:
             metrics.stop()
         if registry is not None:
@@ -133,11 +136,11 @@ async def _announce(life: Lifecycle, enlistment: Enlistment, address: str, metri
     life.announce(address, metrics, model=model, scheduler=enlistment.scheduler)
 
 
-async def _keep_health(server: Server, enlistment: Enlistment) -> None:
+async def _keep_health(server: Server, enlistment: Enlistment, hang: HangWatch) -> None:
     """SERVING while enlisted and steps come back; a hung device makes the worker unready."""
     serving = False
     while True:
-        now = enlistment.welcomed.is_set() and not enlistment.session.hung(time.monotonic())
+        now = enlistment.welcomed.is_set() and not hang.hung
         if now != serving:
             serving = now
             await server.set_serving(serving)
@@ -147,6 +150,13 @@ async def _keep_health(server: Server, enlistment: Enlistment) -> None:
 def _die(error: BaseException) -> None:
     """An engine thread ended: nothing can be saved in this process."""
     log.critical("the engine died", exc_info=error)
+    logging.shutdown()
+    os._exit(1)
+
+
+def _leave(why: str) -> None:
+    """The device hangs: what waits for it would wait for ever, the interpreter's own end, too."""
+    log.critical("leaving: %s", why)
     logging.shutdown()
     os._exit(1)
 

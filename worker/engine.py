@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class _Load:
 
 @dataclass(frozen=True, slots=True)
 class _Reset:
-    epoch: int
+    done: Future[None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Engine:
         self._launched: queue.Queue[_Work | _Close] = queue.Queue()
         self._loaded = False
         self._void = False  # a step failed; nothing runs until the next reset
+        # Each counter is written by one thread: what the device was given, what of it the launch and the collect thread saw end.
+        self._begun = self._ended_at_launch = self._ended = 0
         self._threads = [
             threading.Thread(target=self._guard, args=(self._launch_loop,), name="launch", daemon=True),
             threading.Thread(target=self._guard, args=(self._collect_loop,), name="collect", daemon=True),
@@ -83,16 +86,25 @@ class Engine:
         """Run a step after all those before it."""
         self._commands.put(_Work(epoch, step))
 
-    def reset(self, epoch: int) -> None:
-        """Forget every row, after the steps submitted so far have ended."""
-        self._commands.put(_Reset(epoch))
+    def reset(self) -> Future[None]:
+        """Forget every row, after the steps submitted so far have ended; done then, and their callbacks have run."""
+        done: Future[None] = Future()
+        self._commands.put(_Reset(done))
+        return done
 
-    def close(self) -> None:
-        """Let submitted steps end, stop both threads and release the backend. Idempotent."""
+    def progress(self) -> int | None:
+        """A number that changes whenever the device begins or ends a step or a reset; None while it has nothing to do."""
+        begun, ended = self._begun, self._ended_at_launch + self._ended
+        return begun + ended if begun > ended else None
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Let submitted steps end, stop both threads and release the backend. Idempotent. False: they did not in `timeout` s."""
         self._commands.put(_Close())
+        until = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join()
+                thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _launch_loop(self) -> None:
         while True:
@@ -110,8 +122,11 @@ class Engine:
                 if self._loaded:
                     self._backend.close()
                 return
+            self._begun += 1
             self._backend.reset()
             self._void = False
+            self._ended_at_launch += 1
+            command.done.set_result(None)
 
     def _load(self, command: _Load) -> None:
         try:
@@ -124,6 +139,7 @@ class Engine:
             command.done.set_result(info)
 
     def _launch(self, work: _Work) -> None:
+        self._begun += 1
         try:
             self._backend.begin(work.step)
             self._backend.forward(work.step)
@@ -132,6 +148,7 @@ class Engine:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, this step failed and the rows are in doubt
             self._fail(work, error)
+            self._ended_at_launch += 1
         else:
             self._launched.put(work)
 
@@ -149,6 +166,7 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - as in _launch
                 self._fail(work, error)
             finally:
+                self._ended += 1
                 self._launched.task_done()
 
     def _fail(self, work: _Work, error: Exception) -> None:

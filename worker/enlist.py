@@ -27,6 +27,7 @@ log = logging.getLogger("octavo.enlist")
 _MAX_OUTBOUND = 4096  # messages; assets are the largest burst, 1 MiB a message
 _RETRY_SECONDS = 0.2
 _FAREWELL_SECONDS = 1.0
+_PATIENCE_SECONDS = 1.0
 
 _Stream = grpc.aio.StreamStreamCall[scheduler_pb2.EnlistRequest, scheduler_pb2.EnlistResponse]
 
@@ -63,12 +64,13 @@ class Enlistment:
         """Enlist, serve, and enlist again, until cancelled."""
         while True:
             await self._addresses_known.wait()
-            address = self._redial_to or await self._choose()
-            self._redial_to = ""
-            if address:
-                await self._serve_one(address)
-                if self.session.draining:
-                    return
+            if await self._reset_engine():
+                address = self._redial_to or await self._choose()
+                self._redial_to = ""
+                if address:
+                    await self._serve_one(address)
+            if self.session.draining:
+                return
             await asyncio.sleep(_RETRY_SECONDS)
 
     def drain(self) -> None:
@@ -93,6 +95,19 @@ class Enlistment:
         """The engine could not run a step."""
         self._perform(self.session.on_step_failed(epoch, step_id, text))
 
+    async def _reset_engine(self) -> bool:
+        """Wait until the device has ended what it was given and forgotten its rows: whoever enlists with steps of an earlier epoch
+        still running takes plans that wait behind them, and loses those, too, if the device hangs. False: we are to leave.
+        """
+        self._leave = leave = asyncio.get_running_loop().create_future()
+        reset = asyncio.wrap_future(self._engine.reset())
+        waiting: list[asyncio.Future[Any]] = [reset, leave]
+        done, _ = await asyncio.wait(waiting, timeout=_PATIENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            log.warning("steps of an earlier stream are still on the device; enlisting once they have ended")
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        return not leave.done()
+
     async def _choose(self) -> str:
         """The scheduler with the fewest workers for our model among those that answer; empty if none does."""
         if len(self._addresses) == 1:
@@ -114,13 +129,12 @@ class Enlistment:
         return sum(worker.model == self._model for worker in answer.workers)
 
     async def _serve_one(self, address: str) -> None:
-        """One stream, from dialling to its end."""
+        """One stream, from dialling to its end. The engine has been reset."""
         self._outbound = asyncio.Queue(_MAX_OUTBOUND)
         self._leave = asyncio.get_running_loop().create_future()
         async with open_channel(self._settings, address) as channel:
             stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
             call = stub.Enlist(metadata=self._metadata)
-            self._engine.reset(0)
             self._send(self.session.connected(self._now()))
             tasks = [
                 asyncio.create_task(self._write(call), name="enlist-write"),

@@ -19,7 +19,6 @@ from worker.step import Step, StepOutput
 PROTOCOL = 1
 HASH_VERSION = 1
 _ASSET_CHUNK_BYTES = 1 << 20
-_HANG_S = 30.0  # a chunk of a large model on a busy CPU takes seconds; the scheduler knows the usual pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +140,6 @@ class WorkerSession:
     def tick_s(self) -> float:
         """Seconds between ticks: a third of a heartbeat."""
         return (self._heartbeat_s or 0.1) / 3
-
-    def hung(self, now: float) -> bool:
-        """Whether a step has been on the device for longer than any step takes."""
-        return bool(self._executing) and now - min(self._executing.values()) > _HANG_S
 
     def _on_welcome(self, epoch: int, welcome: scheduler_pb2.WorkerWelcome) -> Iterator[Action]:
         if self.epoch != 0 or epoch == 0:

@@ -25,6 +25,10 @@ class WorkerSettings(CommonSettings):
     capture_at_start: bool = flag(
         "cuda: capture the graphs of every batch size at the start, not at their first use", False
     )
+    hang_seconds: float = flag(
+        "seconds that a step may be on the device before the worker counts as hung, and unready", 30.0
+    )
+    hang_exit_seconds: float = flag("seconds after which a hung worker ends with exit code 1 (0: never)", 60.0)
     threads: int = flag("CPU threads of the torch backend (0: one for each core)", 0)
     mock_vocab_size: int = flag("mock: vocabulary", 32_000)
     mock_step_ms: float = flag("mock: device time of a step", 0.0)
@@ -41,6 +45,8 @@ class WorkerSettings(CommonSettings):
                 raise SettingsError(f"--{name.replace('_', '-')} must not be negative")
         if self.max_rows < 1 or self.block_size < 1:
             raise SettingsError("--max-rows and --block-size must be at least 1")
+        if self.hang_seconds <= 0 or self.hang_exit_seconds < 0:
+            raise SettingsError("--hang-seconds must be above 0 and --hang-exit-seconds not negative")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise SettingsError("--memory-fraction must be above 0 and at most 1")
         if self.mock_vocab_size < 300:

@@ -236,6 +236,6 @@ def test_the_engine_drives_it_with_two_threads(models: dict[str, Path]) -> None:
             assert not [output for output in found if isinstance(output, str)]
             tokens = np.stack([output.token_ids for output in found if isinstance(output, StepOutput)], axis=1)
             assert tokens.tolist() == expected
-            engine.reset(epoch + 1)
+            engine.reset().result(timeout=60)
     finally:
         engine.close()

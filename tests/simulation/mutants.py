@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 from octavo.v1 import scheduler_pb2
 
 from router.request import Request
 from router.session import RouterSession
-from scheduler.core import Reason, Scheduler
+from scheduler.core import Reason, Scheduler, planner
+from scheduler.core.rows import Rows
 from scheduler.core.state import SchedulerState
 from worker.plan_codec import encode_output
 from worker.session import WorkerSession
@@ -18,6 +20,7 @@ from worker.session import WorkerSession
 _router_receive = RouterSession.receive
 _worker_message = WorkerSession.on_message
 _submission = Request.submission
+_schedule_running = planner.schedule_running
 
 
 def _late_output(self: WorkerSession, epoch: int, output: Any, now: float) -> scheduler_pb2.EnlistRequest | None:
@@ -81,8 +84,25 @@ def _blame_all(self: SchedulerState, requests: list[Any], lost: int) -> None:
             self.fail(request, Reason.POISON, "was there")
 
 
+def _forgets_rows(self: Rows) -> Any:
+    """Some rows are not planned any more after a few tokens."""
+    return np.array([row for row in self._order.tolist() if not _is_forgotten(self, row)], np.int64)
+
+
+def _is_forgotten(rows: Rows, row: int) -> bool:
+    request = rows.requests[row]
+    submit = request.payload if request is not None else None
+    first = isinstance(submit, scheduler_pb2.Submit) and submit.attempt == 0 and submit.handle % 3 == 1
+    return first and bool(rows.num_tokens[row] > rows.num_initial[row] + 3)
+
+
+def _schedules_not_all(state: SchedulerState, worker: Any, batch: Any) -> None:
+    with _patched((Rows, "order", _forgets_rows)):
+        _schedule_running(state, worker, batch)
+
+
 @contextmanager
-def _patched(*changes: tuple[type, str, object]) -> Iterator[None]:
+def _patched(*changes: tuple[Any, str, object]) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, value in changes:
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -95,6 +115,7 @@ _FENCING = (
     (WorkerSession, "on_message", _any_plan),
     (RouterSession, "receive", _any_tokens),
 )
+FORGETS_ROWS = "rows are forgotten"
 _INDEX = (RouterSession, "_entry", _no_index_check)
 
 MUTANTS: dict[str, Callable[[], Any]] = {
@@ -103,6 +124,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     "no fencing of late tokens, no index check": lambda: _patched(_FENCING[2], _INDEX),
     "no index check, forgetful router": lambda: _patched(_INDEX, (Request, "submission", _forgetful)),
     "no halving": lambda: _patched((SchedulerState, "_suspect", _blame_all)),
+    FORGETS_ROWS: lambda: _patched((planner, "schedule_running", _schedules_not_all)),
     "no free on cancel": lambda: _patched((Scheduler, "cancel", _no_free_on_cancel)),
 }
 """Name to a context in which the defect is there. A forgetful router alone is no defect: the index check makes up for it."""

@@ -28,6 +28,7 @@ from worker.step import Step, StepOutput
 DIGEST = bytes(range(32))
 MODEL = "mock"
 POISON_TOKEN = 7  # a worker that computes it dies
+REQUEST_STALL = 12.0
 _TICK = 0.1
 
 
@@ -178,6 +179,10 @@ class WorkerNode(Node):
         self.network.break_all(self)
 
     def _dial(self) -> None:
+        """Unlike worker/enlist.py it does not wait for steps of an earlier stream, which makes fencing harder; but as there, who hangs
+        does not come again."""
+        if self._hung:
+            return
         open_to = [s for s in self._schedulers if s.alive and not s.frozen and self.network.reachable(self, s)]
         if not open_to:
             self.world.after(0.2, self.guard(self._dial))
@@ -295,7 +300,9 @@ class RouterNode(Node):
         self.on_death: list[Callable[[], None]] = []
 
     def boot(self) -> None:
-        settings = SessionSettings(incarnation=self.world.random.getrandbits(60), name=self.name)
+        settings = SessionSettings(
+            incarnation=self.world.random.getrandbits(60), name=self.name, request_stall=REQUEST_STALL
+        )
         self.session = RouterSession(settings)
         self._streams: dict[str, Stream] = {}
         self.watchers = {}

@@ -12,6 +12,8 @@ from tests.simulation.nodes import RouterNode, SchedulerNode, WorkerNode
 from tests.simulation.plan import FAULT_SECONDS, SETTLE_SECONDS, Fault, Plan, make_plan
 from tests.simulation.world import Node, World
 
+STALLED = "sequences got nothing and were submitted again"
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -143,3 +145,5 @@ def _check_schedulers(cluster: Cluster) -> None:
     for router in cluster.routers:
         if router.session.num_requests:
             cluster.world.violated(f"{router.name} still has {router.session.num_requests} requests")
+        if router.session.stalls:
+            cluster.world.violated(f"{router.name}: {router.session.stalls} {STALLED}")

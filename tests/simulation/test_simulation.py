@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 
 from deploy.environment import ROOT
-from tests.simulation.mutants import MUTANTS
+from tests.simulation.mutants import FORGETS_ROWS, MUTANTS
 from tests.simulation.plan import KINDS
-from tests.simulation.run import run
+from tests.simulation.run import STALLED, run
 
 SEEDS = 2000
 _PART = 100
@@ -40,6 +40,18 @@ def test_seeds(first: int) -> None:
 def test_a_defect_is_found(name: str) -> None:
     with MUTANTS[name]():
         assert any(_goes_wrong(seed) for seed in range(_ENOUGH)), f"{_ENOUGH} seeds pass with {name}"
+
+
+def test_a_forgotten_row_costs_its_client_a_pause_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router submits again what runs and gets nothing: no token is missing or wrong."""
+    monkeypatch.setattr("tests.simulation.nodes.REQUEST_STALL", 1.0)  # a few times in the life of a run
+    stalled = 0
+    with MUTANTS[FORGETS_ROWS]():
+        for seed in range(_PART):
+            report = run(seed)
+            assert all(STALLED in violation for violation in report.violations), (seed, report.violations)
+            stalled += len(report.violations)
+    assert stalled > _PART / 4
 
 
 def _goes_wrong(seed: int) -> bool:

@@ -14,6 +14,7 @@ from worker.backend import BackendError, BackendInfo, FatalBackendError, Progres
 from worker.backends.mock import EOS_TOKEN_ID, MockBackend, MockSettings
 from worker.backends.mock_assets import mock_assets
 from worker.engine import Engine
+from worker.hang import HangWatch
 from worker.step import Int32Array, NewRow, SamplingParams, Step, StepOutput
 
 NONE = np.zeros(0, np.int32)
@@ -178,7 +179,7 @@ def test_a_failed_step_voids_those_after_it_until_a_reset(harness: Harness) -> N
     epoch, step_id, text = harness.failures.get(timeout=10)
     assert (epoch, step_id) == (4, 1)
     assert "block table" in text
-    harness.engine.reset(5)
+    harness.engine.reset()
     harness.engine.submit(5, prefill(1))
     epoch, result = harness.outputs.get(timeout=10)
     assert (epoch, result.step_id) == (5, 1)
@@ -241,3 +242,78 @@ def test_a_fatal_error_reaches_the_process() -> None:
     harness = Harness(Broken(MockSettings(block_size=4, num_blocks=8, max_rows=2, max_model_len=16)))
     harness.engine.submit(1, prefill(1))
     assert isinstance(harness.fatal.get(timeout=10), FatalBackendError)
+
+
+class Held(MockBackend):
+    """A device that ends its steps when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(MockSettings(block_size=4, num_blocks=8, max_rows=4, max_model_len=16))
+        self.begun = threading.Semaphore(0)
+        self.release = threading.Semaphore(0)
+
+    def collect(self) -> StepOutput:
+        self.begun.release()
+        assert self.release.acquire(timeout=30)
+        return super().collect()
+
+
+def test_progress_shows_what_the_device_does_and_a_reset_waits_for_it() -> None:
+    backend = Held()
+    harness = Harness(backend)
+    assert harness.engine.progress() is None
+    harness.engine.submit(1, prefill(1, row=0))
+    harness.engine.submit(1, prefill(2, row=1))
+    assert backend.begun.acquire(timeout=10)
+    reset = harness.engine.reset()
+    assert not harness.engine.close(timeout=0.01)
+    seen = {harness.engine.progress()}
+    backend.release.release()
+    assert backend.begun.acquire(timeout=10)  # the first has ended, the second is there
+    seen.add(harness.engine.progress())
+    assert None not in seen
+    assert len(seen) == 2
+    assert not reset.done()
+    backend.release.release()
+    reset.result(timeout=10)
+    assert harness.outputs.qsize() == 2  # their callbacks had run before it was done
+    assert harness.engine.close(timeout=10)
+    assert harness.engine.progress() is None
+
+
+def test_a_scripted_hang_hangs() -> None:
+    backend = MockBackend(MockSettings(block_size=4, num_blocks=8, max_rows=2, max_model_len=16, hang_at_step=1))
+    harness = Harness(backend)
+    harness.engine.submit(1, prefill(1))
+    with pytest.raises(queue.Empty):
+        harness.failures.get(timeout=0.2)
+    assert harness.outputs.empty()
+    assert harness.engine.progress() is not None
+
+
+def test_a_hang_is_told_once_and_ends_the_process_and_progress_forgives() -> None:
+    backend = Held()
+    harness = Harness(backend)
+    told: list[str] = []
+    left: list[str] = []
+    watch = HangWatch(harness.engine, 10.0, 5.0, told.append, left.append)
+    watch.look(0.0)
+    harness.engine.submit(1, prefill(1, row=0))
+    harness.engine.submit(1, prefill(2, row=1))
+    assert backend.begun.acquire(timeout=10)
+    for look in range(41):
+        watch.look(0.25 * look)
+        assert watch.hung == (look == 40)
+    watch.look(1e6)  # stopped and continued: counts as half a second at most
+    assert told == ["the device has not ended a step for 10.0 s"]
+    assert left == []
+    backend.release.release()
+    assert backend.begun.acquire(timeout=10)
+    watch.look(1e6 + 0.25)
+    assert not watch.hung
+    for look in range(1, 62):
+        watch.look(1e6 + 0.25 * (look + 1))
+    assert left[0].startswith("the device has hung for 15")
+    assert watch.hangs == len(told) == 2
+    backend.release.release()
+    assert harness.engine.close(timeout=10)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 
 import grpc
+import numpy as np
 import pytest
 from octavo.v1 import scheduler_pb2
 
@@ -18,6 +20,7 @@ from worker.engine import Engine
 from worker.enlist import Enlistment
 from worker.session import Identity
 from worker.settings import WorkerSettings
+from worker.step import Step, StepOutput
 
 INFO = BackendInfo("mock", "n", "mock", 1000, 64, 4, 32, (KVGroup(0, 4, 10, 1, None),))
 
@@ -70,3 +73,53 @@ def test_discovery_adds_to_the_schedulers_from_flags() -> None:
     assert known.addresses == {"10.0.0.1:1"}
     changed(frozenset({Peer("10.0.0.2:1")}))
     assert known.addresses == {"10.0.0.1:1", "10.0.0.2:1"}
+
+
+def test_no_hello_before_the_device_has_ended_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that hangs would take plans again, and lose them again."""
+    backend = MockBackend(MockSettings(block_size=4, num_blocks=8, max_rows=2, max_model_len=16))
+    dialled = asyncio.Event()
+    collecting, release = threading.Event(), threading.Event()
+
+    def collect() -> StepOutput:
+        collecting.set()
+        assert release.wait(30)
+        return MockBackend.collect(backend)
+
+    monkeypatch.setattr(backend, "collect", collect)
+    monkeypatch.setattr("worker.enlist._PATIENCE_SECONDS", 0.05)
+
+    async def serve_one(self: Enlistment, address: str) -> None:
+        dialled.set()
+
+    monkeypatch.setattr(Enlistment, "_serve_one", serve_one)
+
+    async def main() -> None:
+        engine = Engine(backend, lambda *_: None, lambda *_: None, lambda _: None)
+        engine.start()
+        none = np.zeros(0, np.int32)
+        engine.submit(1, Step(1, none, (), none, none, none, none, none, none, none, none))
+        await asyncio.to_thread(collecting.wait, 10)
+        enlistment = Enlistment(
+            WorkerSettings(scheduler=("127.0.0.1:1",)), Identity(scheduler_pb2.WorkerHello(), INFO, {}), engine
+        )
+        running = asyncio.create_task(enlistment.run())
+        async with asyncio.timeout(30):
+            await asyncio.sleep(0.2)
+            assert not dialled.is_set()
+            release.set()
+            await dialled.wait()
+            running.cancel()
+            # And who is told to leave meanwhile does not wait for the device.
+            collecting.clear()
+            release.clear()
+            engine.submit(1, Step(2, none, (), none, none, none, none, none, none, none, none))
+            await asyncio.to_thread(collecting.wait, 10)
+            running = asyncio.create_task(enlistment.run())
+            await asyncio.sleep(0.1)
+            enlistment.drain()
+            await running
+            release.set()
+        assert await asyncio.to_thread(engine.close, 10)
+
+    asyncio.run(main())

@@ -215,9 +215,3 @@ def test_draining_is_said_again_in_a_new_epoch(enlisted: WorkerSession) -> None:
     enlisted.disconnected()
     enlisted.connected(0.0)
     assert [m.WhichOneof("message") for m in enlisted.on_message(welcome(9), 0.0)] == ["draining"]  # type: ignore[union-attr]
-
-
-def test_a_hung_step_shows(enlisted: WorkerSession) -> None:
-    list(enlisted.on_message(prefill(), 1.0))
-    assert not enlisted.hung(2.0)
-    assert enlisted.hung(100.0)

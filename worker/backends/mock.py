@@ -9,7 +9,9 @@ The hash of a prefix is the sum (modulo 2^64) of a mix of each token with its po
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -168,6 +170,8 @@ class MockBackend:
     def collect(self) -> StepOutput:
         """The oldest output, no sooner than its device time has passed."""
         output, ready_at = self._done[0]
+        if ready_at == math.inf:  # no sleep takes so long
+            threading.Event().wait()
         wait = ready_at - time.monotonic()
         if wait > 0:
             time.sleep(wait)
@@ -261,7 +265,7 @@ class MockBackend:
         if settings.die_at_step == self._steps:
             os._exit(1)
         if settings.hang_at_step == self._steps:
-            self._device_free_at = float("inf")
+            self._device_free_at = math.inf
         if settings.fail_at_step == self._steps:
             raise BackendError("mock: this step was scripted to fail")
 
