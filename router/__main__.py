@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ from service.settings import SettingsError, exit_on_settings_error, parse
 log = logging.getLogger("octavo.router")
 
 SERVICES = ("octavo.v1.InferenceService",)
+_SECOND_SCHEDULER_SECONDS = 1.0
 
 
 class Router:
@@ -92,6 +94,16 @@ class Router:
             await asyncio.sleep(1.0)
             self.load_assets()
 
+    async def attached(self, stopping: asyncio.Event) -> None:
+        """Until schedulers have said what they serve: all that are known, or within a second of the first."""
+        first = math.inf
+        while not stopping.is_set():
+            now, attached = self.hub.now(), self.session.num_attached
+            first = min(first, now) if attached else math.inf
+            if attached and (attached >= self.attachments.num_known or now > first + _SECOND_SCHEDULER_SECONDS):
+                return
+            await asyncio.sleep(0.01)
+
     async def drain(self) -> None:
         """Take nothing new, let what runs end in time; the rest is told to resume at another router."""
         self.service.draining = True
@@ -136,6 +148,7 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
                 background.append(tasks.create_task(_discover(registry, router, settings)))
                 background.append(tasks.create_task(router.share_keys(settings.redis, me)))
                 lease = tasks.create_task(registry.hold("router", me, life.stopping))
+            await router.attached(life.stopping)
             await server.set_serving(True)
             life.announce(address, router.metrics.address)
             await life.stopping.wait()

@@ -36,6 +36,11 @@ class Attachments:
         self._leaving: set[asyncio.Task[None]] = set()
         self._defect: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def num_known(self) -> int:
+        """Schedulers that are dialled."""
+        return len(self._tasks)
+
     def set_addresses(self, addresses: Iterable[str]) -> None:
         """These schedulers exist: dial the new ones, leave those that are gone."""
         wanted = set(addresses)

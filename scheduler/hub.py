@@ -379,7 +379,7 @@ class Hub:
             raise OctavoError(
                 Reason.MODEL_CHANGED,
                 f"model {model!r} is served with digest {min(others).hex()[:12]}…; "
-                f"{digest.hex()[:12]}… was not admitted (AdmitDigest)",
+                f"{digest.hex()} was not admitted (octavo admit)",
             )
 
     def _replace_earlier_stream(self, incarnation: int, now: float) -> None:

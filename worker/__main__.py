@@ -83,6 +83,7 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
         metrics.start(settings.metrics)
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(enlistment.run())
+            running.add_done_callback(lambda _: life.stopping.set())  # also when a scheduler lets it go
             background = [tasks.create_task(_keep_health(server, enlistment, hang)), tasks.create_task(hang.run())]
             if registry is not None:
                 background.append(

@@ -48,6 +48,7 @@ class Enlistment:
         self._outbound: asyncio.Queue[scheduler_pb2.EnlistRequest] = asyncio.Queue(_MAX_OUTBOUND)
         self._leave: asyncio.Future[Leave] | None = None
         self._redial_to = ""
+        self._let_go = False
         self.welcomed = asyncio.Event()
         self.scheduler = ""
         self.steps = self.tokens = self.device_ns = self.gap_ns = 0
@@ -61,7 +62,7 @@ class Enlistment:
             self._addresses_known.clear()
 
     async def run(self) -> None:
-        """Enlist, serve, and enlist again, until cancelled."""
+        """Enlist, serve, and enlist again; until cancelled, drained, or let go by a scheduler, which an operator has asked to."""
         while True:
             await self._addresses_known.wait()
             if await self._reset_engine():
@@ -69,7 +70,7 @@ class Enlistment:
                 self._redial_to = ""
                 if address:
                     await self._serve_one(address)
-            if self.session.draining:
+            if self.session.draining or self._let_go:
                 return
             await asyncio.sleep(_RETRY_SECONDS)
 
@@ -173,6 +174,7 @@ class Enlistment:
         if self._leave is not None and self._leave.done():
             leave = self._leave.result()
             self._redial_to = leave.address
+            self._let_go = leave.for_good
             log.info("left scheduler %s: %s", address, leave.reason)
             return
         for result in results:

@@ -31,10 +31,11 @@ class Execute:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Close the stream and dial again, at `address` if it is set."""
+    """Close the stream and dial again, at `address` if it is set; `for_good`: dial nobody any more."""
 
     reason: str
     address: str = ""
+    for_good: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class WorkerSession:
         elif kind == "redial":
             yield Leave("the scheduler asked to redial", message.redial.address)
         elif kind == "go_away":
-            yield Leave("the scheduler is leaving")
+            yield Leave("the scheduler has let us go", for_good=True)
         elif kind != "heartbeat":
             raise OctavoError(Reason.PROTOCOL_VIOLATION, "a message of a kind that was not claimed in Hello")
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from octavo.client import AsyncClient
+from octavo.client.admin import AdminClient
+from octavo.client.connection import Connection
 from octavo.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
 from deploy.cluster import LocalCluster
@@ -126,6 +128,33 @@ def test_after_a_scheduler_came_back_workers_spread_again(cluster: LocalCluster)
             load.over = True
 
     asyncio.run(main())
+
+
+def test_a_worker_that_an_operator_drains_ends_and_takes_its_streams_to_their_end(cluster: LocalCluster) -> None:
+    async def main() -> None:
+        load = Load(cluster, await undisturbed(cluster))
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(PROMPTS):
+                tasks.create_task(load.resuming(number))
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(drain, cluster, "worker-2")
+            assert await asyncio.to_thread(cluster.members["worker-2"].wait, 20) == 0
+            load.over = True
+        assert load.streams >= PROMPTS
+        await asyncio.to_thread(cluster.restart, "worker-2")
+
+    asyncio.run(main())
+
+
+def drain(cluster: LocalCluster, name: str) -> None:
+    """At whichever scheduler it is."""
+    for address in cluster.schedulers:
+        with AdminClient(Connection((address,))) as admin:
+            for status in admin.list_workers():
+                if status.name == name:
+                    admin.drain_worker(status.incarnation)
+                    return
+    raise AssertionError(f"{name} is enlisted nowhere")
 
 
 async def eventually_workers(cluster: LocalCluster, names: list[str], counts: list[int]) -> None:

@@ -195,6 +195,14 @@ class FakeRouter(inference_pb2_grpc.InferenceServiceServicer, scheduler_pb2_grpc
         await self._answer(request, context)
         return scheduler_pb2.ListWorkersResponse(workers=self.workers)
 
+    async def DrainWorker(self, request: Any, context: Any) -> scheduler_pb2.DrainWorkerResponse:
+        await self._answer(request, context)
+        return scheduler_pb2.DrainWorkerResponse()
+
+    async def AdmitDigest(self, request: Any, context: Any) -> scheduler_pb2.AdmitDigestResponse:
+        await self._answer(request, context)
+        return scheduler_pb2.AdmitDigestResponse()
+
     async def Inspect(self, request: Any, context: Any) -> AsyncIterator[scheduler_pb2.InspectResponse]:
         await self._answer(request, context)
         for message in self.inspections[:1] if request.once else self.inspections:

@@ -91,7 +91,19 @@ def test_wrong_usage_is_2() -> None:
 
 def test_every_command_has_help() -> None:
     result = run("--help")
-    for name in ("generate", "chat", "models", "tokenize", "pull", "convert", "serve", "workers", "inspect", "bench"):
+    for name in (
+        "generate",
+        "chat",
+        "models",
+        "tokenize",
+        "pull",
+        "convert",
+        "serve",
+        "workers",
+        "inspect",
+        "drain",
+        "admit",
+    ):
         assert name in result.stdout
         assert run(name, "--help").exit_code == 0
 
@@ -193,6 +205,26 @@ def test_workers() -> None:
         assert (worker["incarnation"], worker["blocks_used"], worker["model_digest"]) == ("5", 7, "ab")
     with FakeRouter() as router:
         assert run("workers", "--scheduler", router.address).stdout == "no worker is enlisted\n"
+
+
+def test_drain_finds_the_worker_by_name_or_incarnation() -> None:
+    with FakeRouter(
+        workers=[_status(), _status(name="w1", incarnation=6), _status(name="w1", incarnation=7)]
+    ) as router:
+        assert run("drain", _status().name, "--scheduler", router.address).exit_code == 0
+        assert run("drain", f"{7:016x}", "--scheduler", router.address).exit_code == 0
+        drained = [asked.incarnation for asked in router.unary if isinstance(asked, scheduler_pb2.DrainWorkerRequest)]
+        assert drained == [_status().incarnation, 7]
+        assert "2 workers are named" in run("drain", "w1", "--scheduler", router.address).stderr
+        assert "no worker 'w9'" in run("drain", "w9", "--scheduler", router.address).stderr
+
+
+def test_admit_takes_a_whole_digest() -> None:
+    with FakeRouter() as router:
+        assert run("admit", "m", "ab" * 32, "--scheduler", router.address).exit_code == 0
+        assert router.unary[-1] == scheduler_pb2.AdmitDigestRequest(model="m", digest=b"\xab" * 32)
+        for wrong in ("ab", "xy" * 32):
+            assert "64 hexadecimal digits" in run("admit", "m", wrong, "--scheduler", router.address).stderr
 
 
 def test_inspect_once_and_as_json() -> None:

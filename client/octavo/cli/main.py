@@ -6,7 +6,7 @@ import importlib.metadata
 from typing import Annotated, Any
 
 import typer
-from octavo.cli import bench, chaos, chat, generate, inspect, model_files, serve
+from octavo.cli import bench, chaos, chat, generate, inspect, model_files, operate, serve
 from octavo.cli.problem import CommandProblem, sentence
 from octavo.cli.terminal import stderr_console
 from octavo.client import ConnectionProblem, OctavoError
@@ -58,7 +58,15 @@ def _root(
 for _panel, _commands in {
     "Ask": (generate.generate, chat.chat, generate.models, generate.tokenize),
     "Models": (model_files.pull, model_files.convert),
-    "Run": (serve.serve, inspect.workers, inspect.inspect, bench.bench, chaos.chaos),
+    "Run": (
+        serve.serve,
+        inspect.workers,
+        inspect.inspect,
+        operate.drain,
+        operate.admit,
+        bench.bench,
+        chaos.chaos,
+    ),
 }.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)

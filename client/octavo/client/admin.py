@@ -32,6 +32,18 @@ class AdminClient:
             )
         return list(response.workers)
 
+    def drain_worker(self, incarnation: int) -> None:
+        """Give a worker no new requests; its process ends when the running ones are done."""
+        with _decoded():
+            request = scheduler_pb2.DrainWorkerRequest(incarnation=incarnation)
+            self._stub.DrainWorker(request, timeout=_TIMEOUT, metadata=self._metadata)
+
+    def admit_digest(self, model: str, digest: bytes) -> None:
+        """Allow workers with a further digest (32 bytes) under a model name."""
+        with _decoded():
+            request = scheduler_pb2.AdmitDigestRequest(model=model, digest=digest)
+            self._stub.AdmitDigest(request, timeout=_TIMEOUT, metadata=self._metadata)
+
     def inspect(self, *, once: bool = False, max_hz: int = 2, rows: bool = False) -> Generator[Snapshot, None, None]:
         """The scheduler's state, whole each time: after each message, or once. The same object is updated and given again."""
         request = scheduler_pb2.InspectRequest(max_hz=max_hz, rows=rows, once=once)

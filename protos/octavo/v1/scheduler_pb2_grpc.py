@@ -105,7 +105,7 @@ class SchedulerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DrainWorker(self, request, context):
-        """Admin: gives a worker no new requests; it leaves when the running ones are done.
+        """Admin: gives a worker no new requests; its process ends when the running ones are done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

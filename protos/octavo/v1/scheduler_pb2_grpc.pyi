@@ -42,7 +42,7 @@ class SchedulerServiceStub:
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListWorkersRequest, _scheduler_pb2.ListWorkersResponse]
     """Admin: the workers that are enlisted."""
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.DrainWorkerRequest, _scheduler_pb2.DrainWorkerResponse]
-    """Admin: gives a worker no new requests; it leaves when the running ones are done."""
+    """Admin: gives a worker no new requests; its process ends when the running ones are done."""
     AdmitDigest: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.AdmitDigestRequest, _scheduler_pb2.AdmitDigestResponse]
     """Admin: allows a further digest under a model name."""
     Inspect: _grpc.UnaryStreamMultiCallable[_scheduler_pb2.InspectRequest, _scheduler_pb2.InspectResponse]
@@ -62,7 +62,7 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     ListWorkers: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListWorkersRequest, _scheduler_pb2.ListWorkersResponse]  # type: ignore[assignment]
     """Admin: the workers that are enlisted."""
     DrainWorker: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.DrainWorkerRequest, _scheduler_pb2.DrainWorkerResponse]  # type: ignore[assignment]
-    """Admin: gives a worker no new requests; it leaves when the running ones are done."""
+    """Admin: gives a worker no new requests; its process ends when the running ones are done."""
     AdmitDigest: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.AdmitDigestRequest, _scheduler_pb2.AdmitDigestResponse]  # type: ignore[assignment]
     """Admin: allows a further digest under a model name."""
     Inspect: _aio.UnaryStreamMultiCallable[_scheduler_pb2.InspectRequest, _scheduler_pb2.InspectResponse]  # type: ignore[assignment]
@@ -109,7 +109,7 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_pb2.DrainWorkerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.DrainWorkerResponse, _abc.Awaitable[_scheduler_pb2.DrainWorkerResponse]]:
-        """Admin: gives a worker no new requests; it leaves when the running ones are done."""
+        """Admin: gives a worker no new requests; its process ends when the running ones are done."""
 
     @_abc_1.abstractmethod
     def AdmitDigest(
