@@ -156,6 +156,8 @@ class RouterSession:
             link.cancelling.discard(message.cancelled.handle)
         elif kind == "load":
             link.load = message.load
+            if not message.load.waiting:  # whoever it had no room for may come
+                link.full.clear()
         elif kind == "models":
             link.models = tuple(message.models.models)
             self._models_changed(now)

@@ -235,7 +235,9 @@ class Hub:
                 self._let_go(worker)
         load = self.load()
         for router in list(self.routers.values()):
-            if now - router.spoke_at >= interval * 0.9:
+            # Whatever else was said: routers act on it.
+            if now - router.told_load_at >= interval * 0.9:
+                router.told_load_at = now
                 router.put(scheduler_pb2.AttachResponse(load=load))
             if not late:
                 self._judge(router, now, lease)

@@ -45,6 +45,7 @@ class RouterPeer(Peer):
     """One router's stream."""
 
     outbox: RouterOutbox = field(default_factory=lambda: RouterOutbox(_MAX_ROUTER_MESSAGES, _MAX_ROUTER_TOKENS))
+    told_load_at: float = 0.0
 
     def put(self, message: scheduler_pb2.AttachResponse) -> None:
         """Send, or cut a stream that does not read."""

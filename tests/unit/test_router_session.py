@@ -521,6 +521,17 @@ def test_it_is_asked_again_after_a_second_at_the_latest_and_other_kinds_at_once(
     bench.session.check_room("tiny", "t", 0, bench.now + 0.2)
 
 
+def test_a_queue_that_has_emptied_is_full_for_nobody() -> None:
+    bench = Bench("a")
+    first = start(bench, make_request())
+    bench.fail("a", first.handle, Reason.QUEUE_FULL, retry_after_ms=900)
+    bench.say("a", scheduler_pb2.AttachResponse(load=scheduler_pb2.Load(waiting=3)))
+    with pytest.raises(OctavoError):
+        bench.session.check_room("tiny", "t", 0, bench.now)
+    bench.say("a", scheduler_pb2.AttachResponse(load=scheduler_pb2.Load(waiting=0)))
+    bench.session.check_room("tiny", "t", 0, bench.now)
+
+
 def test_one_of_two_schedulers_with_room_is_enough() -> None:
     bench = Bench("a", "b")
     request = make_request()

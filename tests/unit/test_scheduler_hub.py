@@ -371,3 +371,16 @@ def test_an_inspector_sees_rows_and_then_only_changes(cluster: Cluster) -> None:
     assert list_workers(cluster.hub)[0].blocks_used == 2
     cluster.hub.worker_gone(cluster.worker, 0.0)
     assert only_changes(inspect(cluster.hub, request, 7), first).gone == [1]
+
+
+def test_load_is_told_each_heartbeat_whatever_else_is_said() -> None:
+    cluster = Cluster()
+    told = 0
+    for tick in range(1, 41):
+        now = tick * 0.025
+        cluster.say(now, submit=submit(tick, max_tokens=1))
+        cluster.hub.plan(now)
+        cluster.hub.tick(now)
+        told += sum(message.HasField("load") for message in cluster.from_router())
+        cluster.worker.heard_at = now
+    assert 10 <= told <= 14
