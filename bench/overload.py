@@ -109,15 +109,16 @@ class Clients:
             self._say(process, "go")
         return time.monotonic()
 
-    def collect(self) -> tuple[Samples, float]:
-        """Wait for all of them: samples by tenant, and the CPU seconds of the busiest process."""
+    def collect(self) -> tuple[Samples, dict[str, Any]]:
+        """Wait for all of them: samples by tenant, and how well the processes themselves kept up."""
         samples: Samples = {}
-        busiest = 0.0
+        busiest, lags = 0.0, []
         for load, process in self._processes:
             while "cpu_seconds" not in (message := self._read(process)):
                 samples.setdefault(load.tenant, []).append(message)
             busiest = max(busiest, message["cpu_seconds"])
-        return samples, busiest
+            lags += message["lags"]
+        return samples, {"busiest_cpu_s": busiest, "lag_ms": describe([1e3 * lag for lag in lags])}
 
     def _say(self, process: subprocess.Popen[str], line: str) -> None:
         assert process.stdin is not None
@@ -212,8 +213,8 @@ def capacity(running: LocalCluster, keys: dict[str, str], seconds: float) -> dic
     ]
     with Clients(loads) as clients:
         begin = clients.go()
-        samples, busiest = clients.collect()
-    return figures(samples, begin, seconds) | {"client_cpu_share": busiest / seconds}
+        samples, clients_said = clients.collect()
+    return figures(samples, begin, seconds) | {"clients": clients_said}
 
 
 def overload(running: LocalCluster, keys: dict[str, str], seconds: float, rate: float) -> dict[str, Any]:
@@ -230,14 +231,14 @@ def overload(running: LocalCluster, keys: dict[str, str], seconds: float, rate: 
     with Clients(loads) as clients:
         begin = clients.go()
         memory = watch_memory(running.members, seconds)
-        samples, busiest = clients.collect()
+        samples, clients_said = clients.collect()
     found = figures(samples, begin, seconds)
     backlogged = {tenant: found["tokens_by_tenant"][tenant] for tenant in ("heavy", "light")}
     return found | {
         "refusals": refusals(samples),
         "share_of_light": backlogged["light"] / sum(backlogged.values()),
         "memory_mib": {name: quarters(values) for name, values in memory.items()},
-        "client_cpu_share": busiest / seconds,
+        "clients": clients_said,
         "scheduler_counters": counters(running),
     }
 

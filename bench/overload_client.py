@@ -1,7 +1,7 @@
 """One tenant's load in a process of its own, for bench/overload.py: `python -m bench.overload_client`, driven over its pipes.
 
 In: a ClientLoad as one JSON line; "go" follows once all are connected. Out: {"ready"}, then one line for each request after the
-run, then {"cpu_seconds"}. Times are seconds on the machine's monotonic clock, which all processes share.
+run, then {"cpu_seconds", "lags"}. Times are seconds on the machine's monotonic clock, which all processes share.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from octavo.client.connection import Connection
 from octavo.client.errors import decode
 from octavo.v1 import inference_pb2 as pb
 
+_LAG_SECONDS = 0.01
 _METHOD = "/octavo.v1.InferenceService/Generate"
 
 
@@ -72,6 +73,7 @@ class Generator:
         self._metadata = connection.metadata
         self._method: Any = self._channel.unary_stream(_METHOD, response_deserializer=pb.GenerateResponse.FromString)
         self.samples: list[Sample] = []
+        self.lags: list[float] = []  # of this process's own loop, seconds: it had the samples later by so much at most
 
     async def connect(self) -> None:
         """Wait for the router. Raises TimeoutError."""
@@ -82,12 +84,20 @@ class Generator:
         """Everything, to its end or until `drain` is over."""
         until = time.monotonic() + self._load.seconds
         arrive = self._closed_loop(until) if self._load.concurrency else self._open_loop(until)
+        watch = asyncio.create_task(self._watch_own_lag())
         try:
             async with asyncio.timeout(self._load.seconds + self._load.drain):
                 await arrive
         except TimeoutError:
             pass  # what still ran was cancelled and says so
+        watch.cancel()
         await self._channel.close()
+
+    async def _watch_own_lag(self) -> None:
+        while True:
+            due = time.monotonic() + _LAG_SECONDS
+            await asyncio.sleep(_LAG_SECONDS)
+            self.lags.append(time.monotonic() - due)
 
     async def _open_loop(self, until: float) -> None:
         due = time.monotonic()
@@ -157,7 +167,7 @@ async def _serve_pipes() -> None:
     cpu = time.process_time() - cpu
     for sample in generator.samples:
         print(sample.to_line())
-    print(json.dumps({"cpu_seconds": cpu}), flush=True)
+    print(json.dumps({"cpu_seconds": cpu, "lags": generator.lags}), flush=True)
 
 
 def first_line(load: ClientLoad) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -46,6 +47,9 @@ class Lifecycle:
 
     def announce(self, address: str, metrics: str, **more: Any) -> None:
         """Write the ready file, then say so: the process serves now."""
+        # What is here by now stays. Looked at in each full collection, it would stop the event loop for 10 to 20 ms each time.
+        gc.collect()
+        gc.freeze()
         if self.settings.ready_file is not None:
             facts = {
                 "service": self.service,

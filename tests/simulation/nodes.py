@@ -240,6 +240,7 @@ class WorkerNode(Node):
         self._poisoned.difference_update(step.freed_rows.tolist())
         self._poisoned.update(new.row for new in step.new_rows if POISON_TOKEN in new.token_ids)
         if self._poisoned.intersection(step.rows.tolist()):
+            self._broken = True  # steps that come in the meantime would read what this one has not written
             self.world.after(0.001, self.guard(self._die_of_it))
             return
         duration = self._plan.step_seconds * self.world.random.uniform(0.8, 1.3)

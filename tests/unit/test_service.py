@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from octavo.v1 import common_pb2
 from service.auth import check_binding, read_token
 from service.columns import check_range, pack, unpack
 from service.errors import RULES, FieldViolation, OctavoError, Reason
+from service.lifecycle import Lifecycle
 from service.settings import CommonSettings, SettingsError, flag, parse, split_address
 
 
@@ -116,6 +119,18 @@ def test_columns_are_little_endian_and_checked() -> None:
         unpack("c", bytes(8), np.int32, 1)
     with pytest.raises(OctavoError, match="column c"):
         check_range("c", np.array([3]), 0, 3)
+
+
+def test_what_a_process_starts_with_is_no_work_for_the_garbage_collector() -> None:
+    async def main() -> None:
+        Lifecycle("example", Example()).announce("127.0.0.1:1", "127.0.0.1:2")
+
+    before = gc.get_freeze_count()
+    try:
+        asyncio.run(main())
+        assert gc.get_freeze_count() > before + 1000
+    finally:
+        gc.unfreeze()
 
 
 def test_a_process_announces_itself_drains_on_sigterm_and_leaves_with_0(tmp_path: Path) -> None:
