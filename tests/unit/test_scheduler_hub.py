@@ -371,3 +371,15 @@ def test_an_inspector_sees_rows_and_then_only_changes(cluster: Cluster) -> None:
     assert list_workers(cluster.hub)[0].blocks_used == 2
     cluster.hub.worker_gone(cluster.worker, 0.0)
     assert only_changes(inspect(cluster.hub, request, 7), first).gone == [1]
+
+
+def test_assets_of_models_that_nobody_holds_any_more_do_not_pile_up() -> None:
+    cluster = Cluster()
+    for number in range(20):
+        digest = bytes([number]) * 32
+        gone = cluster.enlist(hello(incarnation=100 + number, model=f"m{number}", model_digest=digest))
+        assert digest in cluster.hub.assets
+        cluster.hub.worker_gone(gone, 0.0)
+    kept = [number for number in range(20) if bytes([number]) * 32 in cluster.hub.assets]
+    assert kept == [15, 16, 17, 18, 19]  # the last was held when it came
+    assert DIGEST in cluster.hub.assets
