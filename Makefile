@@ -7,6 +7,7 @@ RUNTIME ?= processes
 NAME ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 
 BIN := $(CURDIR)/.venv/bin
 LOCAL := $(BIN)/python -m deploy.local
@@ -20,7 +21,7 @@ SANITIZE := --report-api-errors no --error-exitcode 1 $(addprefix --kernel-name 
 KERNEL_TESTS := tests/gpu/test_gpu_sampling.py tests/gpu/test_gpu_layers.py tests/gpu/test_gpu_attention.py
 
 .DEFAULT_GOAL := help
-.PHONY: help up down logs ps worker env dev client test test-gpu test-gpu-sanitize lint protos protos-check bench clean
+.PHONY: help up down logs ps worker env dev client test test-gpu test-gpu-sanitize soak lint protos protos-check bench clean
 
 help: ## this list
 	@echo "Octavo: an LLM server of gRPC microservices. Targets:"
@@ -57,6 +58,9 @@ test-gpu: dev ## the tests that need a CUDA device; on a machine without one the
 test-gpu-sanitize: dev ## the tests of single kernels under compute-sanitizer: memory accesses, then races
 	compute-sanitizer --tool memcheck $(SANITIZE) $(BIN)/python -m pytest -m gpu $(KERNEL_TESTS)
 	compute-sanitizer --tool racecheck $(SANITIZE) $(BIN)/python -m pytest -m gpu $(KERNEL_TESTS)
+
+soak: env ## 20 minutes of mixed load on a cluster of its own; memory, files, tasks and blocks end where they started (SOAK_ARGS=)
+	@$(BIN)/python -m deploy.soak $(SOAK_ARGS)
 
 lint: dev ## ruff, mypy and buf
 	$(BIN)/ruff check .

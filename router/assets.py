@@ -23,6 +23,7 @@ log = logging.getLogger("octavo.router.assets")
 
 Files = Mapping[str, bytes]
 _KEEP_UNSERVED = 4
+_LONG_TEXT = 8_192  # characters
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -78,8 +79,7 @@ class ModelAssets:
 
     def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to ids; special tokens written in it are not recognised."""
-        ids: list[int] = self.plain_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return _encode(self.plain_tokenizer, text, add_special_tokens)
 
     def render(self, chat: inference_pb2.Chat, now: datetime | None = None) -> str:
         """The prompt of a conversation as text. Raises INVALID_ARGUMENT."""
@@ -100,8 +100,7 @@ class ModelAssets:
 
     def encode_rendered(self, prompt: str) -> list[int]:
         """A rendered template to ids: special tokens are recognised, none are added."""
-        ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        return ids
+        return _encode(self.tokenizer, prompt, False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Ids to text, as `Tokenizer.decode` does."""
@@ -177,6 +176,16 @@ class AssetStore:
 def _log_failure(task: asyncio.Task[ModelAssets]) -> None:
     if not task.cancelled() and task.exception() is not None:
         log.warning("a model's assets can't be loaded: %s", task.exception())
+
+
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """`encode` holds Python's lock, for seconds where the text is long, and with it the event loop; `encode_batch` does not."""
+    if len(text) < _LONG_TEXT:
+        encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    else:
+        (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def _tokenizer(data: bytes) -> Tokenizer:

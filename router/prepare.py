@@ -117,7 +117,8 @@ class Preparation:
         )
         request = _request(spec, spec_of, assets)
         if message.HasField("resume"):
-            _replay(request, message.resume)
+            delivered = sum(len(state.token_ids) for state in message.resume.outputs)
+            await self._pool.run(4 * delivered, lambda: _replay(request, message.resume, limits))
         return Prepared(request, self._started(spec, ticket))
 
     async def tokenize(
@@ -180,13 +181,16 @@ def _request(spec: RequestSpec, resolved: Resolved, assets: ModelAssets) -> Requ
     return Request(spec, outputs, seeds, assets.table)
 
 
-def _replay(request: Request, resume: inference_pb2.Resume) -> None:
+def _replay(request: Request, resume: inference_pb2.Resume, limits: ModelLimits) -> None:
     """Bring each output to where the client stands. Raises INVALID_ARGUMENT."""
     wrong = Violations()
     wrong.require(resume.seed == request.spec.seed, "resume.seed", "must be the seed that Started told")
     for position, state in enumerate(resume.outputs):
         sequence = request.sequences[state.index]
         path = f"resume.outputs[{position}]"
+        if len(state.token_ids) > limits.max_model_len:
+            wrong.add(f"{path}.token_ids", f"must have at most {limits.max_model_len} entries, the model's context")
+            continue
         if any(token_id >= 2**31 for token_id in state.token_ids):
             wrong.add(f"{path}.token_ids", "ids must be below 2^31")
             continue

@@ -45,11 +45,16 @@ def check_prompt(prompt_token_ids: Sequence[int], limits: ModelLimits, *, given:
     check_length(len(prompt_token_ids), 1, limits)
     if not given:
         return
-    highest = max(prompt_token_ids)
-    if highest >= limits.vocab_size:
+    check_vocabulary("token_ids.ids", prompt_token_ids, limits.vocab_size)
+
+
+def check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises INVALID_ARGUMENT that names the place of an id that the model doesn't have."""
+    highest = max(token_ids, default=0)
+    if highest >= vocab_size:
         wrong = Violations()
-        index = list(prompt_token_ids).index(highest)
-        wrong.add(f"token_ids.ids[{index}]", f"must be below the vocabulary size {limits.vocab_size}")
+        index = list(token_ids).index(highest)
+        wrong.add(f"{field}[{index}]", f"must be below the vocabulary size {vocab_size}")
         wrong.raise_if_any()
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+import grpc
 from octavo.v1 import common_pb2, inference_pb2, inference_pb2_grpc, scheduler_pb2
 
 from router.assets import AssetStore, ModelAssets
@@ -17,11 +18,11 @@ from router.idempotency import IdempotencyKeys
 from router.models import KnownModel
 from router.prepare import Preparation, Prepared, TextPool
 from router.pulse import CALM
-from router.resolve import ModelLimits
+from router.resolve import ModelLimits, check_vocabulary
 from router.stats import Stats
-from router.validate import Violations, check_chat
+from router.validate import MAX_DETOKENIZE_IDS, Violations, check_chat
 from service.auth import caller_of
-from service.errors import OctavoError, Reason, abort
+from service.errors import OctavoError, Reason, answers_errors
 from service.keys import Authenticator
 
 _CHUNK_BYTES = 1 << 20
@@ -52,93 +53,93 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self.keys = IdempotencyKeys(hub.now)
         self.draining = False
 
+    @answers_errors
     async def Generate(  # type: ignore[override]  # grpc.aio takes coroutines that write, too
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> None:
-        """Streams. A client that hangs up cancels this handler, and with it everything below."""
-        try:
-            async with self._running(request, context, bounded=True) as (prepared, stream):
-                await _wait_for_plan(stream)
-                started = _started(prepared)
-                if request.heartbeats:
-                    started.heartbeat.CopyFrom(heartbeat())
-                running = stream.request
-                running.started_told = True
-                await context.write(inference_pb2.GenerateResponse(started=started))
-                while True:
-                    for message in self._hub.outgoing(stream):
-                        await context.write(message)
-                    if running.error is not None:
-                        raise running.error
-                    if running.delivered:
-                        return
-                    await stream.wait()
-        except OctavoError as error:
-            await abort(context, error)
+        """Streams. A client that hangs up cancels this handler, and with it everything below.
 
+        One that does not read holds it in a write, with what is buffered by then. Its row is freed long before (Hub); it is told
+        once it reads: gRPC takes no status while a message waits.
+        """
+        async with self._running(request, context, bounded=True) as (prepared, stream):
+            await _wait_for_plan(stream)
+            started = _started(prepared)
+            if request.heartbeats:
+                started.heartbeat.CopyFrom(heartbeat())
+            running = stream.request
+            running.started_told = True
+            await _write(context, inference_pb2.GenerateResponse(started=started))
+            while True:
+                for message in self._hub.outgoing(stream):
+                    await _write(context, message)
+                if running.error is not None:
+                    raise running.error
+                if running.delivered:
+                    return
+                await stream.wait()
+
+    @answers_errors
     async def Complete(self, request: inference_pb2.CompleteRequest, context: Any) -> inference_pb2.CompleteResponse:
         """The same, collected."""
-        try:
-            async with self._running(request.request, context, bounded=False) as (prepared, stream):
-                outputs = [inference_pb2.Output(index=s.output.index) for s in stream.request.sequences]
-                texts: list[list[str]] = [[] for _ in outputs]
-                while not stream.request.done:
-                    await stream.wait()
-                    if stream.request.error is not None:
-                        raise stream.request.error
-                for message in stream.request.take():
-                    _collect(message, outputs, texts)
-                for output, text in zip(outputs, texts, strict=True):
-                    output.text = "".join(text)
-                started = prepared.started
-                return inference_pb2.CompleteResponse(
-                    request_id=started.request_id,
-                    model=started.model,
-                    digest=started.digest,
-                    seed=started.seed,
-                    outputs=outputs,
-                )
-        except OctavoError as error:
-            await abort(context, error)
+        async with self._running(request.request, context, bounded=False) as (prepared, stream):
+            outputs = [inference_pb2.Output(index=s.output.index) for s in stream.request.sequences]
+            texts: list[list[str]] = [[] for _ in outputs]
+            while not stream.request.done:
+                await stream.wait()
+                if stream.request.error is not None:
+                    raise stream.request.error
+            for message in stream.request.take():
+                _collect(message, outputs, texts)
+            for output, text in zip(outputs, texts, strict=True):
+                output.text = "".join(text)
+            started = prepared.started
+            return inference_pb2.CompleteResponse(
+                request_id=started.request_id,
+                model=started.model,
+                digest=started.digest,
+                seed=started.seed,
+                outputs=outputs,
+            )
 
+    @answers_errors
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:
         """Text or chat to ids, by the very code that Generate uses."""
-        try:
-            kind = request.WhichOneof("input")
-            wrong = Violations()
-            if kind is None:
-                wrong.add("input", "one of text and chat must be set")
-            elif kind == "chat":
-                check_chat(request.chat, wrong)
-            wrong.raise_if_any()
-            model, assets = await self._model(request.model)
-            limits = ModelLimits(model.max_model_len, model.vocab_size)
-            prompt, now = "", time.time()
-            if kind == "chat":
-                prompt, ids = await self._preparation.tokenize_chat(request.chat, assets, limits, now)
-            else:
-                ids = await self._preparation.tokenize(request, assets, limits, now)
-            return inference_pb2.TokenizeResponse(token_ids=ids, prompt=prompt, max_model_len=model.max_model_len)
-        except OctavoError as error:
-            await abort(context, error)
+        kind = request.WhichOneof("input")
+        wrong = Violations()
+        if kind is None:
+            wrong.add("input", "one of text and chat must be set")
+        elif kind == "chat":
+            check_chat(request.chat, wrong)
+        wrong.raise_if_any()
+        model, assets = await self._model(request.model)
+        limits = ModelLimits(model.max_model_len, model.vocab_size)
+        prompt, now = "", time.time()
+        if kind == "chat":
+            prompt, ids = await self._preparation.tokenize_chat(request.chat, assets, limits, now)
+        else:
+            ids = await self._preparation.tokenize(request, assets, limits, now)
+        return inference_pb2.TokenizeResponse(token_ids=ids, prompt=prompt, max_model_len=model.max_model_len)
 
+    @answers_errors
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Any
     ) -> inference_pb2.DetokenizeResponse:
         """Ids to text."""
-        try:
-            model, assets = await self._model(request.model)
-            for index, token_id in enumerate(request.token_ids):
-                if token_id >= model.vocab_size:
-                    wrong = Violations()
-                    wrong.add(f"token_ids[{index}]", f"must be below the vocabulary size {model.vocab_size}")
-                    wrong.raise_if_any()
-            skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
+        count = len(request.token_ids)
+        wrong = Violations()
+        wrong.require(count <= MAX_DETOKENIZE_IDS, "token_ids", f"must have at most {MAX_DETOKENIZE_IDS} entries")
+        wrong.raise_if_any()
+        model, assets = await self._model(request.model)
+        skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
+
+        def work() -> str:
             ids = list(request.token_ids)
-            text = await self._pool.run(4 * len(ids), lambda: assets.decode(ids, skip))
-            return inference_pb2.DetokenizeResponse(text=text)
-        except OctavoError as error:
-            await abort(context, error)
+            check_vocabulary("token_ids", ids, model.vocab_size)
+            return assets.decode(ids, skip)
+
+        text = await self._pool.run(4 * count, work)
+        return inference_pb2.DetokenizeResponse(text=text)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any
@@ -158,14 +159,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             ]
         )
 
+    @answers_errors
     async def GetModelAssets(  # type: ignore[override]  # as above
         self, request: inference_pb2.GetModelAssetsRequest, context: Any
     ) -> None:
         """The files, in chunks."""
-        try:
-            _, assets = await self._model(request.model)
-        except OctavoError as error:
-            await abort(context, error)
+        _, assets = await self._model(request.model)
         for name, data in assets.files.items():
             for at in range(0, max(len(data), 1), _CHUNK_BYTES):
                 chunk = common_pb2.AssetChunk(data=data[at : at + _CHUNK_BYTES])
@@ -238,11 +237,18 @@ async def _beating(preparing: Coroutine[Any, Any, Prepared], context: Any) -> Pr
     task = asyncio.create_task(preparing)
     try:
         while not (await asyncio.wait([task], timeout=CALM.interval))[0]:
-            await context.write(inference_pb2.GenerateResponse(heartbeat=heartbeat()))
+            await _write(context, inference_pb2.GenerateResponse(heartbeat=heartbeat()))
         return task.result()
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+async def _write(context: Any, message: inference_pb2.GenerateResponse) -> None:
+    try:
+        await context.write(message)
+    except grpc.aio.InternalError:  # the connection broke under it; gRPC cancels this handler a moment later
+        raise asyncio.CancelledError from None
 
 
 async def _wait_for_plan(stream: ClientStream) -> None:

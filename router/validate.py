@@ -22,6 +22,10 @@ MAX_LOGIT_BIAS = 1_024
 MAX_LOGPROBS = 20
 MAX_N = 64
 MAX_MESSAGES = 10_000
+MAX_CHAT_PARTS = 10_000  # content parts and tool calls of all messages
+MAX_TOOLS = 1_024
+MAX_STRUCT_BYTES = 1 << 20  # tools, template arguments and arguments of tool calls, together
+MAX_DETOKENIZE_IDS = 1 << 20
 MAX_KEY_CHARACTERS = 256
 MAX_PRIORITY = 100
 _ROLES = frozenset(("system", "user", "assistant", "tool", "developer"))
@@ -155,6 +159,8 @@ def check_chat(chat: inference_pb2.Chat, wrong: Violations) -> None:
     if len(chat.messages) > MAX_MESSAGES:
         wrong.add("chat.messages", f"must have at most {MAX_MESSAGES} entries, has {len(chat.messages)}")
         return
+    if not _check_chat_size(chat, wrong):
+        return
     for index, message in enumerate(chat.messages):
         path = f"chat.messages[{index}]"
         wrong.require(message.role in _ROLES, f"{path}.role", f"must be one of {', '.join(sorted(_ROLES))}")
@@ -162,6 +168,26 @@ def check_chat(chat: inference_pb2.Chat, wrong: Violations) -> None:
             wrong.require(part.WhichOneof("part") is not None, f"{path}.content[{number}]", "must be of a known kind")
     if chat.continue_final_message and chat.add_generation_prompt:
         wrong.add("chat.continue_final_message", "can't be combined with add_generation_prompt")
+
+
+def _check_chat_size(chat: inference_pb2.Chat, wrong: Violations) -> bool:
+    """What is converted piece by piece has a bound of its own: a message of 16 MiB holds millions of pieces."""
+    parts = sum(len(message.content) + len(message.tool_calls) for message in chat.messages)
+    if parts > MAX_CHAT_PARTS:
+        wrong.add("chat.messages", f"must have at most {MAX_CHAT_PARTS} parts and tool calls, have {parts}")
+        return False
+    if len(chat.tools) > MAX_TOOLS:
+        wrong.add("chat.tools", f"must have at most {MAX_TOOLS} entries, has {len(chat.tools)}")
+        return False
+    if len(chat.template_args.fields) > MAX_TOOLS:
+        wrong.add("chat.template_args", f"must have at most {MAX_TOOLS} entries, has {len(chat.template_args.fields)}")
+        return False
+    size = chat.template_args.ByteSize() + sum(tool.ByteSize() for tool in chat.tools)
+    size += sum(call.arguments.ByteSize() for message in chat.messages for call in message.tool_calls)
+    if size > MAX_STRUCT_BYTES:
+        wrong.add("chat", f"tools and arguments must have at most {MAX_STRUCT_BYTES} bytes, have {size}")
+        return False
+    return True
 
 
 def _check_resume(request: inference_pb2.GenerateRequest, wrong: Violations) -> None:

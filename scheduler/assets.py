@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from octavo.v1 import common_pb2
 
@@ -10,6 +10,7 @@ from service.errors import OctavoError, Reason
 
 _MAX_MODEL_BYTES = 256 << 20
 _CHUNK_BYTES = 1 << 20
+_KEEP_UNSERVED = 4
 
 
 class Incoming:
@@ -47,11 +48,14 @@ class AssetStore:
 
     def put(self, digest: bytes, files: dict[str, bytes]) -> None:
         """A worker has sent everything."""
+        self._models.pop(digest, None)  # it is the latest now
         self._models[digest] = files
 
-    def drop(self, digest: bytes) -> None:
-        """No worker holds the model any more and no request is pinned to it."""
-        self._models.pop(digest, None)
+    def forget_unserved(self, served: Set[bytes]) -> None:
+        """Keep what workers hold, and the latest few others: a worker that restarts takes its model away only for a moment."""
+        unserved = [digest for digest in self._models if digest not in served]
+        for digest in unserved[: max(0, len(unserved) - _KEEP_UNSERVED)]:
+            del self._models[digest]
 
     def chunks(self, digest: bytes) -> Iterator[common_pb2.AssetChunk]:
         """The files in pieces of 1 MiB. Raises NO_WORKER where they are not here (yet)."""

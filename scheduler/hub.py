@@ -152,6 +152,7 @@ class Hub:
             worker.incoming.add(message.asset)
         elif kind == "assets_end" and worker.incoming is not None:
             self.assets.put(worker.hello.model_digest, worker.incoming.files())
+            self.assets.forget_unserved({peer.hello.model_digest for peer in self.workers.values()})
             worker.incoming = None
             self._tell_models()
         elif kind != "heartbeat":

@@ -176,9 +176,15 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             results = await asyncio.gather(reader, writer, return_exceptions=True)
         if peer.cut is not None:
             log.warning("cut off %s: %s", peer.name, peer.cut.message)
-            await abort(context, peer.cut)
+            try:
+                await abort(context, peer.cut)
+            except grpc.aio.InternalError:
+                # gRPC takes no status while a message waits that the peer does not read. It is off the books; its own lease or the
+                # connection's keepalive ends its side.
+                log.info("%s can't be told: it does not read", peer.name)
+                raise asyncio.CancelledError from None
         for result in results:
-            if isinstance(result, Exception) and not isinstance(result, grpc.aio.AioRpcError | grpc.aio.UsageError):
+            if isinstance(result, Exception) and not isinstance(result, grpc.aio.AioRpcError | grpc.aio.BaseError):
                 raise result
 
     async def _read(self, context: Any, peer: Peer, on_message: Callable[[Any], None]) -> None:

@@ -7,9 +7,10 @@ RetryInfo where they help); inside multiplexed streams as the enum itself.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf import any_pb2
@@ -17,7 +18,16 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from octavo.v1 import common_pb2
 
+S = TypeVar("S")
+Q = TypeVar("Q")
+R = TypeVar("R")
+
 DOMAIN = "octavo"
+# A status travels in trailing metadata, of which gRPC takes 8 KiB: the message twice, in percents and in base64.
+_MAX_MESSAGE_BYTES = 512
+_MAX_VIOLATIONS = 8
+_MAX_FIELD_BYTES = 96
+_MAX_DESCRIPTION_BYTES = 192
 
 
 class Reason(enum.IntEnum):
@@ -114,9 +124,10 @@ class OctavoError(Exception):
         return RULES[self.reason]
 
     def to_status(self) -> status_pb2.Status:
-        """The error as google.rpc.Status with its details."""
+        """The error as google.rpc.Status with its details, cut to what trailing metadata holds: a client's text may stand in it."""
         details = [error_details_pb2.ErrorInfo(reason=self.reason.name, domain=DOMAIN)]
-        status = status_pb2.Status(code=_code_number(self.rule.code), message=self.message)
+        message = _cut(self.message, _MAX_MESSAGE_BYTES)
+        status = status_pb2.Status(code=_code_number(self.rule.code), message=message)
         for detail in [*details, *self._bad_request(), *self._retry_info()]:
             packed = any_pb2.Any()
             packed.Pack(detail)
@@ -127,8 +138,10 @@ class OctavoError(Exception):
         if not self.violations:
             return []
         violations = [
-            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-            for v in self.violations
+            error_details_pb2.BadRequest.FieldViolation(
+                field=_cut(v.field, _MAX_FIELD_BYTES), description=_cut(v.description, _MAX_DESCRIPTION_BYTES)
+            )
+            for v in self.violations[:_MAX_VIOLATIONS]
         ]
         return [error_details_pb2.BadRequest(field_violations=violations)]
 
@@ -144,6 +157,27 @@ async def abort(context: Any, error: OctavoError) -> NoReturn:
     """End the call with this error. Never returns."""
     await context.abort_with_status(rpc_status.to_status(error.to_status()))
     raise AssertionError("abort returned")
+
+
+def answers_errors(handler: Callable[[S, Q, Any], Awaitable[R]]) -> Callable[[S, Q, Any], Coroutine[Any, Any, R]]:
+    """A handler `(self, request, context)` whose OctavoErrors become the call's status.
+
+    gRPC keeps the exception that ends a call in the call itself, and an exception keeps every frame that it passed: a cycle, which
+    stays until the collector of cycles comes. So neither the request nor a frame that saw it may be in there: ten refused requests
+    of 10 MB were a gigabyte.
+    """
+
+    @functools.wraps(handler)
+    async def answer(self: S, request: Q, context: Any) -> R:
+        try:
+            return await handler(self, request, context)
+        except OctavoError as caught:
+            error = caught
+        del request
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+        return await abort(context, error)
+
+    return answer
 
 
 def from_rpc_error(error: grpc.RpcError) -> OctavoError | None:
@@ -169,6 +203,14 @@ def from_rpc_error(error: grpc.RpcError) -> OctavoError | None:
     if reason is None:
         return None
     return OctavoError(reason, status.message, violations=violations, retry_after_ms=retry_after_ms)
+
+
+def _cut(text: str, most: int) -> str:
+    """Its beginning, in at most so many bytes of UTF-8."""
+    raw = text[:most].encode(errors="replace")
+    if len(raw) <= most and len(text) <= most:
+        return raw.decode()
+    return raw[: most - 3].decode(errors="ignore") + "…"
 
 
 def _code_number(code: grpc.StatusCode) -> int:

@@ -49,6 +49,7 @@ class Metrics:
         return self.address
 
     def stop(self) -> None:
-        """Close the endpoint."""
-        self._server.shutdown()
-        self._server.server_close()
+        """Close the endpoint, if it was ever opened."""
+        if self.address:
+            self._server.shutdown()
+            self._server.server_close()

@@ -17,6 +17,12 @@ from service.settings import CommonSettings, SettingsError, split_address
 PUBLIC_MESSAGE_BYTES = 16 << 20
 INTERNAL_MESSAGE_BYTES = 64 << 20
 
+KEEPALIVE_MS = 10_000
+KEEPALIVE_TIMEOUT_MS = 10_000
+HANDSHAKE_MS = 10_000
+MAX_CONNECTIONS = 4_096
+MAX_STREAMS = 4_096  # of one connection; a client's further calls wait for the end of others
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -116,4 +122,14 @@ def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
         # Clients may ping every 10 s; more often is answered by GOAWAY too_many_pings.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # A peer that vanished without a word, or whose socket takes nothing any more, is found after a ping and its timeout.
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        # One that connects and says nothing, one that has had nothing to say for long (clients dial again when they have), and many.
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", 600_000),
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
     ]

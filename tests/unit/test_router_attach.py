@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -158,17 +158,26 @@ def run_router(*flags: str) -> subprocess.Popen[str]:
     )
 
 
-def test_the_process_serves_and_ends(tmp_path: Path) -> None:
+def test_the_process_serves_once_it_is_attached_and_ends(tmp_path: Path) -> None:
+    """It would refuse everybody before a scheduler has said what is served."""
     ready = tmp_path / "ready.json"
-    process = run_router("--listen", "127.0.0.1:0", "--scheduler", "127.0.0.1:1", "--ready-file", str(ready))
-    try:
 
-        async def main() -> None:
-            await eventually(ready.exists, 30.0)
-            address = json.loads(ready.read_text())["address"]
+    async def main() -> None:
+        scheduler = FakeScheduler(nothing)
+        scheduler.models = []
+        port = int((await scheduler.start()).rpartition(":")[2])
+        await scheduler.stop()
+        address = f"127.0.0.1:{free_port()}"
+        process = run_router("--listen", address, "--scheduler", f"127.0.0.1:{port}", "--ready-file", str(ready))
+        try:
             async with grpc.aio.insecure_channel(address) as channel:
                 health: Any = health_pb2_grpc.HealthStub(channel)
-                answer = await health.Check(health_pb2.HealthCheckRequest(service="octavo.v1.InferenceService"))
+                service = health_pb2.HealthCheckRequest(service="octavo.v1.InferenceService")
+                answer = await health.Check(service, wait_for_ready=True, timeout=30)
+                assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING and not ready.exists()
+                await scheduler.start(port)
+                await eventually(ready.exists, 30.0)
+                answer = await health.Check(service)
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING
                 stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
                 assert not (await stub.ListModels(inference_pb2.ListModelsRequest())).models
@@ -176,15 +185,41 @@ def test_the_process_serves_and_ends(tmp_path: Path) -> None:
                     await stub.Tokenize(inference_pb2.TokenizeRequest(text="x"))
                 error = from_rpc_error(caught.value)
                 assert error is not None and error.reason is Reason.NO_WORKER
+            process.send_signal(signal.SIGTERM)
+            _, errors = await asyncio.to_thread(process.communicate, timeout=30)
+            assert process.returncode == 0, errors
+            assert not ready.exists()
+        finally:
+            process.kill()
+            process.wait()
+            await scheduler.stop()
 
-        asyncio.run(main())
+    asyncio.run(main())
+
+
+def test_a_process_that_waits_for_a_scheduler_can_be_stopped(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    process = run_router("--listen", address, "--scheduler", "127.0.0.1:1")
+    try:
+        with grpc.insecure_channel(address) as channel:
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=30)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 0, errors
-        assert not ready.exists()
     finally:
         process.kill()
         process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+async def nothing(message: scheduler_pb2.AttachRequest, say: Say) -> None:
+    """A scheduler without workers."""
 
 
 @pytest.mark.parametrize(

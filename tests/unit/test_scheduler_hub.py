@@ -384,3 +384,15 @@ def test_load_is_told_each_heartbeat_whatever_else_is_said() -> None:
         told += sum(message.HasField("load") for message in cluster.from_router())
         cluster.worker.heard_at = now
     assert 10 <= told <= 14
+
+
+def test_assets_of_models_that_nobody_holds_any_more_do_not_pile_up() -> None:
+    cluster = Cluster()
+    for number in range(20):
+        digest = bytes([number]) * 32
+        gone = cluster.enlist(hello(incarnation=100 + number, model=f"m{number}", model_digest=digest))
+        assert digest in cluster.hub.assets
+        cluster.hub.worker_gone(gone, 0.0)
+    kept = [number for number in range(20) if bytes([number]) * 32 in cluster.hub.assets]
+    assert kept == [15, 16, 17, 18, 19]  # the last was held when it came
+    assert DIGEST in cluster.hub.assets

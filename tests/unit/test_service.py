@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.parse
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from octavo.v1 import common_pb2
 
 from service.auth import check_binding, read_token
 from service.columns import check_range, pack, unpack
-from service.errors import RULES, FieldViolation, OctavoError, Reason
+from service.errors import RULES, FieldViolation, OctavoError, Reason, answers_errors
 from service.lifecycle import Lifecycle
+from service.metrics import Metrics
 from service.settings import CommonSettings, SettingsError, flag, parse, split_address
 
 
@@ -146,3 +149,55 @@ def test_a_process_announces_itself_drains_on_sigterm_and_leaves_with_0(tmp_path
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
     assert not ready.exists()
+
+
+@pytest.mark.parametrize("text", ["m", "é", "\U0001f600", "\ud800"])
+def test_an_error_fits_into_trailing_metadata_whatever_text_it_quotes(text: str) -> None:
+    violations = [FieldViolation(text * 1_000, text * 10_000)] * 10_000
+    error = OctavoError(Reason.INVALID_ARGUMENT, text * 1_000_000, violations=violations)
+    status = error.to_status()
+    assert len(urllib.parse.quote(status.message)) + 4 / 3 * status.ByteSize() < 7_000  # gRPC takes 8 KiB
+    assert status.message.endswith("…") or text == "\ud800"
+    assert OctavoError(Reason.INVALID_ARGUMENT, text).to_status().message in (text, "?")
+
+
+def test_a_refused_request_is_freed_though_grpc_keeps_the_exception() -> None:
+    class Request:
+        pass
+
+    class Context:
+        """Keeps what ended the call, as gRPC does."""
+
+        aborted: Exception
+
+        async def abort_with_status(self, status: object) -> None:
+            self.aborted = RuntimeError("aborted")
+            raise self.aborted
+
+    class Service:
+        @answers_errors
+        async def call(self, request: Request, context: Context) -> None:
+            try:
+                raise ValueError(request)
+            except ValueError:
+                raise OctavoError(Reason.INVALID_ARGUMENT, "no") from None
+
+    async def main(context: Context) -> weakref.ref[Request]:
+        request = Request()
+        seen = weakref.ref(request)
+        call = asyncio.ensure_future(Service().call(request, context))
+        del request
+        await asyncio.wait([call])
+        assert isinstance(call.exception(), RuntimeError)
+        return seen
+
+    context = Context()
+    gc.disable()
+    try:
+        assert asyncio.run(main(context))() is None
+    finally:
+        gc.enable()
+
+
+def test_metrics_that_never_started_can_be_stopped() -> None:
+    Metrics().stop()
