@@ -7,10 +7,15 @@ from dataclasses import dataclass
 MATVEC_ROWS = 16
 """Products with at most so many rows take the matrix-vector kernel, larger ones cuBLAS."""
 
+FUSED_ROWS = 4
+"""Products with at most so many rows normalise their input themselves (matvec_fused.cu)."""
+
 SAMPLE_PARTS = 16
 MAX_LOGPROBS = 20
-PREFILL_TILE_ROWS = 128
+WGMMA_ARCHITECTURE = "sm_90a"
 DECODE_WARPS = 4
+
+FUSED_KERNELS = ("matvec_qkv", "matvec_norm_qkv", "matvec_norm_silu", "matvec_norm_float")
 
 Definitions = dict[str, int | str]
 
@@ -67,14 +72,26 @@ class KernelSpec:
 
 
 def matvec_warps(k: int) -> int:
-    """Warps that share K evenly in steps of 32; 0 where the matrix-vector kernel does not fit."""
-    return next((warps for warps in range(8, 0, -1) if k % (32 * warps) == 0), 0)
+    """4 to 8 warps that share K evenly in steps of 32; 0 where the matrix-vector kernel does not fit."""
+    return next((warps for warps in range(8, 3, -1) if k % (32 * warps) == 0), 0)
+
+
+def norm_threads(hidden_size: int) -> int:
+    """Threads that share a row's norm: as many as a product over that row has, since their number decides the bits."""
+    return 32 * (matvec_warps(hidden_size) or 4)
 
 
 def matvec_spec(k: int, max_rows: int, depth: int, common: Definitions) -> KernelSpec:
     """The matrix-vector kernel for `k` columns and up to `max_rows` (8 or 16) rows of x."""
     definitions = {"K": k, "WARPS": matvec_warps(k), "M_MAX": max_rows, "DEPTH": depth, **common}
     return KernelSpec("matvec.cu", definitions, ("matvec", "matvec_float", "matvec_silu"))
+
+
+def fused_spec(max_rows: int, depth: int, shape: KernelShape, heads: Definitions) -> KernelSpec:
+    """Products over hidden_size with norm, rotation and append, for up to `max_rows` (8 or 16) rows of x."""
+    k = shape.hidden_size
+    definitions = {"K": k, "WARPS": matvec_warps(k), "M_MAX": max_rows, "DEPTH": depth, **heads}
+    return KernelSpec("matvec_fused.cu", definitions, FUSED_KERNELS)
 
 
 def matvec_shared_bytes(k: int, max_rows: int, depth: int) -> int:
@@ -84,12 +101,29 @@ def matvec_shared_bytes(k: int, max_rows: int, depth: int) -> int:
     return warps * min(depth, steps) * (2 if steps <= 8 else 2 + max_rows // 8) * 512
 
 
+def normed_shared_bytes(k: int, rows: int, depth: int) -> int:
+    """The same where the block makes its `rows` of x itself."""
+    warps = matvec_warps(k)
+    return warps * min(depth, k // (32 * warps)) * 2 * 512 + rows * (k + 32) * 2
+
+
 def decode_shared_bytes(shape: KernelShape) -> int:
     """Dynamic shared memory of a decode-attention block: the rings of its warps and their results."""
     pieces = 2 * (shape.head_dim // 32) + 4 * (shape.head_dim // 64)
-    rings = DECODE_WARPS * (3 if shape.head_dim == 64 else 2) * pieces * 512
+    rings = DECODE_WARPS * (4 if shape.head_dim == 64 else 2) * pieces * 512
     rows = 8 if shape.num_heads // shape.num_kv_heads <= 8 else 16
     return rings + DECODE_WARPS * rows * (shape.head_dim + 2) * 4 + rows * 8
+
+
+def prefill_tile_rows(head_dim: int, wgmma: bool) -> int:
+    """Pairs (token, query head) of a tile of prefill attention."""
+    return 192 if wgmma and head_dim == 64 else 128
+
+
+def wgmma_shared_bytes(shape: KernelShape) -> int:
+    """Dynamic shared memory of prefill_wgmma: queries, and stages of 128 keys and values."""
+    stages = 3 if shape.head_dim == 64 else 2
+    return (prefill_tile_rows(shape.head_dim, wgmma=True) + 2 * stages * 128) * shape.head_dim * 2
 
 
 def prefill_shared_bytes(shape: KernelShape) -> int:
@@ -97,8 +131,8 @@ def prefill_shared_bytes(shape: KernelShape) -> int:
     return 4 * 64 * shape.head_dim * 2
 
 
-def kernel_specs(shape: KernelShape, matvec_depth: int) -> dict[str, KernelSpec]:
-    """Everything that a model of this shape runs, by a name for launcher.py."""
+def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> dict[str, KernelSpec]:
+    """Everything that a model of this shape runs on `architecture`, by a name for launcher.py."""
     common: Definitions = {"FLOAT16": 1} if shape.float16 else {}
     heads: Definitions = {
         "HEADS": shape.num_heads,
@@ -109,10 +143,11 @@ def kernel_specs(shape: KernelShape, matvec_depth: int) -> dict[str, KernelSpec]
     }
     qk_norm: Definitions = {"QK_NORM": 1} if shape.qk_norm else {}
     hidden: Definitions = {"HIDDEN": shape.hidden_size, **common}
+    norm: Definitions = {"THREADS": norm_threads(shape.hidden_size), **hidden}
     rows = ("apply_plan", "prepare_tokens", "plan_decode", "count_tokens")
     specs = {
         "embedding": KernelSpec("embedding.cu", hidden, ("embedding",)),
-        "rms_norm": KernelSpec("rms_norm.cu", hidden, ("rms_norm", "rms_norm_add")),
+        "rms_norm": KernelSpec("rms_norm.cu", norm, ("rms_norm", "rms_norm_add")),
         "silu_mul": KernelSpec("silu_mul.cu", {"WIDE": shape.intermediate_size, **common}, ("silu_mul",)),
         "qkv_epilogue": KernelSpec("qkv_epilogue.cu", {**heads, **qk_norm}, ("qkv_epilogue",)),
         "decode_attention": KernelSpec("decode_attention.cu", {**heads, "SPLIT": shape.split}, ("decode_attention",)),
@@ -123,8 +158,13 @@ def kernel_specs(shape: KernelShape, matvec_depth: int) -> dict[str, KernelSpec]
         "truncated_sample": KernelSpec("truncated_sample.cu", {}, ("choose_truncated",)),
         "logprobs": KernelSpec("logprobs.cu", {"WANTED": MAX_LOGPROBS}, ("logprobs",)),
     }
+    if architecture == WGMMA_ARCHITECTURE:
+        specs["prefill_wgmma"] = KernelSpec("prefill_wgmma.cu", heads, ("prefill_wgmma",))
     for k in sorted({shape.hidden_size, shape.q_size, shape.intermediate_size}):
         if matvec_warps(k):
             for max_rows in (8, 16):
                 specs[f"matvec-{k}-{max_rows}"] = matvec_spec(k, max_rows, matvec_depth, common)
+    if matvec_warps(shape.hidden_size) and not shape.qk_norm:
+        for max_rows in (8, 16):
+            specs[f"fused-{max_rows}"] = fused_spec(max_rows, matvec_depth, shape, heads)
     return specs

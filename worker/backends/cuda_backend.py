@@ -115,7 +115,7 @@ class CudaBackend:
             weights = upload_weights(self._model_dir, config, dtype, upload)
             loaded = torch.cuda.memory_allocated(self._device)
             library = KernelLibrary(
-                compiler, kernel_specs(shape, depth), settings.device, overlap=properties.major >= 9
+                compiler, kernel_specs(shape, depth, architecture), settings.device, overlap=properties.major >= 9
             )
             ops = KernelOps(library, shape, self._core_stream, properties.multi_processor_count, depth)
             self._allocate(config, shape, weights, ops, longest, dtype)
@@ -244,7 +244,7 @@ class CudaBackend:
             if decode_only:
                 self._graphs.run(("forward", bucket), partial(self._decode, bucket))
             else:
-                tiles = prefill_tiles(step.num_scheduled, context_lens, self._group)
+                tiles = prefill_tiles(step.num_scheduled, context_lens, self._group, self._ops.prefill_tile_rows)
                 self._prepare(count)
                 on_device = upload(tiles, self._device) if len(tiles) else None
                 self._decoder.forward(total, self._step, count, on_device, bool((scheduled == 1).any()))
@@ -387,6 +387,6 @@ def _longest_context(config: ModelConfig) -> int:
 
 
 def _poison(space: Workspace) -> None:
-    for name in ("hidden", "normed", "qkv", "attended", "projected", "gate_up", "activated"):
+    for name in ("hidden", "spare", "normed", "qkv", "attended", "projected", "gate_up", "activated"):
         getattr(space, name).fill_(float("nan"))
     space.scratch.partials.fill_(float("nan"))
