@@ -25,13 +25,13 @@ from kernels.cache import CubinCache, default_directory
 from kernels.compiler import Compiler, architecture_of
 from kernels.launcher import KernelLibrary
 from kernels.ops import DecodeItems, DecodeScratch, KernelOps, StepTensors
-from kernels.shapes import KernelShape, kernel_specs
+from kernels.shapes import KernelShape, decode_split, kernel_specs
 from worker.backends.cuda_model import prefill_tiles
 from worker.backends.cuda_rows import DeviceRows
 from worker.backends.cuda_sampler import CudaSampler
 from worker.step import NewRow, SamplingParams, Step
 
-LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False)
+LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False, split=decode_split(64))
 LLAMA_8B = KernelShape(4096, 14336, 32, 8, 128, 16, qk_norm=False, float16=False)
 VOCAB = 128_256
 
@@ -141,7 +141,7 @@ def products(bench: Bench, ops: KernelOps) -> None:
 def attention(bench: Bench, shape: KernelShape, name: str) -> None:
     """Decode over several batch shapes, prefill of 8,192 tokens."""
     ops = make_ops(shape)
-    for rows, context in ((1, 640), (1, 8192), (32, 4096), (256, 384)):
+    for rows, context in ((1, 640), (1, 8192), (32, 4096), (256, 384), (256, 1024)):
         blocks = -(-context // 16)
         copies = 4 if rows * context < 50_000 else 1
         caches = [random(2, rows * blocks, shape.num_kv_heads, 16, shape.head_dim) for _ in range(copies)]

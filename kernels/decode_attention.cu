@@ -16,20 +16,22 @@
 //      quarter warp touched four lines at once and the L2 moved every sector twice: half the speed)
 //   5. the last block of a row to finish merges (threadfence and a counter): no second launch
 //   6. an item is one record, and the next item's record and first tokens are on their way while this one is finished
-//   7. only iterations that have tokens, so that the copies in flight never thin out at an item's end; and what earlier steps wrote is
-//      fetched before the wait, while the QKV product still runs (this one). Items of 256 tokens instead of 512 cost a quarter of the
-//      speed at 256 rows: merging across blocks takes as long as streaming 100 tokens
+//   7. only iterations that have tokens, so that the copies in flight never thin out at an item's end
+//   8. what earlier steps wrote is fetched before the wait, while the QKV product still runs. Behind the wait the next kernels' weights
+//      stand in the memory's queue, 25 MB at the 1b shape, and every load takes 5 us
+//   9. eight warps and items of 1,024 tokens for HEAD_DIM 64 (this one): merging across blocks is four more trips to memory behind that
+//      queue, and takes as long as streaming 100 tokens when the memory is busy (items of 256 instead of 512 cost a quarter of the speed
+//      at 256 rows)
 //
 // The split size is fixed and splits lie at absolute positions, so a row's result does not depend on its neighbours.
 #include "common.cuh"
 
-#define WARPS 4
+// WARPS of a block, of which BLOCKS are resident at once; iterations of 16 tokens in flight in each warp: DEPTH.
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int M_TILES = (GROUP + 15) / 16;             // blocks of 16 query heads
 constexpr bool HALF_TILE = GROUP <= 8;                 // rows 8..15 of the tile are empty
 constexpr int CHUNKS = HEAD_DIM / 8;                   // 16-byte pieces of a key
 constexpr int PIECES = 16 * CHUNKS / 32;               // of a lane for 16 keys
-constexpr int DEPTH = HEAD_DIM == 64 ? 4 : 2;          // iterations of 16 tokens in flight in each warp
 constexpr int N_TILES = HEAD_DIM / 8;
 constexpr int STEP = 16 * WARPS;                       // tokens of a block in one iteration
 constexpr int TILE_ROWS = HALF_TILE ? 8 : 16;
@@ -100,9 +102,10 @@ __device__ __forceinline__ int place_of(int token, int chunk) {
 }
 
 // A warp copies 16 tokens, neighbouring lanes neighbouring bytes: a block's tokens of one head are one run of memory.
-// EARLY: before the wait, where L1 may hold an older step's block table.
+// EARLY: before the wait, where L1 may hold an older step's block table, and token `newest` does not stand in the cache yet.
 template <bool EARLY>
-__device__ __forceinline__ void copy_tokens(uint4* stage, const uint4* keys, const uint4* values, const Item& item, int first) {
+__device__ __forceinline__ void copy_tokens(uint4* stage, const uint4* keys, const uint4* values, const Item& item, int first,
+                                            int newest = -1) {
   int lane = threadIdx.x % 32;
   const int* block_id = item.blocks + first / BLOCK_SIZE;
   size_t block = first >= item.end ? 0 : EARLY ? __ldcg(block_id) : *block_id;
@@ -111,10 +114,19 @@ __device__ __forceinline__ void copy_tokens(uint4* stage, const uint4* keys, con
   for (int i = 0; i < PIECES; i++) {
     int at = i * 32 + lane, token = at / CHUNKS;
     bool valid = first + token >= item.begin && first + token < item.end;
+    if (EARLY && first + token == newest) continue;
     int place = place_of(token, at % CHUNKS);
     copy16(stage + place, keys + (valid ? base + at : 0), valid);
     copy16(stage + PIECES * 32 + place, values + (valid ? base + at : 0), valid);
   }
+}
+
+// One token of a stage, from block `block` of the cache.
+__device__ __forceinline__ void copy_token(uint4* stage, const uint4* keys, const uint4* values, int token, size_t block) {
+  int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
+  if (lane >= 2 * CHUNKS) return;
+  size_t from = (block * KV_HEADS * BLOCK_SIZE + token % BLOCK_SIZE) * CHUNKS + chunk;
+  copy16(stage + (lane < CHUNKS ? 0 : PIECES * 32) + place_of(token % 16, chunk), (lane < CHUNKS ? keys : values) + from, true);
 }
 
 __device__ __forceinline__ void load_query(uint4 (&q)[HEAD_DIM / 32][2], const uint4* qkv, const Item& item, int first_head, int heads) {
@@ -265,7 +277,7 @@ __device__ __forceinline__ void merge_splits(const float* partials, int count, s
 
 // RULE: the kernel before this one in the stream lets this one start only after its own wait (qkv_epilogue, matvec_qkv). So what older
 // kernels wrote (the work list, the block table, the cache without this step's tokens) may be read before the wait.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM == 64 ? 3 : 2)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, const int* block_table, int max_blocks,
                  const int4* items, const int* num_items, float scale, float* partials, int* arrived, elem* __restrict__ out) {
   constexpr size_t STRIDE = (size_t)HEADS * PARTIAL;
@@ -285,20 +297,18 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   Walk fed, eaten;
   fed.start(items, count, block_table, max_blocks);
   eaten = fed;
-  // The newest token of a row, in its last split, is this step's: its 16 tokens are fetched after the wait.
+  // The newest token of a row, in its last split, is this step's: it is fetched after the wait, by the warp whose it is.
   bool newest_here = (int)blockIdx.x - fed.now.first_item == fed.now.splits - 1;
-  int newest = newest_here ? fed.now.end - 1 : -1, stale = 0;
-  auto holds_newest = [&](int first) { return first <= newest && newest < first + 16; };
-  for (; stale < DEPTH && fed.more() && fed.at == blockIdx.x; stale++, fed.next_iteration()) {
+  int newest = newest_here ? fed.now.end - 1 : -1, newest_stage = -1, early = 0;
+  size_t newest_block = newest_here ? __ldcg(fed.now.blocks + newest / BLOCK_SIZE) : 0;
+  for (; early < DEPTH && fed.more() && fed.at == blockIdx.x; early++, fed.next_iteration()) {
     int first = fed.now.token_of(fed.iteration);
-    if (!holds_newest(first)) copy_tokens<true>(ring + stale * STAGE_VECTORS, keys, values, fed.now, first);
+    copy_tokens<true>(ring + early * STAGE_VECTORS, keys, values, fed.now, first, newest);
+    if (first <= newest && newest < first + 16) newest_stage = early;
   }
   wait_for_previous();
-  for (int i = 0; i < stale; i++) {
-    int first = eaten.now.token_of(eaten.iteration + i);
-    if (holds_newest(first)) copy_tokens<false>(ring + i * STAGE_VECTORS, keys, values, eaten.now, first);
-  }
-  for (int i = stale; i < DEPTH && fed.more(); i++, fed.next_iteration())
+  if (newest_stage >= 0) copy_token(ring + newest_stage * STAGE_VECTORS, keys, values, newest, newest_block);
+  for (int i = early; i < DEPTH && fed.more(); i++, fed.next_iteration())
     copy_tokens<false>(ring + i * STAGE_VECTORS, keys, values, fed.now, fed.now.token_of(fed.iteration));
 #pragma unroll
   for (int i = 0; i < DEPTH; i++) end_group();  // all in the first; the others are empty

@@ -19,15 +19,15 @@
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 matvec(const elem* __restrict__ w, const elem* x, elem* __restrict__ y, int n, int m) {
-  walk<false>((n + 15) / 16, Plain{x}, m, Neighbours{w, n}, Nothing{}, StoreTile<elem>{y, n, n});
+  walk<false>((n + 15) / 16, Plain{x}, m, Neighbours{w, n}, Nothing{}, Nothing{}, StoreTile<elem>{y, n, n});
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 matvec_float(const elem* __restrict__ w, const elem* x, float* __restrict__ y, int n, int m, int stride) {
-  walk<false>((n + 15) / 16, Plain{x}, m, Neighbours{w, n}, Nothing{}, StoreTile<float>{y, n, stride});
+  walk<false>((n + 15) / 16, Plain{x}, m, Neighbours{w, n}, Nothing{}, Nothing{}, StoreTile<float>{y, n, stride});
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 matvec_silu(const elem* __restrict__ w, const elem* __restrict__ bias, const elem* x, elem* __restrict__ y, int n, int m) {
-  walk<false>((n + 7) / 8, Plain{x}, m, GateAndUp{w, n}, Nothing{}, StoreSilu{y, bias, n});
+  walk<false>((n + 7) / 8, Plain{x}, m, GateAndUp{w, n}, Nothing{}, Nothing{}, StoreSilu{y, bias, n});
 }

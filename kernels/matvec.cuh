@@ -40,12 +40,12 @@ __device__ __forceinline__ void multiply(float (&c)[TILES][4], const uint4* weig
 }
 
 // Walks over the tiles blockIdx.x, + gridDim.x, ... For each, rows_of(tile, row_in_8, low, high) says which rows of w a lane copies,
-// before(tile) loads what the store will need, and store(tile, m, column, low, high) gets the sums of rows `column` and `column + 8` of
+// early() loads what before(tile) needs, that loads what the store will need, and store(tile, m, column, low, high) gets the sums of rows `column` and `column + 8` of
 // the tile for row m of x, at most one a thread: m = threadIdx.x / 8. Each thread keeps a ring of AHEAD steps in shared memory and reads
 // only its own pieces; rows of x that a Source makes (IN_SHARED) lie behind the rings.
 // LATE: the next kernel may read what stood before this one before its own wait.
-template <bool LATE, typename Source, typename RowsOf, typename Before, typename Store>
-__device__ __forceinline__ void walk(int tiles, Source source, int m, RowsOf rows_of, Before before, Store store) {
+template <bool LATE, typename Source, typename RowsOf, typename Early, typename Before, typename Store>
+__device__ __forceinline__ void walk(int tiles, Source source, int m, RowsOf rows_of, Early early, Before before, Store store) {
   constexpr bool X_IN_RING = !X_STAYS && !Source::IN_SHARED;
   constexpr int PIECES = X_IN_RING ? 2 + TILES : 2;  // 16-byte pieces of a thread and step: two rows of w, then x
   extern __shared__ uint4 ring[];
@@ -81,8 +81,9 @@ __device__ __forceinline__ void walk(int tiles, Source source, int m, RowsOf row
   }
   source.before_wait();
   wait_for_previous();
-  if (LATE) let_next_start();
+  early();
   source.after_wait(made, m);
+  if (LATE) let_next_start();  // and only now, so that the next kernels' weights do not stand before x in the memory's queue
   uint4 resident[X_STAYS ? STEPS : 1][TILES];
   if constexpr (X_STAYS) {
 #pragma unroll
@@ -200,5 +201,6 @@ struct StoreSilu {
 };
 
 struct Nothing {
+  __device__ void operator()() const {}
   __device__ void operator()(int) const {}
 };

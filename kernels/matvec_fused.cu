@@ -78,7 +78,7 @@ struct QkvTensors {
 // The tile's eight rows d and eight rows d + HEAD_DIM / 2 of one head.
 template <typename Source>
 __device__ __forceinline__ void qkv_of(const QkvTensors& a, Source source, int m) {
-  int slot = -1;
+  int slot = -1, position = 0;
   float cos_low = 1, cos_high = 1, sin_low = 0, sin_high = 0, bias_low = 0, bias_high = 0;
   auto head_of = [](int tile) { return tile / TILES_PER_HEAD; };
   auto low_of = [](int tile, int g) { return tile % TILES_PER_HEAD * 8 + g; };
@@ -88,12 +88,14 @@ __device__ __forceinline__ void qkv_of(const QkvTensors& a, Source source, int m
         low = a.w + ((size_t)head_of(tile) * HEAD_DIM + low_of(tile, g)) * K;
         high = low + (size_t)(HEAD_DIM / 2) * K;
       },
+      [&] {
+        if (threadIdx.x / 8 < m) slot = a.slots[threadIdx.x / 8], position = a.positions[threadIdx.x / 8];
+      },
       [&](int tile) {
         int row = threadIdx.x / 8, d = low_of(tile, threadIdx.x % 8), head = head_of(tile);
         if (row >= m) return;
-        slot = a.slots[row];
         if (head < HEADS + KV_HEADS) {
-          size_t at = (size_t)max(a.positions[row], 0) * HEAD_DIM + d;
+          size_t at = (size_t)max(position, 0) * HEAD_DIM + d;
           cos_low = a.cos[at], cos_high = a.cos[at + HEAD_DIM / 2], sin_low = a.sin[at], sin_high = a.sin[at + HEAD_DIM / 2];
         }
         if (a.bias) bias_low = to_float(a.bias[head * HEAD_DIM + d]), bias_high = to_float(a.bias[head * HEAD_DIM + d + HEAD_DIM / 2]);
@@ -138,13 +140,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 matvec_norm_silu(const elem* __restrict__ w, const elem* __restrict__ bias, elem* __restrict__ y, int n, const uint4* added,
                  const uint4* residual, const uint4* __restrict__ added_bias, const uint4* __restrict__ norm, const int* rows,
                  uint4* residual_out, float epsilon, int m) {
-  walk<false>((n + 7) / 8, Normed{added, residual, added_bias, norm, rows, residual_out, epsilon, {}}, m, GateAndUp{w, n}, Nothing{},
+  walk<false>((n + 7) / 8, Normed{added, residual, added_bias, norm, rows, residual_out, epsilon, {}}, m, GateAndUp{w, n}, Nothing{}, Nothing{},
               StoreSilu{y, bias, n});
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 matvec_norm_float(const elem* __restrict__ w, float* __restrict__ y, int n, int stride, const uint4* added, const uint4* residual,
                   const uint4* __restrict__ added_bias, const uint4* __restrict__ norm, const int* rows, float epsilon, int m) {
-  walk<false>((n + 15) / 16, Normed{added, residual, added_bias, norm, rows, nullptr, epsilon, {}}, m, Neighbours{w, n}, Nothing{},
+  walk<false>((n + 15) / 16, Normed{added, residual, added_bias, norm, rows, nullptr, epsilon, {}}, m, Neighbours{w, n}, Nothing{}, Nothing{},
               StoreTile<float>{y, n, stride});
 }

@@ -13,12 +13,14 @@ from cuda.core import Stream
 
 from kernels.launcher import Float, Int, KernelLibrary
 from kernels.shapes import (
+    DECODE_FEW_ROWS,
     FUSED_KERNELS,
     FUSED_ROWS,
     MATVEC_ROWS,
     SAMPLE_PARTS,
     KernelShape,
     decode_shared_bytes,
+    decode_warps,
     matvec_shared_bytes,
     matvec_warps,
     norm_threads,
@@ -102,7 +104,10 @@ class KernelOps:
         # Two blocks a multiprocessor stream weights; a third place is left for the next kernel's first copies.
         self._matvec_blocks = 2 * multiprocessors
         self._scale = Float(math.log2(math.e) / math.sqrt(shape.head_dim))
-        library.allow_shared("decode_attention", "decode_attention", decode_shared_bytes(shape))
+        for few in (False, True):
+            name = "decode_attention-few" if few else "decode_attention"
+            if name in library:
+                library.allow_shared(name, "decode_attention", decode_shared_bytes(shape, few))
         library.allow_shared("prefill_attention", "prefill_attention", prefill_shared_bytes(shape))
         self._wgmma = "prefill_wgmma" in library
         if self._wgmma:
@@ -290,16 +295,16 @@ class KernelOps:
         kernels wrote before its own wait.
         """
         shape = self._shape
-        heads = shape.num_kv_heads * shape.decode_tiles
+        heads, warps = shape.num_kv_heads * shape.decode_tiles, decode_warps(shape.head_dim)
         # Blocks walk over the items. For many rows twice as many as are resident at once, so that late starters even out the end; for
-        # few rows so few that all are resident and the next kernel can start.
-        each = min(rows, 3) if rows <= MATVEC_ROWS else 6 if shape.head_dim == 64 else 4
-        grid = (max(1, self._multiprocessors * each // heads), heads)
+        # few rows one a multiprocessor, with all its tokens under way before the wait.
+        few = rows <= DECODE_FEW_ROWS and "decode_attention-few" in self._library
+        blocks = max(1, self._multiprocessors * (1 if few else 4) // heads)
         self._launch(
-            "decode_attention", "decode_attention", grid, 128,
+            "decode_attention-few" if few else "decode_attention", "decode_attention", (blocks, heads), warps * 32,
             _at(qkv), _at(cache), cache.stride(0) // 8, _at(step.block_table), Int(step.block_table.shape[1]),
             _at(work.items), _at(work.num_items), self._scale, _at(scratch.partials), _at(scratch.arrived), _at(out),
-            shared_bytes=decode_shared_bytes(shape),
+            shared_bytes=decode_shared_bytes(shape, few),
         )  # fmt: skip
 
     def prefill_attention(
@@ -325,6 +330,11 @@ class KernelOps:
     def apply_plan(self, arena: Tensor, plan: Tensor, segments_at: int, segments: int) -> None:
         """Spread a plan over the arena: `segments` triples start at plan[segments_at]."""
         self._launch("row_state", "apply_plan", (segments,), 128, _at(arena), _at(plan), Int(segments_at))
+
+    def copy_words(self, to: Tensor, source: Tensor) -> None:
+        """Copy int32 tensors of one size; either may be pinned, and then stays untouched by the host until the step has ended."""
+        words = to.numel()
+        self._launch("row_state", "copy_words", (-(-words // 256),), 256, _at(to), _at(source), Int(words))
 
     def prepare_tokens(
         self,

@@ -13,7 +13,8 @@ FUSED_ROWS = 4
 SAMPLE_PARTS = 16
 MAX_LOGPROBS = 20
 WGMMA_ARCHITECTURE = "sm_90a"
-DECODE_WARPS = 4
+DECODE_FEW_ROWS = 8
+"""Decode attention of at most so many rows fetches more of a row before it waits, at one block a multiprocessor."""
 
 FUSED_KERNELS = ("matvec_qkv", "matvec_norm_qkv", "matvec_norm_silu", "matvec_norm_float")
 
@@ -36,7 +37,7 @@ class KernelShape:
     block_size: int
     qk_norm: bool
     float16: bool
-    split: int = 512  # tokens of a decode-attention item
+    split: int = 512  # tokens of a decode-attention item, a multiple of 128
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 128):
@@ -107,12 +108,40 @@ def normed_shared_bytes(k: int, rows: int, depth: int) -> int:
     return warps * min(depth, k // (32 * warps)) * 2 * 512 + rows * (k + 32) * 2
 
 
-def decode_shared_bytes(shape: KernelShape) -> int:
+def decode_warps(head_dim: int) -> int:
+    """Warps of a decode-attention block."""
+    return 8 if head_dim == 64 else 4
+
+
+def decode_split(head_dim: int) -> int:
+    """Tokens of a decode-attention item: what one block streams well, so that most rows need no merging across blocks."""
+    return 1024 if head_dim == 64 else 512
+
+
+def decode_depth(head_dim: int, few: bool) -> int:
+    """Iterations of 16 tokens a warp under way in decode attention."""
+    if few:
+        return 4
+    return 3 if head_dim == 64 else 2
+
+
+def decode_shared_bytes(shape: KernelShape, few: bool) -> int:
     """Dynamic shared memory of a decode-attention block: the rings of its warps and their results."""
-    pieces = 2 * (shape.head_dim // 32) + 4 * (shape.head_dim // 64)
-    rings = DECODE_WARPS * (4 if shape.head_dim == 64 else 2) * pieces * 512
+    warps, pieces = decode_warps(shape.head_dim), shape.head_dim // 8
+    rings = warps * decode_depth(shape.head_dim, few) * pieces * 512
     rows = 8 if shape.num_heads // shape.num_kv_heads <= 8 else 16
-    return rings + DECODE_WARPS * rows * (shape.head_dim + 2) * 4 + rows * 8
+    return rings + warps * rows * (shape.head_dim + 2) * 4 + rows * 8
+
+
+def decode_spec(shape: KernelShape, few: bool, heads: Definitions) -> KernelSpec:
+    """Decode attention, for a step of few rows or of many."""
+    sizes: Definitions = {
+        "SPLIT": shape.split,
+        "WARPS": decode_warps(shape.head_dim),
+        "DEPTH": decode_depth(shape.head_dim, few),
+        "BLOCKS": 1 if few else 2,
+    }
+    return KernelSpec("decode_attention.cu", {**heads, **sizes}, ("decode_attention",))
 
 
 def prefill_tile_rows(head_dim: int, wgmma: bool) -> int:
@@ -144,13 +173,13 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
     qk_norm: Definitions = {"QK_NORM": 1} if shape.qk_norm else {}
     hidden: Definitions = {"HIDDEN": shape.hidden_size, **common}
     norm: Definitions = {"THREADS": norm_threads(shape.hidden_size), **hidden}
-    rows = ("apply_plan", "prepare_tokens", "plan_decode", "count_tokens")
+    rows = ("apply_plan", "copy_words", "prepare_tokens", "plan_decode", "count_tokens")
     specs = {
         "embedding": KernelSpec("embedding.cu", hidden, ("embedding",)),
         "rms_norm": KernelSpec("rms_norm.cu", norm, ("rms_norm", "rms_norm_add")),
         "silu_mul": KernelSpec("silu_mul.cu", {"WIDE": shape.intermediate_size, **common}, ("silu_mul",)),
         "qkv_epilogue": KernelSpec("qkv_epilogue.cu", {**heads, **qk_norm}, ("qkv_epilogue",)),
-        "decode_attention": KernelSpec("decode_attention.cu", {**heads, "SPLIT": shape.split}, ("decode_attention",)),
+        "decode_attention": decode_spec(shape, False, heads),
         "prefill_attention": KernelSpec("prefill_attention.cu", heads, ("prefill_attention",)),
         "row_state": KernelSpec("row_state.cu", {"BLOCK_SIZE": shape.block_size, "SPLIT": shape.split}, rows),
         "process_logits": KernelSpec("process_logits.cu", {"PARTS": SAMPLE_PARTS}, ("process_logits",)),
@@ -158,6 +187,8 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
         "truncated_sample": KernelSpec("truncated_sample.cu", {}, ("choose_truncated",)),
         "logprobs": KernelSpec("logprobs.cu", {"WANTED": MAX_LOGPROBS}, ("logprobs",)),
     }
+    if matvec_depth == 8:  # so much shared memory
+        specs["decode_attention-few"] = decode_spec(shape, True, heads)
     if architecture == WGMMA_ARCHITECTURE:
         specs["prefill_wgmma"] = KernelSpec("prefill_wgmma.cu", heads, ("prefill_wgmma",))
     for k in sorted({shape.hidden_size, shape.q_size, shape.intermediate_size}):
