@@ -16,9 +16,10 @@
 //      quarter warp touched four lines at once and the L2 moved every sector twice: half the speed)
 //   5. the last block of a row to finish merges (threadfence and a counter): no second launch
 //   6. an item is one record, and the next item's record and first tokens are on their way while this one is finished
-//   7. only iterations that have tokens, so that the copies in flight never thin out at an item's end
-//   8. what earlier steps wrote is fetched before the wait, while the QKV product still runs. Behind the wait the next kernels' weights
-//      stand in the memory's queue, 25 MB at the 1b shape, and every load takes 5 us
+//   7. every warp goes its own way through its own tokens of the block's items, so that the copies in flight never thin out at an
+//      item's end
+//   8. what earlier steps wrote is fetched before the wait, while the QKV product still runs, and the next kernels start once the rest
+//      is here: when their weights (25 MB at the 1b shape) are in the memory's queue, every load takes microseconds
 //   9. eight warps and items of 1,024 tokens for HEAD_DIM 64 (this one): merging across blocks is four more trips to memory behind that
 //      queue, and takes as long as streaming 100 tokens when the memory is busy (items of 256 instead of 512 cost a quarter of the speed
 //      at 256 rows)
@@ -52,11 +53,10 @@ struct Item {
   int first_item, splits;      // of the row
   const int* blocks;
 
-  // First token of a warp in an iteration. Iterations lie at absolute positions, 0 at a multiple of SPLIT; those without tokens are
-  // left out.
+  // Each warp has every WARPS-th 16 tokens, by absolute position, and leaves out what lies outside [begin, end).
   __device__ int token_of(int iteration) const { return begin / SPLIT * SPLIT + iteration * STEP + threadIdx.x / 32 * 16; }
-  __device__ int first_iteration() const { return begin % SPLIT / STEP; }
-  __device__ int iterations() const { return ((end - 1) % SPLIT) / STEP + 1; }
+  __device__ int first_iteration() const { return (begin % SPLIT / 16 + WARPS - 1 - (int)threadIdx.x / 32) / WARPS; }
+  __device__ int iterations() const { return ((end - 1) % SPLIT / 16 + WARPS - (int)threadIdx.x / 32) / WARPS; }
 };
 
 __device__ __forceinline__ Item load_item(const int4* items, int at, const int* block_table, int max_blocks) {
@@ -81,8 +81,9 @@ struct Walk {
     at += gridDim.x, now = next;
     enter();
   }
-  __device__ __forceinline__ void next_iteration() {
-    if (++iteration == iterations) next_item();
+  __device__ __forceinline__ void next_iteration() { iteration++, skip_items(); }
+  __device__ __forceinline__ void skip_items() {  // that have nothing for this warp
+    while (more() && iteration >= iterations) next_item();
   }
   __device__ __forceinline__ void enter() {
     iteration = now.first_iteration(), iterations = now.iterations();
@@ -108,7 +109,7 @@ __device__ __forceinline__ void copy_tokens(uint4* stage, const uint4* keys, con
                                             int newest = -1) {
   int lane = threadIdx.x % 32;
   const int* block_id = item.blocks + first / BLOCK_SIZE;
-  size_t block = first >= item.end ? 0 : EARLY ? __ldcg(block_id) : *block_id;
+  size_t block = EARLY ? __ldcg(block_id) : *block_id;
   size_t base = (block * KV_HEADS * BLOCK_SIZE + first % BLOCK_SIZE) * CHUNKS;
 #pragma unroll
   for (int i = 0; i < PIECES; i++) {
@@ -288,7 +289,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   const uint4* values = keys + values_offset;
   uint4* ring = shared + warp * RING_VECTORS;
   __shared__ int last;
-  let_next_start();
+  bool next_may_start = false;
   int count = __ldcg(num_items);
   if (blockIdx.x >= count) {
     if (blockIdx.x == 0) wait_for_previous();  // some block must: this kernel's end implies the end of all before it
@@ -297,6 +298,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   Walk fed, eaten;
   fed.start(items, count, block_table, max_blocks);
   eaten = fed;
+  fed.skip_items();
   // The newest token of a row, in its last split, is this step's: it is fetched after the wait, by the warp whose it is.
   bool newest_here = (int)blockIdx.x - fed.now.first_item == fed.now.splits - 1;
   int newest = newest_here ? fed.now.end - 1 : -1, newest_stage = -1, early = 0;
@@ -314,7 +316,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   for (int i = 0; i < DEPTH; i++) end_group();  // all in the first; the others are empty
   uint4 q[HEAD_DIM / 32][2];
   load_query(q, qkv, eaten.now, first_head, heads);
-  for (int place = 0; eaten.more(); eaten.next_item()) {
+  for (int place = 0;;) {
     const Item& item = eaten.now;
     Running run = {};
     run.maximum[0] = run.maximum[1] = -INF;
@@ -322,14 +324,13 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
     for (int i = eaten.iteration; i < eaten.iterations; i++) {
       copies_done<DEPTH - 1>();
       __syncwarp();  // of all lanes
-      int first = item.token_of(i);
       uint4* stage = ring + place * STAGE_VECTORS;
-      if (first < item.end && first + 16 > item.begin) {
-        float s[2][4] = {};
-        scores(s, stage, q);
-        soften(run, s, first, item, scale);
-        add_values(run, s, stage);
-      }
+      float s[2][4] = {};
+      scores(s, stage, q);
+      soften(run, s, item.token_of(i), item, scale);
+      add_values(run, s, stage);
+      // Only now that the query and the newest token are here, so that they do not stand behind the next kernels' weights.
+      if (!next_may_start) let_next_start(), next_may_start = true;
       __syncwarp();  // the stage has been read
       if (fed.more()) {
         copy_tokens<false>(stage, keys, values, fed.now, fed.now.token_of(fed.iteration));
@@ -338,7 +339,8 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
       end_group();  // also where it is empty: the count of pending groups stays the same
       place = (place + 1) % DEPTH;
     }
-    load_query(q, qkv, eaten.next, first_head, heads);
+    bool more = eaten.at + (int)gridDim.x < count;
+    if (more) load_query(q, qkv, eaten.next, first_head, heads);
     Merged result = merge_warps(run);
     elem* target = out + ((size_t)item.token * HEADS + first_head) * HEAD_DIM;
     if (item.splits == 1) {
@@ -363,5 +365,8 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
       __syncthreads();
       if (last) merge_splits(partials + item.first_item * STRIDE + first_head * PARTIAL, item.splits, STRIDE, heads, target);
     }
+    // Nothing is loaded in vain: a block does not end before its loads, which stand behind the next kernels' weights.
+    if (!more) break;
+    eaten.next_item();
   }
 }

@@ -83,7 +83,8 @@ __device__ __forceinline__ void walk(int tiles, Source source, int m, RowsOf row
   wait_for_previous();
   early();
   source.after_wait(made, m);
-  if (LATE) let_next_start();  // and only now, so that the next kernels' weights do not stand before x in the memory's queue
+  // Only now that x is here, so that the next kernels' weights do not stand before it in the memory's queue.
+  if (LATE && Source::IN_SHARED) let_next_start();
   uint4 resident[X_STAYS ? STEPS : 1][TILES];
   if constexpr (X_STAYS) {
 #pragma unroll
@@ -118,6 +119,7 @@ __device__ __forceinline__ void walk(int tiles, Source source, int m, RowsOf row
         }
         multiply(c, from, now);
       }
+      if (LATE && !Source::IN_SHARED && step == 0 && tile == (int)blockIdx.x) let_next_start();
       // The step that takes this one's place in the ring: of this tile, or of the next one.
       int coming = step + AHEAD;
       if (coming < STEPS) {
