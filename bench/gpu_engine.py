@@ -1,10 +1,11 @@
 """Offline figures of the cuda backend on one GPU, as JSON: one stream, batches, first token of a long prompt, start-up.
 
-    python -m bench.gpu_engine MODEL_DIR|NAME [--out FILE] [--workloads w1,w2-64,w2-256,w4-8192,w4-32768]
+    python -m bench.gpu_engine MODEL_DIR|NAME [--out FILE] [--workloads w1,w2-64,w3,w4-8192,...]
 
 NAME is one of bench/gpu_models.py (random weights, fixed seed), written below --models. W1: one stream, 128 + 512 tokens.
-W2: n streams of 128 + 256. W4: the first token of a prompt of n tokens. Greedy; each workload once to warm up, then three times,
-the best counts.
+W2: n streams of 128 + 256. W3: 256 requests of 100 to 1,024 tokens in and out, temperature 0.6 (nano-vllm's bench.py, the same
+draws). W4: the first token of a prompt of n tokens. W5: 128 requests of 64 + 64 tokens behind a shared prefix of 2,048, which is
+computed once, at the start. Greedy but W3; each workload once to warm up, then three times, the best counts.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.gpu_models import SHAPES, write_model
 from bench.gpu_offline import OfflineEngine, Request, Run
 from kernels.compiler import nvrtc_version
 from worker.backends.cuda_backend import CudaBackend, CudaSettings
+from worker.step import SamplingParams
 
 REPEATS = 3
 
@@ -30,17 +33,49 @@ REPEATS = 3
 def requests_of(workload: str, vocab_size: int, repeat: int) -> list[Request]:
     """The workload's requests; each repeat has other tokens of the same lengths."""
     kind, _, size = workload.partition("-")
+    if kind == "w3":
+        return _mixed_requests()
     count, prompt, outputs = {"w1": (1, 128, 512), "w2": (int(size or 1), 128, 256), "w4": (1, int(size or 1), 1)}[kind]
     generator = random.Random(repeat)
     return [Request([generator.randrange(vocab_size) for _ in range(prompt)], outputs) for _ in range(count)]
+
+
+def _mixed_requests() -> list[Request]:
+    generator = random.Random(0)
+    prompts = [[generator.randint(0, 10_000) for _ in range(generator.randint(100, 1024))] for _ in range(256)]
+    sampling = SamplingParams(temperature=0.6)
+    return [Request(text, generator.randint(100, 1024), sampling, seed=i) for i, text in enumerate(prompts)]
+
+
+def _run(engine: OfflineEngine, workload: str, vocab_size: int, repeat: int) -> tuple[Run, list[Request]]:
+    if workload != "w5":
+        requests = requests_of(workload, vocab_size, repeat)
+        return engine.run(requests), requests
+    generator = random.Random(5000 + repeat)
+    prefix = [generator.randrange(vocab_size) for _ in range(2048)]
+    blocks = engine.num_blocks(len(prefix))
+    first = engine.run([Request(prefix, 1)])  # takes the first blocks
+    requests = [
+        Request(
+            prefix + [generator.randrange(vocab_size) for _ in range(64)],
+            64,
+            computed=len(prefix),
+            blocks=list(range(blocks)),
+            shared=blocks,
+        )
+        for _ in range(128)
+    ]
+    run = engine.run(requests, order=list(range(blocks, blocks + 128 * engine.num_blocks(128))))
+    run.seconds += first.seconds
+    run.steps += first.steps
+    return run, requests
 
 
 def measure(engine: OfflineEngine, workload: str, vocab_size: int) -> dict[str, Any]:
     """Figures of one workload: the best of the repeats, and the time of each."""
     runs: list[tuple[Run, list[Request]]] = []
     for repeat in range(REPEATS + 1):
-        requests = requests_of(workload, vocab_size, repeat)
-        runs.append((engine.run(requests), requests))
+        runs.append(_run(engine, workload, vocab_size, repeat))
     best, requests = min(runs[1:], key=lambda pair: pair[0].seconds)
     first = requests[0].first_token_s
     return {
@@ -50,9 +85,16 @@ def measure(engine: OfflineEngine, workload: str, vocab_size: int) -> dict[str, 
         "first_token_ms": 1e3 * first,
         "ms_per_step_after_first": 1e3 * (best.seconds - first) / max(1, best.steps - 1),
         "device_ms_per_step": 1e3 * best.device_s / best.steps,
-        "gap_ms_per_step": 1e3 * best.gap_s / best.steps,
+        "gap_us_p50": 1e6 * float(np.percentile(best.gaps_s or [0.0], 50)),
+        "gap_us_p99": 1e6 * float(np.percentile(best.gaps_s or [0.0], 99)),
         "steps": best.steps,
     }
+
+
+def _driver_version() -> str:
+    """As /proc shows it, such as "580.159.04"."""
+    text = Path("/proc/driver/nvidia/version").read_text() if Path("/proc/driver/nvidia/version").exists() else ""
+    return next((word for word in text.split() if word[:1].isdigit() and "." in word), "unknown")
 
 
 def main() -> None:
@@ -61,7 +103,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--workloads", default="w1,w2-64,w2-256,w4-8192")
+    parser.add_argument("--workloads", default="w1,w2-8,w2-64,w2-256,w3,w4-8192,w4-32768,w5")
     parser.add_argument("--max-model-len", type=int, default=40_960)
     arguments = parser.parse_args()
     directory = write_model(arguments.models, arguments.model) if arguments.model in SHAPES else Path(arguments.model)
@@ -72,9 +114,15 @@ def main() -> None:
     backend.warm_up()
     properties = torch.cuda.get_device_properties(0)
     report: dict[str, Any] = {
+        "command": f"python -m bench.gpu_engine {arguments.model} --workloads {arguments.workloads}",
         "model": arguments.model,
         "device": properties.name,
-        "versions": {"torch": torch.__version__, "nvrtc": nvrtc_version(), "python": platform.python_version()},
+        "versions": {
+            "driver": _driver_version(),
+            "torch": torch.__version__,
+            "nvrtc": nvrtc_version(),
+            "python": platform.python_version(),
+        },
         "load_s": loaded - began,
         "warm_up_s": time.perf_counter() - loaded,
         "numerics": info.numerics,

@@ -25,13 +25,13 @@ from kernels.cache import CubinCache, default_directory
 from kernels.compiler import Compiler, architecture_of
 from kernels.launcher import KernelLibrary
 from kernels.ops import DecodeItems, DecodeScratch, KernelOps, StepTensors
-from kernels.shapes import KernelShape, kernel_specs
+from kernels.shapes import KernelShape, decode_split, kernel_specs
 from worker.backends.cuda_model import prefill_tiles
 from worker.backends.cuda_rows import DeviceRows
 from worker.backends.cuda_sampler import CudaSampler
 from worker.step import NewRow, SamplingParams, Step
 
-LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False)
+LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False, split=decode_split(64))
 LLAMA_8B = KernelShape(4096, 14336, 32, 8, 128, 16, qk_norm=False, float16=False)
 VOCAB = 128_256
 
@@ -99,9 +99,10 @@ class Bench:
 def make_ops(shape: KernelShape) -> KernelOps:
     Device(0).set_current()
     properties = torch.cuda.get_device_properties(0)
-    compiler = Compiler(architecture_of(properties.major, properties.minor), CubinCache(default_directory()))
+    architecture = architecture_of(properties.major, properties.minor)
+    compiler = Compiler(architecture, CubinCache(default_directory()))
     depth = 8 if Device(0).properties.max_shared_memory_per_block_optin >= 160 * 1024 else 4
-    library = KernelLibrary(compiler, kernel_specs(shape, depth), 0, overlap=properties.major >= 9)
+    library = KernelLibrary(compiler, kernel_specs(shape, depth, architecture), 0, overlap=properties.major >= 9)
     stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
     return KernelOps(library, shape, stream, properties.multi_processor_count, depth)
 
@@ -140,7 +141,7 @@ def products(bench: Bench, ops: KernelOps) -> None:
 def attention(bench: Bench, shape: KernelShape, name: str) -> None:
     """Decode over several batch shapes, prefill of 8,192 tokens."""
     ops = make_ops(shape)
-    for rows, context in ((1, 640), (1, 8192), (32, 4096), (256, 384)):
+    for rows, context in ((1, 640), (1, 8192), (32, 4096), (256, 384), (256, 1024)):
         blocks = -(-context // 16)
         copies = 4 if rows * context < 50_000 else 1
         caches = [random(2, rows * blocks, shape.num_kv_heads, 16, shape.head_dim) for _ in range(copies)]
@@ -152,7 +153,7 @@ def attention(bench: Bench, shape: KernelShape, name: str) -> None:
         scratch = DecodeScratch(partials, ints([0] * rows * shape.num_kv_heads))
         qkv, out = random(rows, shape.qkv_size), random(rows, shape.q_size)
         ops.plan_decode(step, rows, work)
-        bodies = [partial(ops.decode_attention, qkv, cache, step, work, scratch, out) for cache in caches] * (
+        bodies = [partial(ops.decode_attention, qkv, cache, step, work, scratch, out, rows) for cache in caches] * (
             8 // copies
         )
         size = 4.0 * rows * context * shape.num_kv_heads * shape.head_dim
@@ -162,7 +163,10 @@ def attention(bench: Bench, shape: KernelShape, name: str) -> None:
     table = torch.randperm(tokens // 16, device="cuda").to(torch.int32)[None]
     step = StepTensors(ints([0]), ints([tokens]), ints([0]), ints([tokens]), table)
     tiles = prefill_tiles(
-        step.num_scheduled.cpu().numpy(), step.context_lens.cpu().numpy(), shape.num_heads // shape.num_kv_heads
+        step.num_scheduled.cpu().numpy(),
+        step.context_lens.cpu().numpy(),
+        shape.num_heads // shape.num_kv_heads,
+        ops.prefill_tile_rows,
     )
     on_device = torch.from_numpy(tiles).cuda()
     qkv, out = random(tokens, shape.qkv_size), random(tokens, shape.q_size)

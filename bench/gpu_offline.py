@@ -30,8 +30,9 @@ class Request:
     status: int = 0
     first_token_s: float = 0.0  # since the run began
     promised: int = 0  # tokens that enqueued steps sample
-    computed: int = 0
+    computed: int = 0  # at first: tokens whose keys and values stand in `blocks` already
     blocks: list[int] = field(default_factory=list)
+    shared: int = 0  # of the blocks, those that are not this request's to give back
     row: int = -1
 
 
@@ -43,7 +44,8 @@ class Run:
     steps: int = 0
     output_tokens: int = 0
     device_s: float = 0.0
-    gap_s: float = 0.0
+    device_steps: int = 0
+    gaps_s: list[float] = field(default_factory=list)  # between one step's end and the next one's start on the device
     logprobs: list[tuple[list[Request], LogprobColumns]] = field(default_factory=list)
 
 
@@ -79,11 +81,17 @@ class OfflineEngine:
         self._free_all(batch)
         return run
 
+    def num_blocks(self, tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-tokens // self._info.kv_groups[0].block_size)
+
     def _collect(self, rows: list[Request], sampled: list[Request], run: Run, began: float) -> None:
         output = self.backend.collect()
         now = time.perf_counter() - began
         run.device_s += output.device_ns / 1e9
-        run.gap_s += output.gap_ns / 1e9
+        if run.device_steps:  # before the first step the device waited for the run to begin
+            run.gaps_s.append(output.gap_ns / 1e9)
+        run.device_steps += 1
         tokens = iter(output.token_ids.tolist())
         for request, count, status in zip(sampled, output.num_tokens.tolist(), output.row_status.tolist(), strict=True):
             request.status = status
@@ -137,11 +145,14 @@ class _Batch:
             left -= count
         while self.waiting and self._free_rows and left:
             request = self.waiting.popleft()
-            count = min(len(request.prompt), self._chunk, left)
+            count = min(len(request.prompt) - request.computed, self._chunk, left)
             request.row = self._free_rows.pop()
-            blocks = self._grow(request, count)
-            ids32, blocks32 = np.array(request.prompt[:count], np.int32), np.array(blocks, np.int32)
-            new.append(NewRow(request.row, ids32, len(request.prompt), 0, blocks32, request.seed, request.sampling))
+            self._grow(request, count)
+            computed = request.computed
+            ids32, blocks32 = _ints(request.prompt[: computed + count]), _ints(request.blocks)
+            new.append(
+                NewRow(request.row, ids32, len(request.prompt), computed, blocks32, request.seed, request.sampling)
+            )
             self.running.append(request)
             rows.append((request, count))
             left -= count
@@ -174,7 +185,7 @@ class _Batch:
             self.running.remove(request)
             self.freed.append(request.row)
             self._free_rows.append(request.row)
-            self._free_blocks.extend(request.blocks)
+            self._free_blocks.extend(request.blocks[request.shared :])
 
     def _grow(self, request: Request, count: int) -> list[int]:
         needed = -(-(request.computed + count) // self._block_size) - len(request.blocks)

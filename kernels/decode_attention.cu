@@ -15,20 +15,26 @@
 //      is free, and is chosen such that a lane's 16 bytes are its mma operands. (When each lane also copied its own bytes, a
 //      quarter warp touched four lines at once and the L2 moved every sector twice: half the speed)
 //   5. the last block of a row to finish merges (threadfence and a counter): no second launch
-//   6. an item is one record, and the next item's record and first tokens are on their way while this one is finished (this one)
+//   6. an item is one record, and the next item's record and first tokens are on their way while this one is finished
+//   7. every warp goes its own way through its own tokens of the block's items, so that the copies in flight never thin out at an
+//      item's end
+//   8. what earlier steps wrote is fetched before the wait, while the QKV product still runs, and the next kernels start once the rest
+//      is here: when their weights (25 MB at the 1b shape) are in the memory's queue, every load takes microseconds
+//   9. eight warps and items of 1,024 tokens for HEAD_DIM 64 (this one): merging across blocks is four more trips to memory behind that
+//      queue, and takes as long as streaming 100 tokens when the memory is busy (items of 256 instead of 512 cost a quarter of the speed
+//      at 256 rows)
 //
 // The split size is fixed and splits lie at absolute positions, so a row's result does not depend on its neighbours.
 #include "common.cuh"
 
-#define WARPS 4
+// WARPS of a block, of which BLOCKS are resident at once; iterations of 16 tokens in flight in each warp: DEPTH.
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int M_TILES = (GROUP + 15) / 16;             // blocks of 16 query heads
 constexpr bool HALF_TILE = GROUP <= 8;                 // rows 8..15 of the tile are empty
 constexpr int CHUNKS = HEAD_DIM / 8;                   // 16-byte pieces of a key
 constexpr int PIECES = 16 * CHUNKS / 32;               // of a lane for 16 keys
-constexpr int DEPTH = HEAD_DIM == 64 ? 3 : 2;          // iterations of 16 tokens in flight in each warp
 constexpr int N_TILES = HEAD_DIM / 8;
-constexpr int ITERATIONS = SPLIT / (16 * WARPS);
+constexpr int STEP = 16 * WARPS;                       // tokens of a block in one iteration
 constexpr int TILE_ROWS = HALF_TILE ? 8 : 16;
 constexpr int PARTIAL = HEAD_DIM + 2;                  // unnormalised output, maximum (base 2), sum
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim must be 64 or 128");
@@ -47,13 +53,43 @@ struct Item {
   int first_item, splits;      // of the row
   const int* blocks;
 
-  __device__ int base() const { return begin / SPLIT * SPLIT; }
+  // Each warp has every WARPS-th 16 tokens, by absolute position, and leaves out what lies outside [begin, end).
+  __device__ int token_of(int iteration) const { return begin / SPLIT * SPLIT + iteration * STEP + threadIdx.x / 32 * 16; }
+  __device__ int first_iteration() const { return (begin % SPLIT / 16 + WARPS - 1 - (int)threadIdx.x / 32) / WARPS; }
+  __device__ int iterations() const { return ((end - 1) % SPLIT / 16 + WARPS - (int)threadIdx.x / 32) / WARPS; }
 };
 
 __device__ __forceinline__ Item load_item(const int4* items, int at, const int* block_table, int max_blocks) {
-  int4 a = items[2 * at], b = items[2 * at + 1];
+  int4 a = __ldcg(items + 2 * at), b = __ldcg(items + 2 * at + 1);
   return Item{a.x, a.y, a.z, a.w, b.x, b.z, block_table + (size_t)b.y * max_blocks};
 }
+
+// Walks over the block's items blockIdx.x, + gridDim.x, ..., an iteration at a time. The next item's record is loaded an item early.
+struct Walk {
+  const int4* items;
+  const int* block_table;
+  int max_blocks, at, count, iteration, iterations;
+  Item now, next;
+
+  __device__ __forceinline__ void start(const int4* list, int length, const int* table, int columns) {
+    items = list, block_table = table, max_blocks = columns, count = length, at = blockIdx.x;
+    now = load_item(items, at, block_table, max_blocks);
+    enter();
+  }
+  __device__ __forceinline__ bool more() const { return at < count; }
+  __device__ __forceinline__ void next_item() {
+    at += gridDim.x, now = next;
+    enter();
+  }
+  __device__ __forceinline__ void next_iteration() { iteration++, skip_items(); }
+  __device__ __forceinline__ void skip_items() {  // that have nothing for this warp
+    while (more() && iteration >= iterations) next_item();
+  }
+  __device__ __forceinline__ void enter() {
+    iteration = now.first_iteration(), iterations = now.iterations();
+    next = load_item(items, min(at + (int)gridDim.x, count - 1), block_table, max_blocks);
+  }
+};
 
 // One warp's results for its tokens: o[j] holds output column (g' * 8 + j % 8) of half j / 8, where g' is the mma's column index.
 struct Running {
@@ -67,19 +103,42 @@ __device__ __forceinline__ int place_of(int token, int chunk) {
 }
 
 // A warp copies 16 tokens, neighbouring lanes neighbouring bytes: a block's tokens of one head are one run of memory.
-__device__ __forceinline__ void copy_tokens(uint4* stage, const uint4* keys, const uint4* values, const Item& item, int first) {
+// EARLY: before the wait, where L1 may hold an older step's block table, and token `newest` does not stand in the cache yet.
+template <bool EARLY>
+__device__ __forceinline__ void copy_tokens(uint4* stage, const uint4* keys, const uint4* values, const Item& item, int first,
+                                            int newest = -1) {
   int lane = threadIdx.x % 32;
-  size_t block = first < item.end ? item.blocks[first / BLOCK_SIZE] : 0;
+  const int* block_id = item.blocks + first / BLOCK_SIZE;
+  size_t block = EARLY ? __ldcg(block_id) : *block_id;
   size_t base = (block * KV_HEADS * BLOCK_SIZE + first % BLOCK_SIZE) * CHUNKS;
 #pragma unroll
   for (int i = 0; i < PIECES; i++) {
     int at = i * 32 + lane, token = at / CHUNKS;
     bool valid = first + token >= item.begin && first + token < item.end;
+    if (EARLY && first + token == newest) continue;
     int place = place_of(token, at % CHUNKS);
     copy16(stage + place, keys + (valid ? base + at : 0), valid);
     copy16(stage + PIECES * 32 + place, values + (valid ? base + at : 0), valid);
   }
-  end_group();
+}
+
+// One token of a stage, from block `block` of the cache.
+__device__ __forceinline__ void copy_token(uint4* stage, const uint4* keys, const uint4* values, int token, size_t block) {
+  int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
+  if (lane >= 2 * CHUNKS) return;
+  size_t from = (block * KV_HEADS * BLOCK_SIZE + token % BLOCK_SIZE) * CHUNKS + chunk;
+  copy16(stage + (lane < CHUNKS ? 0 : PIECES * 32) + place_of(token % 16, chunk), (lane < CHUNKS ? keys : values) + from, true);
+}
+
+__device__ __forceinline__ void load_query(uint4 (&q)[HEAD_DIM / 32][2], const uint4* qkv, const Item& item, int first_head, int heads) {
+  constexpr int ROW_VECTORS = (HEADS + 2 * KV_HEADS) * HEAD_DIM / 8;
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const uint4* query = qkv + (size_t)item.token * ROW_VECTORS + first_head * (HEAD_DIM / 8);
+#pragma unroll
+  for (int c = 0; c < HEAD_DIM / 32; c++) {
+    q[c][0] = g < heads ? query[g * (HEAD_DIM / 8) + c * 4 + t] : make_uint4(0, 0, 0, 0);
+    q[c][1] = !HALF_TILE && g + 8 < heads ? query[(g + 8) * (HEAD_DIM / 8) + c * 4 + t] : make_uint4(0, 0, 0, 0);
+  }
 }
 
 // Scores of 16 tokens: s[h][0..1] belong to query row g and tokens h * 8 + 2t, +1; s[h][2..3] to row g + 8.
@@ -204,6 +263,7 @@ __device__ __forceinline__ void merge_splits(const float* partials, int count, s
     int head = i / HEAD_DIM, d = i % HEAD_DIM;
     const float* part = partials + head * PARTIAL;
     float best = -INF, value = 0, sum = 0;
+#pragma unroll 4
     for (int s = 0; s < count; s++) {
       float maximum = __ldcg(part + s * stride + HEAD_DIM);
       float next = fmaxf(best, maximum), base = next == -INF ? 0.0f : next;
@@ -216,68 +276,78 @@ __device__ __forceinline__ void merge_splits(const float* partials, int count, s
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
-decode_attention(const uint4* __restrict__ qkv, const uint4* __restrict__ cache, long long values_offset,
-                 const int* __restrict__ block_table, int max_blocks, const int4* __restrict__ items,
-                 const int* __restrict__ num_items, float scale, float* partials, int* arrived, elem* __restrict__ out) {
-  constexpr int ROW_VECTORS = (HEADS + 2 * KV_HEADS) * HEAD_DIM / 8;
+// RULE: the kernel before this one in the stream lets this one start only after its own wait (qkv_epilogue, matvec_qkv). So what older
+// kernels wrote (the work list, the block table, the cache without this step's tokens) may be read before the wait.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, const int* block_table, int max_blocks,
+                 const int4* items, const int* num_items, float scale, float* partials, int* arrived, elem* __restrict__ out) {
   constexpr size_t STRIDE = (size_t)HEADS * PARTIAL;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  int warp = threadIdx.x / 32;
   int kv_head = blockIdx.y / M_TILES, tile = blockIdx.y % M_TILES;
   int heads = min(GROUP - tile * 16, 16), first_head = kv_head * GROUP + tile * 16;
-  const uint4* keys = cache + (size_t)kv_head * BLOCK_SIZE * (HEAD_DIM / 8);
+  const uint4* keys = cache + (size_t)kv_head * BLOCK_SIZE * CHUNKS;
   const uint4* values = keys + values_offset;
   uint4* ring = shared + warp * RING_VECTORS;
   __shared__ int last;
-  let_next_start();
+  bool next_may_start = false;
+  int count = __ldcg(num_items);
+  if (blockIdx.x >= count) {
+    if (blockIdx.x == 0) wait_for_previous();  // some block must: this kernel's end implies the end of all before it
+    return;
+  }
+  Walk fed, eaten;
+  fed.start(items, count, block_table, max_blocks);
+  eaten = fed;
+  fed.skip_items();
+  // The newest token of a row, in its last split, is this step's: it is fetched after the wait, by the warp whose it is.
+  bool newest_here = (int)blockIdx.x - fed.now.first_item == fed.now.splits - 1;
+  int newest = newest_here ? fed.now.end - 1 : -1, newest_stage = -1, early = 0;
+  size_t newest_block = newest_here ? __ldcg(fed.now.blocks + newest / BLOCK_SIZE) : 0;
+  for (; early < DEPTH && fed.more() && fed.at == blockIdx.x; early++, fed.next_iteration()) {
+    int first = fed.now.token_of(fed.iteration);
+    copy_tokens<true>(ring + early * STAGE_VECTORS, keys, values, fed.now, first, newest);
+    if (first <= newest && newest < first + 16) newest_stage = early;
+  }
   wait_for_previous();
-  int count = *num_items, place = 0;  // place in the ring of the item's first tokens
-  if (blockIdx.x >= count) return;
-  auto slot = [&](int i) { return ring + (place + i) % DEPTH * STAGE_VECTORS; };
-  auto first_token = [&](const Item& of, int i) { return of.base() + (i * WARPS + warp) * 16; };
-  Item item = load_item(items, blockIdx.x, block_table, max_blocks);
+  if (newest_stage >= 0) copy_token(ring + newest_stage * STAGE_VECTORS, keys, values, newest, newest_block);
+  for (int i = early; i < DEPTH && fed.more(); i++, fed.next_iteration())
+    copy_tokens<false>(ring + i * STAGE_VECTORS, keys, values, fed.now, fed.now.token_of(fed.iteration));
 #pragma unroll
-  for (int i = 0; i < DEPTH; i++) copy_tokens(slot(i), keys, values, item, first_token(item, i));
-  for (int at = blockIdx.x; at < count; at += gridDim.x) {
-    bool more = at + gridDim.x < count;
-    Item next = load_item(items, more ? at + gridDim.x : at, block_table, max_blocks);
-    uint4 q[HEAD_DIM / 32][2];
-    const uint4* query = qkv + (size_t)item.token * ROW_VECTORS + first_head * (HEAD_DIM / 8);
-#pragma unroll
-    for (int c = 0; c < HEAD_DIM / 32; c++) {
-      q[c][0] = g < heads ? query[g * (HEAD_DIM / 8) + c * 4 + t] : make_uint4(0, 0, 0, 0);
-      q[c][1] = !HALF_TILE && g + 8 < heads ? query[(g + 8) * (HEAD_DIM / 8) + c * 4 + t] : make_uint4(0, 0, 0, 0);
-    }
+  for (int i = 0; i < DEPTH; i++) end_group();  // all in the first; the others are empty
+  uint4 q[HEAD_DIM / 32][2];
+  load_query(q, qkv, eaten.now, first_head, heads);
+  for (int place = 0;;) {
+    const Item& item = eaten.now;
     Running run = {};
     run.maximum[0] = run.maximum[1] = -INF;
 #pragma unroll 1
-    for (int i = 0; i < ITERATIONS; i++) {
+    for (int i = eaten.iteration; i < eaten.iterations; i++) {
       copies_done<DEPTH - 1>();
       __syncwarp();  // of all lanes
-      int first = first_token(item, i), coming = i + DEPTH;
-      if (first < item.end && first + 16 > item.begin) {
-        float s[2][4] = {};
-        scores(s, slot(i), q);
-        soften(run, s, first, item, scale);
-        add_values(run, s, slot(i));
-      }
+      uint4* stage = ring + place * STAGE_VECTORS;
+      float s[2][4] = {};
+      scores(s, stage, q);
+      soften(run, s, item.token_of(i), item, scale);
+      add_values(run, s, stage);
+      // Only now that the query and the newest token are here, so that they do not stand behind the next kernels' weights.
+      if (!next_may_start) let_next_start(), next_may_start = true;
       __syncwarp();  // the stage has been read
-      if (coming < ITERATIONS) {
-        copy_tokens(slot(i), keys, values, item, first_token(item, coming));
-      } else if (more) {
-        copy_tokens(slot(i), keys, values, next, first_token(next, coming - ITERATIONS));
-      } else {
-        end_group();  // the count of pending groups stays the same
+      if (fed.more()) {
+        copy_tokens<false>(stage, keys, values, fed.now, fed.now.token_of(fed.iteration));
+        fed.next_iteration();
       }
+      end_group();  // also where it is empty: the count of pending groups stays the same
+      place = (place + 1) % DEPTH;
     }
-    place = (place + ITERATIONS) % DEPTH;
+    bool more = eaten.at + (int)gridDim.x < count;
+    if (more) load_query(q, qkv, eaten.next, first_head, heads);
     Merged result = merge_warps(run);
     elem* target = out + ((size_t)item.token * HEADS + first_head) * HEAD_DIM;
     if (item.splits == 1) {
       for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32)
         target[i] = to_elem(result.values[i / HEAD_DIM * PARTIAL + i % HEAD_DIM] / result.stats[i / HEAD_DIM].y);
     } else {
-      float* mine = partials + at * STRIDE + first_head * PARTIAL;
+      float* mine = partials + eaten.at * STRIDE + first_head * PARTIAL;
       for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32)
         mine[i / HEAD_DIM * PARTIAL + i % HEAD_DIM] = result.values[i / HEAD_DIM * PARTIAL + i % HEAD_DIM];
       if (threadIdx.x < heads) {
@@ -295,6 +365,8 @@ decode_attention(const uint4* __restrict__ qkv, const uint4* __restrict__ cache,
       __syncthreads();
       if (last) merge_splits(partials + item.first_item * STRIDE + first_head * PARTIAL, item.splits, STRIDE, heads, target);
     }
-    item = next;
+    // Nothing is loaded in vain: a block does not end before its loads, which stand behind the next kernels' weights.
+    if (!more) break;
+    eaten.next_item();
   }
 }

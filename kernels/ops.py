@@ -13,13 +13,21 @@ from cuda.core import Stream
 
 from kernels.launcher import Float, Int, KernelLibrary
 from kernels.shapes import (
+    DECODE_FEW_ROWS,
+    FUSED_KERNELS,
+    FUSED_ROWS,
     MATVEC_ROWS,
     SAMPLE_PARTS,
     KernelShape,
     decode_shared_bytes,
+    decode_warps,
     matvec_shared_bytes,
     matvec_warps,
+    norm_threads,
+    normed_shared_bytes,
     prefill_shared_bytes,
+    prefill_tile_rows,
+    wgmma_shared_bytes,
 )
 
 Tensor = torch.Tensor
@@ -53,6 +61,35 @@ class DecodeScratch:
     arrived: Tensor  # int32 zeros [max_rows * num_kv_heads * tiles]
 
 
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """Where a step's queries, keys and values go, and how they are rotated."""
+
+    cos: Tensor  # float32 [max_model_len, head_dim]
+    sin: Tensor  # the same, its first half negated
+    positions: Tensor  # int32 [tokens]
+    slots: Tensor  # int32 [tokens]
+    qkv: Tensor  # [tokens, qkv]
+
+
+@dataclass(frozen=True, slots=True)
+class NormInput:
+    """x = norm(residual[rows] + added[rows] + bias) * weight, and where the new residual goes (not where the old one is)."""
+
+    added: Tensor | None
+    residual: Tensor
+    bias: Tensor | None
+    weight: Tensor
+    rows: Tensor | None  # int32 [tokens]; None: as they stand
+    out: Tensor | None
+    epsilon: float
+
+    def arguments(self) -> tuple[int | Float, ...]:
+        """All but the number of tokens."""
+        tensors = (self.added, self.residual, self.bias, self.weight, self.rows, self.out)
+        return (*map(_at, tensors), Float(self.epsilon))
+
+
 class KernelOps:
     """The operations for one model on one stream."""
 
@@ -63,20 +100,32 @@ class KernelOps:
         self._shape = shape
         self._stream = stream
         self._depth = matvec_depth
-        # Twice as many blocks as are resident at once: they walk over the items, and late starters even out the end.
-        walking = multiprocessors * (6 if shape.head_dim == 64 else 4)
-        self._decode_blocks = max(1, walking // (shape.num_kv_heads * shape.decode_tiles))
+        self._multiprocessors = multiprocessors
         # Two blocks a multiprocessor stream weights; a third place is left for the next kernel's first copies.
         self._matvec_blocks = 2 * multiprocessors
         self._scale = Float(math.log2(math.e) / math.sqrt(shape.head_dim))
-        library.allow_shared("decode_attention", "decode_attention", decode_shared_bytes(shape))
+        for few in (False, True):
+            name = "decode_attention-few" if few else "decode_attention"
+            if name in library:
+                library.allow_shared(name, "decode_attention", decode_shared_bytes(shape, few))
         library.allow_shared("prefill_attention", "prefill_attention", prefill_shared_bytes(shape))
+        self._wgmma = "prefill_wgmma" in library
+        if self._wgmma:
+            library.allow_shared("prefill_wgmma", "prefill_wgmma", wgmma_shared_bytes(shape))
         for k in {shape.hidden_size, shape.q_size, shape.intermediate_size}:
             for rows in (8, 16):
                 name = f"matvec-{k}-{rows}"
                 if name in library:
                     for kernel in ("matvec", "matvec_float", "matvec_silu"):
                         library.allow_shared(name, kernel, matvec_shared_bytes(k, rows, matvec_depth))
+        for rows in (8, 16):
+            if f"fused-{rows}" in library:
+                most = max(
+                    normed_shared_bytes(shape.hidden_size, FUSED_ROWS, matvec_depth),
+                    matvec_shared_bytes(shape.hidden_size, rows, matvec_depth),
+                )
+                for kernel in FUSED_KERNELS:
+                    library.allow_shared(f"fused-{rows}", kernel, most)
 
     # Model
 
@@ -86,7 +135,8 @@ class KernelOps:
 
     def rms_norm(self, residual: Tensor, weight: Tensor, out: Tensor, tokens: int, epsilon: float) -> None:
         """out = norm(residual) * weight."""
-        self._launch("rms_norm", "rms_norm", (tokens,), 128, _at(residual), _at(weight), _at(out), Float(epsilon))
+        threads = norm_threads(self._shape.hidden_size)
+        self._launch("rms_norm", "rms_norm", (tokens,), threads, _at(residual), _at(weight), _at(out), Float(epsilon))
 
     def rms_norm_add(
         self,
@@ -101,7 +151,7 @@ class KernelOps:
     ) -> None:
         """residual += x + bias; out = norm(residual) * weight. With `rows`, of those tokens only."""
         arguments = (_at(x), _at(residual), _at(bias), _at(weight), _at(rows), _at(out), Float(epsilon))
-        self._launch("rms_norm", "rms_norm_add", (tokens,), 128, *arguments)
+        self._launch("rms_norm", "rms_norm_add", (tokens,), norm_threads(self._shape.hidden_size), *arguments)
 
     def silu_mul(self, x: Tensor, bias: Tensor | None, out: Tensor, tokens: int) -> None:
         """out = silu(x[:, :wide]) * x[:, wide:]."""
@@ -135,10 +185,19 @@ class KernelOps:
         """Whether the matrix-vector kernel takes a product of `tokens` rows over `k` columns."""
         return tokens <= MATVEC_ROWS and f"matvec-{k}-8" in self._library
 
+    def fits_fused(self, tokens: int) -> bool:
+        """Whether the products that normalise their input themselves take `tokens` rows."""
+        return tokens <= FUSED_ROWS and "fused-8" in self._library
+
+    def fits_qkv(self, tokens: int) -> bool:
+        """Whether matvec_qkv takes `tokens` rows."""
+        return tokens <= MATVEC_ROWS and "fused-8" in self._library
+
     def matvec(self, weight: Tensor, x: Tensor, out: Tensor, tokens: int) -> None:
         """out = x weight^T for at most 16 tokens; `out` in the model's dtype."""
         n = weight.shape[0]
-        self._matvec(weight, tokens, "matvec", -(-n // 16), _at(weight), _at(x), _at(out), Int(n), Int(tokens))
+        arguments = (_at(weight), _at(x), _at(out), Int(n), Int(tokens))
+        self._matvec(weight, tokens, "matvec", -(-n // 16), *arguments)
 
     def matvec_float(self, weight: Tensor, x: Tensor, out: Tensor, tokens: int) -> None:
         """The same with `out` in float32, its rows out.stride(0) apart."""
@@ -151,15 +210,64 @@ class KernelOps:
     def matvec_silu(self, weight: Tensor, bias: Tensor | None, x: Tensor, out: Tensor, tokens: int) -> None:
         """out = silu(gate) * up for a weight of gate rows, then up rows."""
         n = weight.shape[0] // 2
-        self._matvec(
-            weight, tokens, "matvec_silu", -(-n // 8), _at(weight), _at(bias), _at(x), _at(out), Int(n), Int(tokens)
-        )
+        arguments = (_at(weight), _at(bias), _at(x), _at(out), Int(n), Int(tokens))
+        self._matvec(weight, tokens, "matvec_silu", -(-n // 8), *arguments)
 
     def _matvec(self, weight: Tensor, tokens: int, kernel: str, blocks: int, *arguments: int | Int) -> None:
         k, rows = weight.shape[1], 8 if tokens <= 8 else 16
         blocks = min(blocks, self._matvec_blocks)
         shared = matvec_shared_bytes(k, rows, self._depth)
         self._launch(f"matvec-{k}-{rows}", kernel, (blocks,), matvec_warps(k) * 32, *arguments, shared_bytes=shared)
+
+    def matvec_qkv(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        place: Placing,
+        cache: Tensor,
+        tokens: int,
+    ) -> None:
+        """Product, bias, rotation and append for at most 16 tokens; of place.qkv only the queries are written."""
+        rows, blocks = 8 if tokens <= 8 else 16, -(-weight.shape[0] // 16)
+        shared = matvec_shared_bytes(weight.shape[1], rows, self._depth)
+        arguments: tuple[int | Int, ...] = (*_qkv(weight, bias, place, cache), _at(x), Int(tokens))
+        self._fused(f"fused-{rows}", "matvec_qkv", blocks, shared, *arguments)
+
+    def norm_qkv(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        x: NormInput,
+        place: Placing,
+        cache: Tensor,
+        tokens: int,
+    ) -> None:
+        """matvec_qkv of a norm, for at most 4 tokens."""
+        arguments: tuple[int | Int | Float, ...]
+        arguments = (*_qkv(weight, bias, place, cache), *x.arguments(), Int(tokens))
+        self._normed("matvec_norm_qkv", -(-weight.shape[0] // 16), tokens, *arguments)
+
+    def norm_silu(self, weight: Tensor, bias: Tensor | None, x: NormInput, out: Tensor, tokens: int) -> None:
+        """matvec_silu of a norm, for at most 4 tokens."""
+        n = weight.shape[0] // 2
+        arguments = (_at(weight), _at(bias), _at(out), Int(n), *x.arguments(), Int(tokens))
+        self._normed("matvec_norm_silu", -(-n // 8), tokens, *arguments)
+
+    def norm_float(self, weight: Tensor, x: NormInput, out: Tensor, tokens: int) -> None:
+        """matvec_float of a norm, for at most 4 tokens. The new residual is not written."""
+        n = weight.shape[0]
+        added = (_at(x.added), _at(x.residual), _at(x.bias), _at(x.weight), _at(x.rows), Float(x.epsilon))
+        arguments = (_at(weight), _at(out), Int(n), Int(out.stride(0)), *added, Int(tokens))
+        self._normed("matvec_norm_float", -(-n // 16), tokens, *arguments)
+
+    def _normed(self, kernel: str, blocks: int, tokens: int, *arguments: int | Int | Float) -> None:
+        shared = normed_shared_bytes(self._shape.hidden_size, tokens, self._depth)
+        self._fused("fused-8", kernel, blocks, shared, *arguments)
+
+    def _fused(self, module: str, kernel: str, blocks: int, shared: int, *arguments: int | Int | Float) -> None:
+        blocks, threads = min(blocks, self._matvec_blocks), matvec_warps(self._shape.hidden_size) * 32
+        self._launch(module, kernel, (blocks,), threads, *arguments, shared_bytes=shared)
 
     # Attention
 
@@ -172,35 +280,61 @@ class KernelOps:
         )  # fmt: skip
 
     def decode_attention(
-        self, qkv: Tensor, cache: Tensor, step: StepTensors, work: DecodeItems, scratch: DecodeScratch, out: Tensor
+        self,
+        qkv: Tensor,
+        cache: Tensor,
+        step: StepTensors,
+        work: DecodeItems,
+        scratch: DecodeScratch,
+        out: Tensor,
+        rows: int,
     ) -> None:
-        """Attention of the rows in the work list."""
+        """Attention of the rows in the work list, of `rows` rows in all.
+
+        What stands before it on the stream must be qkv_epilogue, matvec_qkv, norm_qkv, or no kernel of ours: it reads what older
+        kernels wrote before its own wait.
+        """
         shape = self._shape
-        grid = (self._decode_blocks, shape.num_kv_heads * shape.decode_tiles)
+        heads, warps = shape.num_kv_heads * shape.decode_tiles, decode_warps(shape.head_dim)
+        # Blocks walk over the items. For many rows twice as many as are resident at once, so that late starters even out the end; for
+        # few rows one a multiprocessor, with all its tokens under way before the wait.
+        few = rows <= DECODE_FEW_ROWS and "decode_attention-few" in self._library
+        blocks = max(1, self._multiprocessors * (1 if few else 4) // heads)
         self._launch(
-            "decode_attention", "decode_attention", grid, 128,
+            "decode_attention-few" if few else "decode_attention", "decode_attention", (blocks, heads), warps * 32,
             _at(qkv), _at(cache), cache.stride(0) // 8, _at(step.block_table), Int(step.block_table.shape[1]),
             _at(work.items), _at(work.num_items), self._scale, _at(scratch.partials), _at(scratch.arrived), _at(out),
-            shared_bytes=decode_shared_bytes(shape),
+            shared_bytes=decode_shared_bytes(shape, few),
         )  # fmt: skip
 
     def prefill_attention(
         self, qkv: Tensor, cache: Tensor, step: StepTensors, tiles: Tensor, window: int, out: Tensor
     ) -> None:
-        """Attention of the chunks in `tiles` int32 [n, 2]."""
-        shape = self._shape
+        """Attention of the chunks in `tiles` int32 [n, 2], of `prefill_tile_rows` each."""
+        shape, name = self._shape, "prefill_wgmma" if self._wgmma else "prefill_attention"
+        threads = (512 if self._wgmma else 128) if shape.head_dim == 64 else (384 if self._wgmma else 256)
         self._launch(
-            "prefill_attention", "prefill_attention", (tiles.shape[0], shape.num_kv_heads), 128 if shape.head_dim == 64 else 256,
+            name, name, (tiles.shape[0], shape.num_kv_heads), threads,
             _at(qkv), _at(cache), cache.stride(0) // 8, _at(step.block_table), Int(step.block_table.shape[1]), _at(step.rows),
             _at(step.q_start), _at(step.num_scheduled), _at(step.context_lens), _at(tiles), Int(window), self._scale, _at(out),
-            shared_bytes=prefill_shared_bytes(shape),
+            shared_bytes=wgmma_shared_bytes(shape) if self._wgmma else prefill_shared_bytes(shape),
         )  # fmt: skip
+
+    @property
+    def prefill_tile_rows(self) -> int:
+        """Pairs (token, query head) of a tile."""
+        return prefill_tile_rows(self._shape.head_dim, self._wgmma)
 
     # Rows
 
     def apply_plan(self, arena: Tensor, plan: Tensor, segments_at: int, segments: int) -> None:
         """Spread a plan over the arena: `segments` triples start at plan[segments_at]."""
         self._launch("row_state", "apply_plan", (segments,), 128, _at(arena), _at(plan), Int(segments_at))
+
+    def copy_words(self, to: Tensor, source: Tensor) -> None:
+        """Copy int32 tensors of one size; either may be pinned, and then stays untouched by the host until the step has ended."""
+        words = to.numel()
+        self._launch("row_state", "copy_words", (-(-words // 256),), 256, _at(to), _at(source), Int(words))
 
     def prepare_tokens(
         self,
@@ -323,6 +457,11 @@ class KernelOps:
         shared_bytes: int = 0,
     ) -> None:
         self._library.launch(self._stream, module, kernel, grid, block, *arguments, shared_bytes=shared_bytes)
+
+
+def _qkv(weight: Tensor, bias: Tensor | None, place: Placing, cache: Tensor) -> tuple[int, ...]:
+    tensors = (weight, bias, place.cos, place.sin, place.positions, place.slots, place.qkv, cache)
+    return (*map(_at, tensors), cache.stride(0))
 
 
 def _at(tensor: Tensor | None) -> int:

@@ -25,8 +25,8 @@ qkv_epilogue(uint4* qkv, const uint4* __restrict__ bias, const uint4* __restrict
              const int* __restrict__ slots, uint4* __restrict__ cache, long long values_offset, float epsilon) {
   int head = blockIdx.y * HEADS_PER_BLOCK + threadIdx.x / LANES, lane = threadIdx.x % LANES;
   size_t token = blockIdx.x;
-  let_next_start();
   wait_for_previous();
+  let_next_start();  // only now: decode_attention reads older kernels' results before its own wait
   int slot = slots[token], position = max(positions[token], 0);
   bool valid = head < ALL_HEADS && slot >= 0;
   size_t at = (token * ALL_HEADS + (valid ? head : 0)) * LANES + lane;

@@ -3,6 +3,7 @@
 //   apply_plan       copies segments of the plan to where they belong in the arena: new rows, appended blocks, chunk tokens
 //   prepare_tokens   looks up the input token, position and cache slot of every scheduled token, and counts them as computed
 //   plan_decode      lists the (row, split) items of the step's decode attention
+//   copy_words       brings a step's columns from the host's pinned memory, and its result there
 //   count_tokens     keeps how often each token stands in a row with penalties
 //
 // Bound by latency: kilobytes in all. What matters is that the CPU never needs an answer: the token that step n sampled is in the
@@ -10,7 +11,9 @@
 // Ladder
 //   1. the CPU holds the rows and sends ids, positions, slots and block tables each step: a synchronisation a step to learn the token
 //   2. one small copy for each changed tensor: a dozen launches a step
-//   3. one copy of one buffer, one kernel that spreads it (this one)
+//   3. one copy of one buffer, one kernel that spreads it
+//   4. what every step needs goes through pinned memory that kernels read and write (this one): between a kernel and a copy of the copy
+//      engine the device pauses for 7 us, twice a step
 #include "row_state.cuh"
 
 // plan[segments + 3 i ...] = (destination in the arena, source in the plan, length), in words; one block a segment.
@@ -20,6 +23,14 @@ extern "C" __global__ void __launch_bounds__(128) apply_plan(int* __restrict__ a
   const int* segment = plan + segments + 3 * blockIdx.x;
   int to = segment[0], from = segment[1], length = segment[2];
   for (int i = threadIdx.x; i < length; i += 128) arena[(size_t)to + i] = plan[from + i];
+}
+
+// Either side may be pinned memory of the host.
+extern "C" __global__ void __launch_bounds__(256) copy_words(int* to, const int* from, int words) {
+  let_next_start();
+  wait_for_previous();
+  int at = blockIdx.x * 256 + threadIdx.x;
+  if (at < words) to[at] = from[at];
 }
 
 // One block a row. num_scheduled 0 marks a padding row of a graph: its token gets slot and position -1, so nothing is stored for it.

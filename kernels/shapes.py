@@ -7,10 +7,16 @@ from dataclasses import dataclass
 MATVEC_ROWS = 16
 """Products with at most so many rows take the matrix-vector kernel, larger ones cuBLAS."""
 
+FUSED_ROWS = 4
+"""Products with at most so many rows normalise their input themselves (matvec_fused.cu)."""
+
 SAMPLE_PARTS = 16
 MAX_LOGPROBS = 20
-PREFILL_TILE_ROWS = 128
-DECODE_WARPS = 4
+WGMMA_ARCHITECTURE = "sm_90a"
+DECODE_FEW_ROWS = 8
+"""Decode attention of at most so many rows fetches more of a row before it waits, at one block a multiprocessor."""
+
+FUSED_KERNELS = ("matvec_qkv", "matvec_norm_qkv", "matvec_norm_silu", "matvec_norm_float")
 
 Definitions = dict[str, int | str]
 
@@ -31,7 +37,7 @@ class KernelShape:
     block_size: int
     qk_norm: bool
     float16: bool
-    split: int = 512  # tokens of a decode-attention item
+    split: int = 512  # tokens of a decode-attention item, a multiple of 128
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 128):
@@ -67,14 +73,26 @@ class KernelSpec:
 
 
 def matvec_warps(k: int) -> int:
-    """Warps that share K evenly in steps of 32; 0 where the matrix-vector kernel does not fit."""
-    return next((warps for warps in range(8, 0, -1) if k % (32 * warps) == 0), 0)
+    """4 to 8 warps that share K evenly in steps of 32; 0 where the matrix-vector kernel does not fit."""
+    return next((warps for warps in range(8, 3, -1) if k % (32 * warps) == 0), 0)
+
+
+def norm_threads(hidden_size: int) -> int:
+    """Threads that share a row's norm: as many as a product over that row has, since their number decides the bits."""
+    return 32 * (matvec_warps(hidden_size) or 4)
 
 
 def matvec_spec(k: int, max_rows: int, depth: int, common: Definitions) -> KernelSpec:
     """The matrix-vector kernel for `k` columns and up to `max_rows` (8 or 16) rows of x."""
     definitions = {"K": k, "WARPS": matvec_warps(k), "M_MAX": max_rows, "DEPTH": depth, **common}
     return KernelSpec("matvec.cu", definitions, ("matvec", "matvec_float", "matvec_silu"))
+
+
+def fused_spec(max_rows: int, depth: int, shape: KernelShape, heads: Definitions) -> KernelSpec:
+    """Products over hidden_size with norm, rotation and append, for up to `max_rows` (8 or 16) rows of x."""
+    k = shape.hidden_size
+    definitions = {"K": k, "WARPS": matvec_warps(k), "M_MAX": max_rows, "DEPTH": depth, **heads}
+    return KernelSpec("matvec_fused.cu", definitions, FUSED_KERNELS)
 
 
 def matvec_shared_bytes(k: int, max_rows: int, depth: int) -> int:
@@ -84,12 +102,57 @@ def matvec_shared_bytes(k: int, max_rows: int, depth: int) -> int:
     return warps * min(depth, steps) * (2 if steps <= 8 else 2 + max_rows // 8) * 512
 
 
-def decode_shared_bytes(shape: KernelShape) -> int:
+def normed_shared_bytes(k: int, rows: int, depth: int) -> int:
+    """The same where the block makes its `rows` of x itself."""
+    warps = matvec_warps(k)
+    return warps * min(depth, k // (32 * warps)) * 2 * 512 + rows * (k + 32) * 2
+
+
+def decode_warps(head_dim: int) -> int:
+    """Warps of a decode-attention block."""
+    return 8 if head_dim == 64 else 4
+
+
+def decode_split(head_dim: int) -> int:
+    """Tokens of a decode-attention item: what one block streams well, so that most rows need no merging across blocks."""
+    return 1024 if head_dim == 64 else 512
+
+
+def decode_depth(head_dim: int, few: bool) -> int:
+    """Iterations of 16 tokens a warp under way in decode attention."""
+    if few:
+        return 4
+    return 3 if head_dim == 64 else 2
+
+
+def decode_shared_bytes(shape: KernelShape, few: bool) -> int:
     """Dynamic shared memory of a decode-attention block: the rings of its warps and their results."""
-    pieces = 2 * (shape.head_dim // 32) + 4 * (shape.head_dim // 64)
-    rings = DECODE_WARPS * (3 if shape.head_dim == 64 else 2) * pieces * 512
+    warps, pieces = decode_warps(shape.head_dim), shape.head_dim // 8
+    rings = warps * decode_depth(shape.head_dim, few) * pieces * 512
     rows = 8 if shape.num_heads // shape.num_kv_heads <= 8 else 16
-    return rings + DECODE_WARPS * rows * (shape.head_dim + 2) * 4 + rows * 8
+    return rings + warps * rows * (shape.head_dim + 2) * 4 + rows * 8
+
+
+def decode_spec(shape: KernelShape, few: bool, heads: Definitions) -> KernelSpec:
+    """Decode attention, for a step of few rows or of many."""
+    sizes: Definitions = {
+        "SPLIT": shape.split,
+        "WARPS": decode_warps(shape.head_dim),
+        "DEPTH": decode_depth(shape.head_dim, few),
+        "BLOCKS": 1 if few else 2,
+    }
+    return KernelSpec("decode_attention.cu", {**heads, **sizes}, ("decode_attention",))
+
+
+def prefill_tile_rows(head_dim: int, wgmma: bool) -> int:
+    """Pairs (token, query head) of a tile of prefill attention."""
+    return 192 if wgmma and head_dim == 64 else 128
+
+
+def wgmma_shared_bytes(shape: KernelShape) -> int:
+    """Dynamic shared memory of prefill_wgmma: queries, and stages of 128 keys and values."""
+    stages = 3 if shape.head_dim == 64 else 2
+    return (prefill_tile_rows(shape.head_dim, wgmma=True) + 2 * stages * 128) * shape.head_dim * 2
 
 
 def prefill_shared_bytes(shape: KernelShape) -> int:
@@ -97,8 +160,8 @@ def prefill_shared_bytes(shape: KernelShape) -> int:
     return 4 * 64 * shape.head_dim * 2
 
 
-def kernel_specs(shape: KernelShape, matvec_depth: int) -> dict[str, KernelSpec]:
-    """Everything that a model of this shape runs, by a name for launcher.py."""
+def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> dict[str, KernelSpec]:
+    """Everything that a model of this shape runs on `architecture`, by a name for launcher.py."""
     common: Definitions = {"FLOAT16": 1} if shape.float16 else {}
     heads: Definitions = {
         "HEADS": shape.num_heads,
@@ -109,13 +172,14 @@ def kernel_specs(shape: KernelShape, matvec_depth: int) -> dict[str, KernelSpec]
     }
     qk_norm: Definitions = {"QK_NORM": 1} if shape.qk_norm else {}
     hidden: Definitions = {"HIDDEN": shape.hidden_size, **common}
-    rows = ("apply_plan", "prepare_tokens", "plan_decode", "count_tokens")
+    norm: Definitions = {"THREADS": norm_threads(shape.hidden_size), **hidden}
+    rows = ("apply_plan", "copy_words", "prepare_tokens", "plan_decode", "count_tokens")
     specs = {
         "embedding": KernelSpec("embedding.cu", hidden, ("embedding",)),
-        "rms_norm": KernelSpec("rms_norm.cu", hidden, ("rms_norm", "rms_norm_add")),
+        "rms_norm": KernelSpec("rms_norm.cu", norm, ("rms_norm", "rms_norm_add")),
         "silu_mul": KernelSpec("silu_mul.cu", {"WIDE": shape.intermediate_size, **common}, ("silu_mul",)),
         "qkv_epilogue": KernelSpec("qkv_epilogue.cu", {**heads, **qk_norm}, ("qkv_epilogue",)),
-        "decode_attention": KernelSpec("decode_attention.cu", {**heads, "SPLIT": shape.split}, ("decode_attention",)),
+        "decode_attention": decode_spec(shape, False, heads),
         "prefill_attention": KernelSpec("prefill_attention.cu", heads, ("prefill_attention",)),
         "row_state": KernelSpec("row_state.cu", {"BLOCK_SIZE": shape.block_size, "SPLIT": shape.split}, rows),
         "process_logits": KernelSpec("process_logits.cu", {"PARTS": SAMPLE_PARTS}, ("process_logits",)),
@@ -123,8 +187,15 @@ def kernel_specs(shape: KernelShape, matvec_depth: int) -> dict[str, KernelSpec]
         "truncated_sample": KernelSpec("truncated_sample.cu", {}, ("choose_truncated",)),
         "logprobs": KernelSpec("logprobs.cu", {"WANTED": MAX_LOGPROBS}, ("logprobs",)),
     }
+    if matvec_depth == 8:  # so much shared memory
+        specs["decode_attention-few"] = decode_spec(shape, True, heads)
+    if architecture == WGMMA_ARCHITECTURE:
+        specs["prefill_wgmma"] = KernelSpec("prefill_wgmma.cu", heads, ("prefill_wgmma",))
     for k in sorted({shape.hidden_size, shape.q_size, shape.intermediate_size}):
         if matvec_warps(k):
             for max_rows in (8, 16):
                 specs[f"matvec-{k}-{max_rows}"] = matvec_spec(k, max_rows, matvec_depth, common)
+    if matvec_warps(shape.hidden_size) and not shape.qk_norm:
+        for max_rows in (8, 16):
+            specs[f"fused-{max_rows}"] = fused_spec(max_rows, matvec_depth, shape, heads)
     return specs

@@ -29,9 +29,10 @@ def make_shape(
 def make_ops(shape: KernelShape) -> KernelOps:
     Device(0).set_current()
     properties = torch.cuda.get_device_properties(0)
-    compiler = Compiler(architecture_of(properties.major, properties.minor), CubinCache(default_directory()))
+    architecture = architecture_of(properties.major, properties.minor)
+    compiler = Compiler(architecture, CubinCache(default_directory()))
     depth = 8 if Device(0).properties.max_shared_memory_per_block_optin >= 160 * 1024 else 4
-    library = KernelLibrary(compiler, kernel_specs(shape, depth), 0, overlap=properties.major >= 9)
+    library = KernelLibrary(compiler, kernel_specs(shape, depth, architecture), 0, overlap=properties.major >= 9)
     stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
     return KernelOps(library, shape, stream, properties.multi_processor_count, depth)
 

@@ -29,7 +29,9 @@ def decode(
     arrived = ints([0] * len(picked) * shape.num_kv_heads * shape.decode_tiles)
     out = poisoned(len(picked), shape.q_size)
     ops.plan_decode(step, len(picked), work)
-    ops.decode_attention(qkv[picked].clone(), paged.cache, step, work, DecodeScratch(partials, arrived), out)
+    ops.decode_attention(
+        qkv[picked].clone(), paged.cache, step, work, DecodeScratch(partials, arrived), out, len(picked)
+    )
     assert not arrived.any()
     return out.view(-1, shape.num_heads, shape.head_dim)
 
@@ -63,7 +65,8 @@ def prefill(
     starts = [sum(counts[:i]) for i in range(len(spans))]
     ends = ints([end for _, _, end in spans])
     step = StepTensors(paged.rows[[row for row, _, _ in spans]], ints(counts), ints(starts), ends, paged.block_table)
-    tiles = prefill_tiles(step.num_scheduled.cpu().numpy(), ends.cpu().numpy(), shape.num_heads // shape.num_kv_heads)
+    group = shape.num_heads // shape.num_kv_heads
+    tiles = prefill_tiles(step.num_scheduled.cpu().numpy(), ends.cpu().numpy(), group, ops.prefill_tile_rows)
     out = poisoned(sum(counts) + 1, shape.q_size)
     queries = torch.cat([qkv[row][first:end] for row, first, end in spans])
     ops.prefill_attention(queries, paged.cache, step, torch.from_numpy(tiles).cuda(), window, out)

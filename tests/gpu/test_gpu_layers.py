@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels.ops import NormInput, Placing
 from tests.gpu.gpu_harness import error, ints, make_ops, make_shape, poisoned, random
 
 pytestmark = pytest.mark.gpu
@@ -93,3 +94,82 @@ def test_matvec(k: int, n: int) -> None:
     ops.matvec_silu(weight, bias, x, silu, 16)
     gate, up = ((exact.to(torch.bfloat16) + bias).double()).chunk(2, -1)
     assert error(silu, F.silu(gate) * up) < 8e-3
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "hidden"),
+    [(8, 2, 64, 512), (9, 3, 64, 576), (8, 2, 128, 4096), (32, 8, 64, 2048)],
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_fused_products_give_the_bits_of_the_kernels_they_replace(
+    heads: int, kv_heads: int, head_dim: int, hidden: int, biased: bool
+) -> None:
+    shape = make_shape(heads, kv_heads, head_dim, hidden=hidden, wide=640)
+    ops = make_ops(shape)
+    qkv_weight, wide_weight = (
+        random(shape.qkv_size, hidden, seed=1, scale=0.05),
+        random(1280, hidden, seed=2, scale=0.05),
+    )
+    head = random(1003, hidden, seed=3, scale=0.05)
+    bias = random(shape.qkv_size, seed=4) if biased else None
+    wide_bias, added_bias = (random(1280, seed=5), random(hidden, seed=6)) if biased else (None, None)
+    weight, table = random(hidden, seed=7), random(50, hidden, seed=8)
+    angles = torch.outer(torch.arange(40.0), torch.rand(head_dim // 2)).cuda()
+    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    for tokens in (1, 2, 3, 4, 5, 8, 9, 16):
+        residual, added = random(tokens, hidden, seed=9), random(tokens, hidden, seed=10)
+        positions, slots = ints(list(range(3, 3 + tokens))), ints([(7 * i + 5) % 80 for i in range(tokens)])
+        if tokens > 1:
+            positions[tokens - 1], slots[tokens - 1] = -1, -1
+
+        def place(qkv: torch.Tensor, positions: torch.Tensor = positions, slots: torch.Tensor = slots) -> Placing:
+            return Placing(cos, sin, positions, slots, qkv)
+
+        summed, normed = residual.clone(), poisoned(tokens, hidden)
+        ops.rms_norm_add(added, summed, added_bias, weight, normed, tokens, 1e-5)
+        qkv, cache = poisoned(tokens, shape.qkv_size), poisoned(2, 5, kv_heads, 16, head_dim)
+        ops.matvec(qkv_weight, normed, qkv, tokens)
+        ops.qkv_epilogue(qkv, bias, (None, None), cos, sin, positions, slots, cache, tokens, 1e-5)
+        activated, logits = poisoned(tokens, 640), poisoned(tokens, 1004, dtype=torch.float32)
+        ops.matvec_silu(wide_weight, wide_bias, normed, activated, tokens)
+        ops.matvec_float(head, normed, logits, tokens)
+        valid = slice(0, max(1, tokens - 1))
+
+        def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+            return torch.equal(left.view(torch.int16), right.view(torch.int16))
+
+        fused, written = poisoned(tokens, shape.qkv_size), poisoned(2, 5, kv_heads, 16, head_dim)
+        ops.matvec_qkv(qkv_weight, bias, normed, place(fused), written, tokens)
+        assert same(fused[valid, : shape.q_size].contiguous(), qkv[valid, : shape.q_size].contiguous())
+        assert same(written, cache)
+        if tokens > 4:
+            assert not ops.fits_fused(tokens)
+            continue
+        fused, written = poisoned(tokens + 1, shape.qkv_size), poisoned(2, 5, kv_heads, 16, head_dim)
+        out = poisoned(tokens + 1, hidden)
+        x = NormInput(added, residual, added_bias, weight, None, out, 1e-5)
+        ops.norm_qkv(qkv_weight, bias, x, place(fused), written, tokens)
+        assert same(fused[valid, : shape.q_size].contiguous(), qkv[valid, : shape.q_size].contiguous())
+        assert same(written, cache)
+        assert torch.equal(out[:tokens], summed)
+        assert torch.isnan(out[tokens:]).all()
+        silu, found = poisoned(tokens + 1, 640), poisoned(tokens + 1, 1004, dtype=torch.float32)
+        ops.norm_silu(wide_weight, wide_bias, x, silu, tokens)
+        assert torch.equal(silu[:tokens], activated)
+        assert torch.isnan(silu[tokens:]).all()
+        order = list(range(tokens))[::-1]
+        gathered = NormInput(added, residual, added_bias, weight, ints(order), None, 1e-5)
+        ops.norm_float(head, gathered, found, tokens)
+        assert torch.equal(found[:tokens, :1003], logits[order, :1003])
+        assert torch.isnan(found[tokens:]).all()
+        assert torch.isnan(found[:, 1003:]).all()
+        # Without anything to add, rows of a table: what the first layer does with token ids, padding being -1.
+        ids = ints([(11 * i + 49) % 50 for i in range(tokens)])
+        if tokens > 1:
+            ids[tokens - 1] = -1
+        rows = table[ids.clamp(min=0).long()]
+        ops.rms_norm(rows, weight, normed, tokens, 1e-5)
+        ops.matvec_silu(wide_weight, wide_bias, normed, activated, tokens)
+        ops.norm_silu(wide_weight, wide_bias, NormInput(None, table, None, weight, ids, out, 1e-5), silu, tokens)
+        assert torch.equal(silu[:tokens], activated)
+        assert torch.equal(out[:tokens], rows)

@@ -43,10 +43,10 @@ def test_row_fields_are_laid_out_as_the_kernels_read_them() -> None:
 
 def test_prefill_tiles_cover_every_query_once_longest_first() -> None:
     scheduled, contexts = np.array([5, 1, 130, 64], np.int32), np.array([5, 900, 2000, 64], np.int32)
-    tiles = prefill_tiles(scheduled, contexts, group=4)
+    tiles = prefill_tiles(scheduled, contexts, group=4, tile_rows=128)
     assert sorted(map(tuple, tiles.tolist())) == [(0, 0), *((2, i) for i in range(5)), (3, 0), (3, 1)]
     assert tiles[0].tolist() == [2, 4]
-    assert prefill_tiles(np.array([1, 1], np.int32), np.array([9, 9], np.int32), 4).shape == (0, 2)
+    assert prefill_tiles(np.array([1, 1], np.int32), np.array([9, 9], np.int32), 4, 128).shape == (0, 2)
 
 
 def test_buckets_hold_every_batch() -> None:

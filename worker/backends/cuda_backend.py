@@ -23,7 +23,7 @@ from kernels.cache import CubinCache, default_directory
 from kernels.compiler import CompileError, Compiler, architecture_of, sources_digest
 from kernels.launcher import KernelLibrary, LaunchError
 from kernels.ops import KernelOps, StepTensors
-from kernels.shapes import KernelShape, ShapeError, kernel_specs
+from kernels.shapes import KernelShape, ShapeError, decode_split, kernel_specs
 from worker.backend import BackendError, BackendInfo, FatalBackendError, KVGroup, Progress
 from worker.backends.cuda_graphs import GraphCache, bucket_for, buckets
 from worker.backends.cuda_memory import MemoryPlan
@@ -115,7 +115,7 @@ class CudaBackend:
             weights = upload_weights(self._model_dir, config, dtype, upload)
             loaded = torch.cuda.memory_allocated(self._device)
             library = KernelLibrary(
-                compiler, kernel_specs(shape, depth), settings.device, overlap=properties.major >= 9
+                compiler, kernel_specs(shape, depth, architecture), settings.device, overlap=properties.major >= 9
             )
             ops = KernelOps(library, shape, self._core_stream, properties.multi_processor_count, depth)
             self._allocate(config, shape, weights, ops, longest, dtype)
@@ -170,7 +170,7 @@ class CudaBackend:
         context_lens = torch.zeros(settings.max_rows, dtype=torch.int32, device=device)
         rows, num_scheduled, q_start = self._columns[:3]
         self._step = StepTensors(rows, num_scheduled, q_start, context_lens, self._rows.block_table)
-        self._ring = ResultRing(_RESULT_SLOTS, settings.max_rows)
+        self._ring = ResultRing(_RESULT_SLOTS, settings.max_rows, _COLUMNS + 1)
         self._buckets = buckets(settings.max_rows)
         self._graphs = GraphCache(self._stream)
         self._slot: Slot | None = None
@@ -244,7 +244,7 @@ class CudaBackend:
             if decode_only:
                 self._graphs.run(("forward", bucket), partial(self._decode, bucket))
             else:
-                tiles = prefill_tiles(step.num_scheduled, context_lens, self._group)
+                tiles = prefill_tiles(step.num_scheduled, context_lens, self._group, self._ops.prefill_tile_rows)
                 self._prepare(count)
                 on_device = upload(tiles, self._device) if len(tiles) else None
                 self._decoder.forward(total, self._step, count, on_device, bool((scheduled == 1).any()))
@@ -264,7 +264,7 @@ class CudaBackend:
             if count:
                 self._sample(rows, count)
                 slot.described += self._prompts.describe_samples(rows, sampling)
-                slot.result.copy_(self._sampler.result, non_blocking=True)
+                self._ops.copy_words(slot.result, self._sampler.result)
             self._rows.known[rows] += 1
             slot.ended.record(self._stream)
         self._slot = None
@@ -320,14 +320,17 @@ class CudaBackend:
     ) -> None:
         """Send the step's columns, padded: rows to `bucket`, samples to all there are."""
         count = len(rows)
-        columns = np.zeros((_COLUMNS + 1, self._settings.max_rows), np.int32)
+        slot = self._slot or self._ring.take()
+        columns = slot.columns.numpy()
+        columns.fill(0)
         columns[0, :count], columns[1, :count], columns[2, :count] = rows, num_scheduled, q_start
         columns[2, count:bucket] = np.arange(count, bucket)  # a decode bucket has one token a row
         columns[3:] = -1
         columns[3, : len(sample_rows)], columns[4, : len(last)] = sample_rows, last
-        pinned = torch.empty(columns.shape, dtype=torch.int32, pin_memory=True)
-        pinned.numpy()[...] = columns
-        self._columns.copy_(pinned, non_blocking=True)
+        self._ops.copy_words(self._columns, slot.columns)
+        if self._slot is None:  # warming up
+            self._stream.synchronize()
+            self._ring.give_back(slot)
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -376,6 +379,7 @@ def _kernel_shape(config: ModelConfig, dtype: torch.dtype, block_size: int) -> K
         block_size=block_size,
         qk_norm=config.qk_norm,
         float16=dtype == torch.float16,
+        split=decode_split(config.head_dim),
     )
 
 
@@ -387,6 +391,6 @@ def _longest_context(config: ModelConfig) -> int:
 
 
 def _poison(space: Workspace) -> None:
-    for name in ("hidden", "normed", "qkv", "attended", "projected", "gate_up", "activated"):
+    for name in ("hidden", "spare", "normed", "qkv", "attended", "projected", "gate_up", "activated"):
         getattr(space, name).fill_(float("nan"))
     space.scratch.partials.fill_(float("nan"))

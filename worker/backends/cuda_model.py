@@ -4,8 +4,8 @@ A layer, with the matrix products in capitals (at most 16 tokens: our matrix-vec
 
     norm · QKV · epilogue (bias, QK norm, rotation, cache append) · attention · O · residual + norm · GATE_UP, silu * up · DOWN
 
-The residual add of one layer's end is fused with the next one's norm. All tensors are allocated once: a CUDA graph may hold
-any of them.
+The residual add of one layer's end is fused with the next one's norm. Up to 16 tokens the epilogue is part of QKV, up to 4 the norms
+are part of QKV and GATE_UP: five kernels a layer. All tensors are allocated once: a CUDA graph may hold any of them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.ops import DecodeItems, DecodeScratch, KernelOps, StepTensors
-from kernels.shapes import PREFILL_TILE_ROWS, KernelShape
+from kernels.ops import (
+    DecodeItems,
+    DecodeScratch,
+    KernelOps,
+    NormInput,
+    Placing,
+    StepTensors,
+)
+from kernels.shapes import FUSED_ROWS, KernelShape
 from worker.checkpoint.config import ModelConfig
 from worker.checkpoint.weights import LayerWeights, Weights
 from worker.model.rope import rotary_table
@@ -32,6 +39,7 @@ class Workspace:
     positions: Tensor  # int32 [tokens]
     slots: Tensor  # int32 [tokens]
     hidden: Tensor  # [tokens, hidden] the residual
+    spare: Tensor  # [FUSED_ROWS, hidden] the residual between attention and MLP, where products normalise their input
     normed: Tensor  # [tokens, hidden]
     qkv: Tensor  # [tokens, qkv]
     attended: Tensor  # [tokens, q_size]
@@ -66,6 +74,7 @@ def allocate_workspace(
         positions=ints(tokens),
         slots=ints(tokens),
         hidden=elements(config.hidden_size),
+        spare=torch.zeros((FUSED_ROWS, config.hidden_size), dtype=dtype, device=device),
         normed=elements(config.hidden_size),
         qkv=elements(shape.qkv_size),
         attended=elements(shape.q_size),
@@ -102,6 +111,7 @@ class CudaDecoder:
         self._cos = torch.cat((rotations.real, rotations.real), dim=-1)
         self._sin = torch.cat((-rotations.imag, rotations.imag), dim=-1)
         self._cache: list[Tensor] = []
+        self._place = Placing(self._cos, self._sin, workspace.positions, workspace.slots, workspace.qkv)
 
     def attach_cache(self, cache: Tensor) -> None:
         """`cache` [layers, 2, num_blocks, num_kv_heads, block_size, head_dim]."""
@@ -116,22 +126,31 @@ class CudaDecoder:
         if decodes:
             for items in space.items.values():
                 ops.plan_decode(step, rows, items)
-        ops.embedding(self._weights.embed, space.token_ids, space.hidden, tokens)
+        fused = ops.fits_fused(tokens)
+        if not fused:
+            ops.embedding(self._weights.embed, space.token_ids, space.hidden, tokens)
         previous_bias: Tensor | None = None
         for number, layer in enumerate(self._weights.layers):
-            if number == 0:
+            if not fused and number == 0:
                 ops.rms_norm(space.hidden, layer.input_norm, space.normed, tokens, config.rms_norm_eps)
-            else:
+            elif not fused:
                 self._add_and_norm(previous_bias, layer.input_norm, tokens)
-            self._attention(number, layer, tokens, step, tiles, decodes)
-            self._add_and_norm(layer.o_bias, layer.post_norm, tokens)
-            self._mlp(layer, tokens)
+            self._qkv(number, layer, previous_bias, tokens)
+            self._attention(number, step, tiles, rows if decodes else 0)
+            self._product(layer.o, space.attended, space.projected, tokens)
+            if not fused:
+                self._add_and_norm(layer.o_bias, layer.post_norm, tokens)
+            self._mlp(number, layer, tokens)
             previous_bias = layer.down_bias
 
     def logits(self, at: Tensor, count: int, out: Tensor) -> None:
         """out[i] = lm_head(norm(output of token at[i])), float32; `at` int32 [count], -1 for padding, no token twice."""
         ops, space, weights = self._ops, self.workspace, self._weights
         bias = weights.layers[-1].down_bias
+        if ops.fits_fused(count):
+            x = NormInput(space.projected, space.hidden, bias, weights.norm, at, None, self.config.rms_norm_eps)
+            ops.norm_float(weights.lm_head, x, out, count)
+            return
         ops.rms_norm_add(
             space.projected, space.hidden, bias, weights.norm, space.normed, count, self.config.rms_norm_eps, at
         )
@@ -141,26 +160,52 @@ class CudaDecoder:
             target = out[:count, : self.config.vocab_size]
             torch.mm(space.normed[:count], weights.lm_head.t(), out_dtype=torch.float32, out=target)
 
-    def _attention(
-        self, number: int, layer: LayerWeights, tokens: int, step: StepTensors, tiles: Tensor | None, decodes: bool
-    ) -> None:
-        ops, space, config = self._ops, self.workspace, self.config
-        cache, window = self._cache[number], config.windows[number] or 0
-        self._product(layer.qkv, space.normed, space.qkv, tokens)
-        ops.qkv_epilogue(
-            space.qkv, layer.qkv_bias, (layer.q_norm, layer.k_norm), self._cos, self._sin, space.positions, space.slots,
-            cache, tokens, config.rms_norm_eps,
-        )  # fmt: skip
-        if decodes:
-            ops.decode_attention(space.qkv, cache, step, space.items[window], space.scratch, space.attended)
+    def _qkv(self, number: int, layer: LayerWeights, previous_bias: Tensor | None, tokens: int) -> None:
+        ops, space, epsilon = self._ops, self.workspace, self.config.rms_norm_eps
+        cache = self._cache[number]
+        if ops.fits_fused(tokens):
+            if number == 0:
+                x = NormInput(None, self._weights.embed, None, layer.input_norm, space.token_ids, space.spare, epsilon)
+            else:
+                x = NormInput(
+                    space.projected, space.hidden, previous_bias, layer.input_norm, None, space.spare, epsilon
+                )
+            ops.norm_qkv(layer.qkv, layer.qkv_bias, x, self._place, cache, tokens)
+        elif ops.fits_qkv(tokens):
+            ops.matvec_qkv(layer.qkv, layer.qkv_bias, space.normed, self._place, cache, tokens)
+        else:
+            self._product(layer.qkv, space.normed, space.qkv, tokens)
+            ops.qkv_epilogue(
+                space.qkv, layer.qkv_bias, (layer.q_norm, layer.k_norm), self._cos, self._sin, space.positions, space.slots,
+                cache, tokens, epsilon,
+            )  # fmt: skip
+
+    def _attention(self, number: int, step: StepTensors, tiles: Tensor | None, decode_rows: int) -> None:
+        ops, space = self._ops, self.workspace
+        cache, window = self._cache[number], self.config.windows[number] or 0
+        if decode_rows:
+            ops.decode_attention(
+                space.qkv, cache, step, space.items[window], space.scratch, space.attended, decode_rows
+            )
         if tiles is not None:
             ops.prefill_attention(space.qkv, cache, step, tiles, window, space.attended)
-        self._product(layer.o, space.attended, space.projected, tokens)
 
-    def _mlp(self, layer: LayerWeights, tokens: int) -> None:
+    def _mlp(self, number: int, layer: LayerWeights, tokens: int) -> None:
         ops, space = self._ops, self.workspace
-        if ops.fits_matvec(self.config.hidden_size, tokens):
-            ops.matvec_silu(layer.gate_up, layer.gate_up_bias, space.normed, space.activated, tokens)
+        if ops.fits_fused(tokens):
+            x = NormInput(
+                space.projected,
+                space.spare,
+                layer.o_bias,
+                layer.post_norm,
+                None,
+                space.hidden,
+                self.config.rms_norm_eps,
+            )
+            ops.norm_silu(layer.gate_up, layer.gate_up_bias, x, space.activated, tokens)
+        elif ops.fits_matvec(self.config.hidden_size, tokens):
+            bias = layer.gate_up_bias
+            ops.matvec_silu(layer.gate_up, bias, space.normed, space.activated, tokens)
         else:
             torch.mm(space.normed[:tokens], layer.gate_up.t(), out=space.gate_up[:tokens])
             ops.silu_mul(space.gate_up, layer.gate_up_bias, space.activated, tokens)
@@ -179,16 +224,18 @@ class CudaDecoder:
             torch.mm(x[:tokens], weight.t(), out=out[:tokens])
 
 
-def prefill_tiles(num_scheduled: np.ndarray, context_lens: np.ndarray, group: int) -> np.ndarray:
+def prefill_tiles(num_scheduled: np.ndarray, context_lens: np.ndarray, group: int, tile_rows: int) -> np.ndarray:
     """Work list int32 [n, 2] (row of the step, tile) of rows with more than one token, the longest tiles first.
+
+    `tile_rows`: pairs (token, query head) of a tile, KernelOps.prefill_tile_rows.
 
     A tile's cost is the context that its last token sees; starting with the longest keeps the end of the launch even.
     """
     rows = np.flatnonzero(num_scheduled > 1)
-    counts = -(-num_scheduled[rows].astype(np.int64) * group // PREFILL_TILE_ROWS)
+    counts = -(-num_scheduled[rows].astype(np.int64) * group // tile_rows)
     owner = np.repeat(rows, counts)
     tile = np.arange(owner.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    last = np.minimum((tile + 1) * PREFILL_TILE_ROWS // group, num_scheduled[owner])
+    last = np.minimum((tile + 1) * tile_rows // group, num_scheduled[owner])
     cost = context_lens[owner] - num_scheduled[owner] + last
     order = np.argsort(-cost, kind="stable")
     return np.stack((owner[order], tile[order]), axis=1).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The way of a step's result to the host: a ring of pinned buffers, each with the events that time its step.
+"""The way of a step's columns to the device and of its result back: a ring of pinned buffers, each with the events of its step.
 
 A slot belongs to the launch thread from `take` to `publish`, to the device until its end event, to the collect thread until it
 has read it, and is given out again only then: no pinned buffer is written while a copy is in flight.
@@ -49,6 +49,7 @@ class Slot:
     """One place of the ring."""
 
     result: torch.Tensor  # pinned int32 [2, max_rows]: tokens, status
+    columns: torch.Tensor  # pinned int32 [columns, max_rows]: what the step tells the device
     began: torch.cuda.Event
     ended: torch.cuda.Event
     step_id: int = 0
@@ -59,15 +60,15 @@ class Slot:
 class ResultRing:
     """Slots in the order of their steps. `take` and `publish` on the launch thread, `collect` on the collect thread."""
 
-    def __init__(self, depth: int, max_rows: int) -> None:
+    def __init__(self, depth: int, max_rows: int, columns: int) -> None:
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._published: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._last: Slot | None = None
         for _ in range(depth):
             # Blocking events sleep while they wait: a spinning thread would hold the interpreter's lock or a core.
             events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-            pinned = torch.zeros((2, max_rows), dtype=torch.int32, pin_memory=True)
-            self._free.put(Slot(pinned, events[0], events[1]))
+            pinned = [torch.zeros((count, max_rows), dtype=torch.int32, pin_memory=True) for count in (2, columns)]
+            self._free.put(Slot(pinned[0], pinned[1], events[0], events[1]))
 
     def take(self) -> Slot:
         """A free slot; waits where `depth` steps have not been collected."""
