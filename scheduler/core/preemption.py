@@ -46,8 +46,7 @@ def place_by_preemption(
     freed = 0
     for row in victims:
         freed += batch.drop(row, worker.rows)
-        victim = state.preempt(worker, row)
-        batch.victim_priority = max(victim.priority, batch.victim_priority or victim.priority)
+        batch.victim_priority = state.preempt(worker, row).priority  # ascending: the lowest go first
     state.counters.preemptions += len(victims)
     state.counters.priority_preemptions += len(victims)
     batch.num_preempting += 1
