@@ -298,7 +298,7 @@ def test_a_full_scheduler_is_not_asked_again_at_once() -> None:
             for _ in range(5):
                 error = await refuse(router.stub.Generate(ask()))
                 assert error.reason is Reason.QUEUE_FULL
-                assert 100 <= error.retry_after_ms <= 10_000
+                assert error.retry_after_ms == 10_000
             assert len(scheduler.submits()) == 1
             urgent = ask()
             urgent.priority = 1  # may find room where others don't
