@@ -59,7 +59,7 @@ class ChaosSettings:
         """What suits a model: a real one on a CPU is slow, and shares it with everything else, so it gets longer leases."""
         if is_mock(model):
             return cls(model=model, **given)  # type: ignore[arg-type]
-        slow = {"streams": 8, "workers": 2, "tokens": 48, "fault_seconds": 8.0, "lease_ms": 4_000}
+        slow = {"streams": 8, "workers": 2, "tokens": 48, "fault_seconds": 5.0, "lease_ms": 2_000}
         return cls(model=model, **{**slow, **given})  # type: ignore[arg-type]
 
 
@@ -99,7 +99,7 @@ class Chaos:
                 await asyncio.sleep(1.5 if self._exact else 10.0)
                 await self._faults(cluster)
                 self._over = True
-            self.report.read_schedulers(cluster.logs("scheduler"), self._worker_faults)
+            self.report.read_schedulers(cluster.logs("scheduler"), self._worker_faults, settings.fault_seconds)
             return self.report
         finally:
             await cluster.stop()

@@ -39,13 +39,16 @@ class ChaosReport:
         """No stream failed or differs."""
         return not self.wrong and not self.errors
 
-    def read_schedulers(self, logs: Sequence[str], worker_faults: Sequence[tuple[str, str, float]]) -> None:
-        """Find in the schedulers' logs when workers were given up. `worker_faults`: kind, name of the worker, Unix time."""
+    def read_schedulers(
+        self, logs: Sequence[str], worker_faults: Sequence[tuple[str, str, float]], within: float
+    ) -> None:
+        """Find in the schedulers' logs when workers were given up: at most `within` seconds after the fault, or it was another one.
+
+        `worker_faults`: kind, name of the worker, Unix time.
+        """
         left = [(name, _seconds(stamp)) for log in logs for stamp, name in _LEFT.findall(log)]
         for kind, worker, at in worker_faults:
-            after = [
-                when - at for name, when in left if name == worker and at - 0.001 <= when < at + _AFTERMATH_SECONDS
-            ]
+            after = [when - at for name, when in left if name == worker and at - 0.001 <= when < at + within]
             if after:
                 self.detection.setdefault(kind, []).append(1e3 * max(0.0, min(after)))
         self.first_plan += [float(ms) for log in logs for ms in _AGAIN.findall(log)]

@@ -33,7 +33,7 @@ class Link:
     running: dict[int, Sequence] = field(default_factory=dict)
     # Cancelled, not acknowledged yet: these handles must not be used.
     cancelling: set[int] = field(default_factory=set)
-    # By tenant and priority: until when its new requests are refused here unasked, and when the scheduler wants to see them again.
+    # By tenant and priority: until when its new requests are refused here unasked, and for how long they are sent away.
     full: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
     _handles: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -51,16 +51,19 @@ class Link:
         return any(model.digest == digest for model in self.models)
 
     def note_full(self, tenant: str, priority: int, retry_after: float, now: float) -> None:
-        """The scheduler has no room for requests of this kind and knows when it will. `retry_after` in seconds."""
+        """The scheduler has no room for requests of this kind. `retry_after` is what it says, in seconds."""
         if len(self.full) >= _MAX_FULL:
             self.full = {kind: times for kind, times in self.full.items() if times[0] > now}
-        self.full[tenant, priority] = (now + min(retry_after, _LONGEST_REFUSAL), now + retry_after)
+        self.full[tenant, priority] = (now + min(retry_after, _LONGEST_REFUSAL), retry_after)
 
     def full_for(self, tenant: str, priority: int, now: float) -> float:
-        """Seconds after which a new request of this kind should come again; 0.0 if the scheduler may be asked now."""
-        until, come_again = self.full.get((tenant, priority), (0.0, 0.0))
+        """Seconds after which a new request of this kind should come again; 0.0 if the scheduler may be asked now.
+
+        Counted from now, not from when the scheduler said it: or all that came meanwhile would come again at the same moment.
+        """
+        until, retry_after = self.full.get((tenant, priority), (0.0, 0.0))
         if now < until:
-            return come_again - now
+            return retry_after
         self.full.pop((tenant, priority), None)
         return 0.0
 

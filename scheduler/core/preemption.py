@@ -46,9 +46,7 @@ def place_by_preemption(
     freed = 0
     for row in victims:
         freed += batch.drop(row, worker.rows)
-        victim = state.preempt(worker, row)
-        highest = batch.victim_priority
-        batch.victim_priority = victim.priority if highest is None else max(victim.priority, highest)
+        batch.victim_priority = state.preempt(worker, row).priority  # ascending: the lowest go first
     state.counters.preemptions += len(victims)
     state.counters.priority_preemptions += len(victims)
     batch.num_preempting += 1

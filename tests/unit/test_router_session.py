@@ -512,7 +512,10 @@ def test_it_is_asked_again_after_a_second_at_the_latest_and_other_kinds_at_once(
     bench.fail("a", first.handle, Reason.QUEUE_FULL, retry_after_ms=5_000)
     with pytest.raises(OctavoError) as caught:
         bench.session.check_room("tiny", "t", 0, bench.now + 0.5)
-    assert (caught.value.reason, caught.value.retry_after_ms) == (Reason.QUEUE_FULL, 4_500)
+    assert (caught.value.reason, caught.value.retry_after_ms) == (
+        Reason.QUEUE_FULL,
+        5_000,
+    )  # from now on, so that not all come at once
     bench.session.check_room("tiny", "other", 0, bench.now + 0.5)
     bench.session.check_room("tiny", "t", 1, bench.now + 0.5)
     bench.session.check_room("tiny", "t", 0, bench.now + 1.0)
