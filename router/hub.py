@@ -17,6 +17,7 @@ from router.session import RouterSession
 from service.errors import OctavoError, Reason
 
 _MAX_OUTBOUND = 65_536
+_MAX_COLLECTED_BYTES = 16 << 20  # what clients take as one message
 
 
 class Outbound:
@@ -207,14 +208,27 @@ class Hub:
             stream = self._streams.get(request)
             if stream is None:
                 continue
-            if stream.bounded and request.error is None and request.num_buffered > self._max_buffered:
-                message = f"{request.num_buffered} tokens wait for the client, which does not read them"
-                error = OctavoError(Reason.SLOW_CONSUMER, message)
-                self.session.fail(request, error, scheduler_pb2.CANCEL_REASON_SLOW_CONSUMER, now)
+            if request.error is None:
+                self._bound(stream, now)
             if request.error is not None or self._flush.mark(stream, now):
                 stream.wake()
         self._arm()
         self._perform()
+
+    def _bound(self, stream: ClientStream, now: float) -> None:
+        """End a request of which more waits than may: for a client that does not read, or for an answer that fits into no message."""
+        request, buffered = stream.request, stream.request.num_buffered
+        if stream.bounded:
+            if buffered > self._max_buffered:
+                message = f"{buffered} tokens wait for the client, which does not read them"
+                error = OctavoError(Reason.SLOW_CONSUMER, message)
+                self.session.fail(request, error, scheduler_pb2.CANCEL_REASON_SLOW_CONSUMER, now)
+        elif buffered * request.bytes_per_token > _MAX_COLLECTED_BYTES:
+            message = (
+                f"an answer of {buffered} tokens and more, with what was asked for, fits into no message: use Generate"
+            )
+            error = OctavoError(Reason.UNSUPPORTED, message)
+            self.session.fail(request, error, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)
 
     def _arm(self) -> None:
         due_at = self._flush.due_at

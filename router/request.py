@@ -116,6 +116,12 @@ class Request:
             buffered += sequence.output.num_buffered
         return buffered
 
+    @property
+    def bytes_per_token(self) -> int:
+        """About what a token takes in an answer: its id and text, and of each log-probability id, value, text and bytes."""
+        sampling = self.spec.sampling
+        return 8 + (32 * (1 + sampling.logprobs) if sampling.HasField("logprobs") else 0)
+
     def note_logprobs(self, sequence: Sequence, positions: list[PositionLogprobs]) -> None:
         """Keep the log-probabilities of prompt tokens and of output tokens that were not delivered yet."""
         for one in positions:

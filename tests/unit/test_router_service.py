@@ -387,6 +387,26 @@ def test_a_client_that_does_not_read_is_cut() -> None:
     asyncio.run(main())
 
 
+def test_an_answer_that_fits_into_no_message_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complete collects: 64 outputs with 20 log-probabilities each would be hundreds of megabytes."""
+    monkeypatch.setattr("router.hub._MAX_COLLECTED_BYTES", 400 * (8 + 32 * 3))
+
+    async def flood(message: Message, say: Say) -> None:
+        if message.HasField("submit"):
+            for start in range(0, 500, 10):
+                await say(tokens(0, (message.submit.handle, start, [300] * 10, 0)))
+
+    async def main() -> None:
+        async with cluster(flood) as (scheduler, router):
+            request = inference_pb2.CompleteRequest(request=ask(logprobs=2, max_tokens=500))
+            error = await refuse(router.stub.Complete(request))
+            assert error.reason is Reason.UNSUPPORTED
+            assert "use Generate" in error.message
+            await eventually(lambda: len(scheduler.cancels()) == 1)
+
+    asyncio.run(main())
+
+
 def test_tokenize_and_detokenize() -> None:
     async def main() -> None:
         async with cluster(say_text) as (_, router):
