@@ -137,3 +137,21 @@ def test_the_watcher_ends_and_keeps_no_stream_alive() -> None:
             assert time.monotonic() < until
             time.sleep(0.02)
         client.close()
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_whole_answer_too_goes_on_at_another_router(kind: str) -> None:
+    with FakeRouter([Play(hang_at=4, terms=BRISK)]) as first, FakeRouter([Play(terms=BRISK)]) as second:
+        addresses = [first.address, second.address]
+        if kind == "sync":
+            with Client(addresses) as client:
+                answer = client.complete("hi", max_tokens=TOTAL)
+        else:
+
+            async def main() -> pb.CompleteResponse:
+                async with AsyncClient(addresses) as client:
+                    return await client.complete("hi", max_tokens=TOTAL)
+
+            answer = asyncio.run(main())
+        assert list(answer.outputs[0].token_ids) == list(range(1000, 1000 + TOTAL))
+        assert second.requests[0].resume.ticket

@@ -243,6 +243,9 @@ class AsyncClient:
     ) -> pb.CompleteResponse:
         """The whole answer at once, to a prompt or to messages."""
         request = complete_request(prompt, messages, options)
+        if len(self._connection.addresses) > 1:  # a stream goes on at another router, where an answer would start again
+            async with self.stream(request.request, timeout=timeout) as stream:
+                return await stream.result()
         return await self._unary(timeout, lambda stub, **call: stub.Complete(request, **call))
 
     async def tokenize(

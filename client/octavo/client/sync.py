@@ -244,6 +244,9 @@ class Client:
     ) -> pb.CompleteResponse:
         """The whole answer at once, to a prompt or to messages."""
         request = complete_request(prompt, messages, options)
+        if len(self._connection.addresses) > 1:  # a stream goes on at another router, where an answer would start again
+            with self.stream(request.request, timeout=timeout) as stream:
+                return stream.result()
         response: pb.CompleteResponse = self._call(timeout, lambda stub, **call: stub.Complete(request, **call))
         return response
 
