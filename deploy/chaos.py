@@ -119,12 +119,11 @@ class Chaos:
 
     def _request(self, prompt: int, key: str = "") -> pb.GenerateRequest:
         ids = [258 + (prompt * 131 + i * 17) % 30_000 for i in range(8 + 5 * prompt)]
-        sampling = pb.SamplingParams(
-            max_tokens=self._settings.tokens,
-            ignore_eos=True,
-            seed=prompt,
-            temperature=float(prompt % 2) if self._exact else 0.0,
-        )
+        sampling = pb.SamplingParams(max_tokens=self._settings.tokens, ignore_eos=True, seed=prompt, temperature=0.0)
+        if prompt % 2 and self._exact:
+            sampling.temperature = 1.0
+        elif prompt % 2:  # these count prompt and output tokens apart, before and after a loss
+            sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty = 1.2, 0.5, 0.3
         return pb.GenerateRequest(
             model=self._model, token_ids=pb.TokenIds(ids=ids), sampling=sampling, idempotency_key=key
         )
@@ -183,8 +182,10 @@ class Chaos:
             expected = got[: at + 1] + await self._go_on(client, prompt, got[: at + 1])
 
     async def _gap(self, client: AsyncClient, prompt: int, got: list[int], expected: list[int], at: int) -> float:
-        """By how much the model, given the tokens before, prefers one of the two tokens to the other."""
+        """By how much the model, given the tokens before, prefers one of the two tokens to the other; infinity under penalties."""
         request = self._request(prompt)
+        if request.sampling.HasField("repetition_penalty"):  # what is reported are the logits before them
+            return float("inf")
         request.token_ids.ids.extend(got[:at])
         request.sampling.max_tokens = 1
         request.sampling.logprobs = 20
