@@ -4,9 +4,8 @@ Events and `now` (seconds on any steady clock) come in; `take_actions` gives the
 cut, `take_changed` the requests that have something new for their clients. gRPC, sockets and clocks are in attach.py;
 the simulation runs this very object.
 
-A sequence is always in one of three places: running under a handle on one link, homeless (waiting for a scheduler that
-serves its digest), or done. A stream that ends, is silent beyond its lease or breaks the protocol makes its sequences
-homeless; they are submitted again, here or elsewhere, with the outputs so far.
+A stream that ends, is silent beyond its lease or breaks the protocol makes its sequences homeless; they are submitted again, here or
+elsewhere, with the outputs so far. Where that is, router/homes.py decides.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ from dataclasses import dataclass
 from octavo.v1 import common_pb2, scheduler_pb2
 
 from router import batch
+from router.homes import MAX_TRIES, Homes
 from router.link import PROTOCOL, Link
 from router.logprobs import PositionLogprobs
-from router.models import ModelDirectory
-from router.placement import Candidate, affinity, choose
 from router.request import Request, Sequence
-from router.stall import StallWatch
 from service.errors import OctavoError, Reason
 
 log = logging.getLogger("octavo.router.session")
@@ -31,9 +28,6 @@ log = logging.getLogger("octavo.router.session")
 _RUNNING = common_pb2.FINISH_REASON_UNSPECIFIED
 _CANCEL_STOP = scheduler_pb2.CANCEL_REASON_STOP_STRING
 _CANCEL_DEADLINE = scheduler_pb2.CANCEL_REASON_DEADLINE
-_MAX_TRIES = 20
-_MAX_BACKOFF = 1.0
-_MIN_RETRY_MS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +59,20 @@ class RouterSession:
 
     def __init__(self, settings: SessionSettings) -> None:
         self._settings = settings
-        self._links: dict[str, Link] = {}
+        self._homes = Homes(
+            patience=settings.patience,
+            linger=settings.linger,
+            request_stall=settings.request_stall,
+            send=self._send,
+            fail=self._fail,
+        )
+        self._links = self._homes.links
+        self.models = self._homes.models
         self._requests: dict[Request, None] = {}
-        self._homeless: dict[Sequence, None] = {}
         self._changed: dict[Request, None] = {}
         self._messages: list[tuple[str, scheduler_pb2.AttachRequest]] = []
         self._cut: list[str] = []
         self._ticked_at: float | None = None
-        self._watch = StallWatch(settings.request_stall)
-        self.stalls = 0  # sequences that ran and got nothing
-        self.models = ModelDirectory()
         self.dropped_tokens = 0  # came twice
 
     # ---- what the shell asks
@@ -88,6 +86,11 @@ class RouterSession:
     def num_attached(self) -> int:
         """Schedulers that welcomed us."""
         return sum(link.attached for link in self._links.values())
+
+    @property
+    def stalls(self) -> int:
+        """Sequences that ran and got nothing for too long, so far."""
+        return self._homes.stalls
 
     def requests(self) -> list[Request]:
         """Requests that are not done."""
@@ -121,10 +124,10 @@ class RouterSession:
         link = self._links.pop(address, None)
         if link is None:
             return
-        self._update_models(now)
+        self._homes.update_models(now)
         for sequence in list(link.running.values()):
-            self._make_homeless(sequence, now)
-        self._place_homeless(now)
+            self._homes.lose(sequence, now)
+        self._homes.place_homeless(now)
 
     def receive(self, address: str, message: scheduler_pb2.AttachResponse, now: float) -> None:
         """A message of this scheduler's stream. One that breaks the protocol costs it the stream."""
@@ -160,7 +163,7 @@ class RouterSession:
                 link.full.clear()
         elif kind == "models":
             link.models = tuple(message.models.models)
-            self._models_changed(now)
+            self._homes.models_changed(now)
         elif kind == "go_away":
             self._go_away(link, now)
         else:
@@ -169,44 +172,29 @@ class RouterSession:
     # ---- requests
 
     def check_room(self, model: str, tenant: str, priority: int, now: float) -> None:
-        """Raises QUEUE_FULL where every scheduler of the model has just refused requests of this kind and wants none yet.
-
-        That costs microseconds; to ask costs tokenizing, two threads and a round trip, at a time when all are busy.
-        """
-        if not any(link.full for link in self._links.values()):
-            return
-        digest = self.models.find(model).digest
-        links = [link for link in self._links.values() if link.attached and not link.draining and link.serves(digest)]
-        waits = [link.full_for(tenant, priority, now) for link in links]
-        if waits and all(waits):
-            raise OctavoError(
-                Reason.QUEUE_FULL,
-                f"the waiting queue is full, retry after {min(waits):.2f} s",
-                retry_after_ms=max(_MIN_RETRY_MS, round(min(waits) * 1e3)),
-            )
+        """Raises QUEUE_FULL where every scheduler of the model has just refused requests of this kind and wants none yet."""
+        self._homes.check_room(model, tenant, priority, now)
 
     def submit(self, request: Request, now: float) -> None:
         """Start a request.
 
         Raises MODEL_CHANGED or NO_WORKER where nobody serves its digest, nor did until just now, and it was not accepted before.
         """
-        may_wait = request.spec.resumed or self._comes_again(request)
-        if not may_wait and not self._candidates(request.sequences[0]):
-            raise self._nobody(request)
+        self._homes.check_served(request)
         self._requests[request] = None
         for sequence in request.sequences:
             if sequence.output.finish_reason:  # a resume of what had ended
                 self._done(sequence, now)
             else:
                 sequence.homeless_since = now
-                self._place(sequence, now)
+                self._homes.place(sequence, now)
 
     def cancel(self, request: Request, reason: scheduler_pb2.CancelReason, now: float) -> None:
         """Give up what still runs of a request. Without effect on one that is done."""
         self._requests.pop(request, None)
         for sequence in request.sequences:
             if not sequence.done:
-                self._leave(sequence, reason)
+                self._homes.leave(sequence, reason)
                 sequence.done = True
                 sequence.finished_at = now
 
@@ -224,8 +212,6 @@ class RouterSession:
         """Heartbeats, leases, deadlines, sequences that wait. To be called a few times in each heartbeat interval."""
         stalled = self._ticked_at is not None and now - self._ticked_at > self._settings.lease / 2
         self._ticked_at = now
-        if stalled:
-            self._watch.excuse(now)
         for link in list(self._links.values()):
             if stalled:  # our own loop stood still: what they sent meanwhile has not been read yet
                 link.heard_at = now
@@ -236,10 +222,7 @@ class RouterSession:
                 self._send(link, heartbeat=scheduler_pb2.RouterHeartbeat())
         for request in [r for r in self._requests if r.spec.deadline is not None and now >= r.spec.deadline]:
             self.fail(request, OctavoError(Reason.DEADLINE, "the deadline passed"), _CANCEL_DEADLINE, now)
-        self.models.forget_gone(now - self._settings.linger)
-        for sequence in self._watch.take_due(now):
-            self._judge(sequence, now)
-        self._place_homeless(now)
+        self._homes.tick(now, stalled=stalled)
 
     def detach(self) -> None:
         """Say goodbye to every scheduler; nothing may run any more."""
@@ -259,7 +242,7 @@ class RouterSession:
         link.heartbeat = max(welcome.heartbeat_ms, 10) / 1e3
         link.lease = max(welcome.lease_ms, 30) / 1e3
         link.models = tuple(welcome.models)
-        self._models_changed(now)
+        self._homes.models_changed(now)
 
     def _admitted(self, link: Link, message: scheduler_pb2.Admitted, now: float) -> None:
         sequence = link.running.get(message.handle)
@@ -308,7 +291,7 @@ class RouterSession:
             output.end(entry.finish_reason)
         if output.finish_reason:
             if entry.finish_reason:
-                self._release_handle(link, sequence)
+                self._homes.release(link, sequence)
             self._done(sequence, now)
         self._changed[sequence.request] = None
 
@@ -323,110 +306,33 @@ class RouterSession:
         if sequence is None:
             link.cancelling.discard(message.handle)
             return
-        self._release_handle(link, sequence)
+        self._homes.release(link, sequence)
         reason = _reason(message.reason)
         error = OctavoError(reason, message.message or reason.name, retry_after_ms=message.retry_after_ms)
         sequence.refused_by.add(link.address)
         if reason is Reason.QUEUE_FULL:
             spec = sequence.request.spec
             link.note_full(spec.tenant, spec.priority, message.retry_after_ms / 1e3, now)
-        elsewhere = bool(self._candidates(sequence))
+        elsewhere = bool(self._homes.candidates(sequence))
         # Whoever was accepted is never refused for want of room: its scheduler was lost, and this one is full of others.
         may_go_on = error.rule.resumable or reason is Reason.QUEUE_FULL
         go_on = may_go_on and sequence.accepted and reason is not Reason.SLOW_CONSUMER
-        go_on |= reason in (Reason.NO_WORKER, Reason.DRAINING) and self._comes_again(sequence.request)
+        go_on |= reason in (Reason.NO_WORKER, Reason.DRAINING) and self._homes.comes_again(sequence.request)
         once_more = reason is Reason.INTERNAL and sequence.attempt == 0
-        if (go_on or once_more or (error.rule.retryable and elsewhere)) and sequence.tries < _MAX_TRIES:
+        if (go_on or once_more or (error.rule.retryable and elsewhere)) and sequence.tries < MAX_TRIES:
             if go_on or once_more:
                 sequence.refused_by.clear()
-            self._make_homeless(sequence, now)
+            self._homes.lose(sequence, now)
             if elsewhere and not once_more:
                 sequence.not_before = now
-            self._place(sequence, now)
+            self._homes.place(sequence, now)
         else:
             self.fail(sequence.request, error, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)
 
     def _go_away(self, link: Link, now: float) -> None:
         """Move everything that another scheduler can take now; the rest stays until the stream ends."""
         link.draining = True
-        self._move(link.running.values(), now)
-
-    def _models_changed(self, now: float) -> None:
-        """Find room for who waits: for the homeless, and for those whose scheduler has lost its last worker of their model.
-
-        What runs on a worker that is leaving may end there.
-        """
-        self._update_models(now)
-        for link in self._links.values():
-            digests = {sequence.request.spec.digest for sequence in link.running.values()}
-            lost = {digest for digest in digests if not link.serves(digest)}
-            held = {digest for digest in lost if link.holds(digest)}
-            if lost:
-                stranded = [s for s in link.running.values() if s.request.spec.digest in lost]
-                self._move([s for s in stranded if not (s.admitted and s.request.spec.digest in held)], now)
-        self._place_homeless(now)
-
-    def _move(self, sequences: Iterable[Sequence], now: float) -> None:
-        """Submit elsewhere what another scheduler can take now."""
-        for sequence in list(sequences):
-            if self._candidates(sequence):
-                self._leave(sequence, scheduler_pb2.CANCEL_REASON_UNSPECIFIED)
-                self._make_homeless(sequence, now)
-                sequence.not_before = now
-                self._place(sequence, now)
-
-    # ---- placing
-
-    def _candidates(self, sequence: Sequence) -> list[Candidate]:
-        digest = sequence.request.spec.digest
-        return [
-            Candidate(link.address, link.serves(digest), len(link.running))
-            for link in self._links.values()
-            if link.attached and not link.draining and link.serves(digest) and link.address not in sequence.refused_by
-        ]
-
-    def _comes_again(self, request: Request) -> bool:
-        """Whether its model was served until just now, or is by a scheduler that is leaving: either may be an upgrade."""
-        digest = request.spec.digest
-        leaving = any(link.attached and link.draining and link.serves(digest) for link in self._links.values())
-        return leaving or self.models.lingers(digest)
-
-    def _place_homeless(self, now: float) -> None:
-        for sequence in list(self._homeless):
-            if sequence in self._homeless:
-                self._place(sequence, now)
-
-    def _place(self, sequence: Sequence, now: float, avoid: str = "") -> None:
-        """Submit a sequence that runs nowhere, or let it wait. `avoid`: an address to take only if there is no other."""
-        candidates = self._candidates(sequence) if now >= sequence.not_before else []
-        candidates = [candidate for candidate in candidates if candidate.address != avoid] or candidates
-        if not candidates:
-            self._homeless[sequence] = None
-            patient = sequence.accepted or sequence.tries or self._comes_again(sequence.request)
-            if now - sequence.homeless_since > (self._settings.patience if patient else self._settings.linger):
-                nobody = self._nobody(sequence.request)
-                self.fail(sequence.request, nobody, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)
-            return
-        self._homeless.pop(sequence, None)
-        spec = sequence.request.spec
-        link = self._links[choose(candidates, affinity(spec.cache_salt, spec.prompt_column))]
-        sequence.link, sequence.handle = link.address, link.new_handle()
-        sequence.tries += 1
-        self._watch.add(sequence, now)
-        link.running[sequence.handle] = sequence
-        self._send(link, submit=sequence.request.submission(sequence, now))
-
-    def _make_homeless(self, sequence: Sequence, now: float) -> None:
-        """Its stream or its submission is lost: the next one is another attempt, later each time nothing came of it."""
-        self._forget_handle(sequence)
-        sequence.attempt += 1
-        sequence.homeless_since = now
-        backoff = 0.0 if sequence.tries <= 1 else min(_MAX_BACKOFF, 0.025 * 2**sequence.tries)
-        sequence.not_before = now + backoff
-        self._homeless[sequence] = None
-        if sequence.tries >= _MAX_TRIES:
-            error = OctavoError(Reason.LOST, f"lost {sequence.tries} times without a new token")
-            self.fail(sequence.request, error, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)
+        self._homes.move(link.running.values(), now)
 
     def _resubmit_after_gap(self, link: Link, sequence: Sequence, entry: batch.Entry, now: float) -> None:
         log.warning(
@@ -436,55 +342,14 @@ class RouterSession:
             len(sequence.output.token_ids),
         )
         if entry.finish_reason:
-            self._release_handle(link, sequence)
-        else:
-            self._leave(sequence, scheduler_pb2.CANCEL_REASON_UNSPECIFIED)
-        self._make_homeless(sequence, now)
-        if not sequence.done:
-            self._place(sequence, now)
+            self._homes.release(link, sequence)
+        self._homes.start_again(sequence, now)
 
-    def _judge(self, sequence: Sequence, now: float) -> None:
-        """A sequence that runs and gets nothing is submitted again, elsewhere if somebody else serves its model."""
-        link = self._links[sequence.link]
-        quiet = self._watch.quiet_too_long(sequence, link.load.waiting, now)
-        if not quiet:
-            return
-        self.stalls += 1
-        log.error(
-            "%s: output %d has got nothing for %.1f s; submitting it again. Handle %d at %s, %s, attempt %d, %d tries; %d of at most "
-            "%d tokens have come; there %d run and %d wait",
-            sequence.request.spec.request_id,
-            sequence.output.index,
-            quiet,
-            sequence.handle,
-            link.address,
-            "planned" if sequence.planned else "not planned",
-            sequence.attempt,
-            sequence.tries,
-            len(sequence.output.token_ids),
-            sequence.request.spec.sampling.max_tokens,
-            link.load.running,
-            link.load.waiting,
-        )
-        self._leave(sequence, scheduler_pb2.CANCEL_REASON_UNSPECIFIED)
-        self._make_homeless(sequence, now)
-        sequence.stalls += 1
-        if not sequence.done:
-            self._place(sequence, now, avoid=link.address)
-
-    def _nobody(self, request: Request) -> OctavoError:
-        spec = request.spec
-        if any(model.name == spec.model for model in self.models.all()) and not self.models.by_digest(spec.digest):
-            return OctavoError(
-                Reason.MODEL_CHANGED, f"the version of {spec.model} that the request is pinned to is gone"
-            )
-        return OctavoError(Reason.NO_WORKER, f"no worker serves {spec.model} at present", retry_after_ms=1_000)
-
-    # ---- handles and ends
+    # ---- ends
 
     def _done(self, sequence: Sequence, now: float) -> None:
         """It has its finish reason. Where the scheduler does not know yet, tell it."""
-        self._leave(sequence, _CANCEL_STOP)
+        self._homes.leave(sequence, _CANCEL_STOP)
         sequence.done = True
         sequence.finished_at = now
         request = sequence.request
@@ -492,30 +357,8 @@ class RouterSession:
         if request.done:
             self._requests.pop(request, None)
 
-    def _leave(self, sequence: Sequence, reason: scheduler_pb2.CancelReason) -> None:
-        """Free its row and forget its handle until the scheduler acknowledges."""
-        link = self._links.get(sequence.link)
-        handle = sequence.handle
-        self._forget_handle(sequence)
-        if link is None or handle < 0:
-            return
-        link.cancelling.add(handle)
-        count = len(sequence.output.token_ids)
-        self._send(link, cancel=scheduler_pb2.Cancel(handle=handle, reason=reason, num_output_tokens=count))
-
-    def _release_handle(self, link: Link, sequence: Sequence) -> None:
-        """A terminal entry came: the handle is free."""
-        self._watch.discard(sequence)
-        link.running.pop(sequence.handle, None)
-        sequence.handle, sequence.link = -1, ""
-
-    def _forget_handle(self, sequence: Sequence) -> None:
-        self._watch.discard(sequence)
-        link = self._links.get(sequence.link)
-        if link is not None:
-            link.running.pop(sequence.handle, None)
-        sequence.handle, sequence.link = -1, ""
-        self._homeless.pop(sequence, None)
+    def _fail(self, request: Request, error: OctavoError, now: float) -> None:
+        self.fail(request, error, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)
 
     def _cut_link(self, link: Link, why: str, now: float) -> None:
         log.warning("leaving the scheduler at %s: %s", link.address, why)
@@ -525,9 +368,6 @@ class RouterSession:
     def _send(self, link: Link, **message: object) -> None:
         request = scheduler_pb2.AttachRequest(epoch=link.epoch, **message)  # type: ignore[arg-type]
         self._messages.append((link.address, request))
-
-    def _update_models(self, now: float) -> None:
-        self.models.update((model for link in self._links.values() for model in link.models), now)
 
 
 def _reason(number: int) -> Reason:

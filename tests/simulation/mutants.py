@@ -58,7 +58,7 @@ def _no_index_check(self: RouterSession, link: Any, entry: Any, now: float) -> N
     sequence.output.append(entry.token_ids)
     if entry.finish_reason:
         sequence.output.end(entry.finish_reason)
-        self._release_handle(link, sequence)
+        self._homes.release(link, sequence)
     self._changed[sequence.request] = None
     if sequence.output.finish_reason:
         self._done(sequence, now)

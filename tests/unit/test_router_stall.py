@@ -150,4 +150,4 @@ def test_who_is_done_is_looked_at_no_more() -> None:
     start(bench, gone)
     bench.say("a", tokens(0, (handle, 0, [5], common_pb2.FINISH_REASON_LENGTH)))
     bench.session.cancel(gone, scheduler_pb2.CANCEL_REASON_CLIENT, bench.now)
-    assert not bench.session._watch._due
+    assert not bench.session._homes._watch._due
