@@ -169,6 +169,7 @@ class Request:
             num_prompt_tokens=spec.num_prompt_tokens,
             suspect_group=sequence.suspect_group,
             failures_alone=sequence.failures_alone,
+            accepted=sequence.accepted,
         )
         if spec.deadline is not None:
             submit.remaining_ms = max(0, round((spec.deadline - now) * 1e3))

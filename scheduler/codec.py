@@ -63,6 +63,7 @@ def decode_submit(submit: scheduler_pb2.Submit, router_id: int, vocab_size: int,
         payload=submit,
         suspicion=submit.suspect_group,
         failures_alone=submit.failures_alone,
+        accepted=submit.accepted,
     )
 
 

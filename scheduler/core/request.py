@@ -77,6 +77,8 @@ class Request:
     arrival: float = 0.0
     """Seconds on the caller's clock: now minus what it has waited elsewhere."""
     deadline: float | None = None
+    accepted: bool = False
+    """It was accepted before, here or elsewhere: it is not refused for a full queue. So is whatever has outputs."""
     payload: object = None
 
     # Owned by the scheduler.
@@ -119,6 +121,7 @@ class Request:
             raise InvalidField("suspicion", "must be in [0, 2^63)")
         if not 0 <= self.handle < 2**32:
             raise InvalidField("handle", "must be an unsigned 32-bit number")
+        self.accepted = self.accepted or self.output_token_ids.size > 0
         self.num_charged_outputs = self.output_token_ids.size
         self.resumed = self.output_token_ids.size > 0
 

@@ -94,7 +94,7 @@ class Scheduler:
         """Puts a request into the waiting queue. Afterwards its router hears of it until a terminal entry, `Failed` or `cancel`.
 
         A request without a digest is pinned to the one that most workers of the model's name hold, now and for good. A request
-        that has outputs is a resume: it is not refused for a full queue, and it waits if no worker is there at present.
+        that was accepted before is not refused for a full queue, and it waits if no worker is there at present.
 
         Raises DuplicateRequest, ModelUnknown, ModelChanged, NoWorker, Unplaceable or QueueFull; nothing was changed then.
         """
@@ -248,7 +248,7 @@ class Scheduler:
         known = state.models.get(request.model, set())
         served = [d for d in known if any(not w.draining for w in state.workers_of.get(d, ()))]
         if request.digest:
-            if request.digest in served or request.output_token_ids.size:
+            if request.digest in served or request.accepted:
                 return request.digest
             if served:
                 raise ModelChanged(f"model {request.model!r} is served with another digest")
@@ -274,7 +274,7 @@ class Scheduler:
     def _check_queue(self, request: Request, now: float) -> None:
         """Raises QueueFull where the request's tenant, at its priority, or everything together has too much waiting."""
         state, settings = self._state, self._state.settings
-        if request.output_token_ids.size:
+        if request.accepted:
             return
         queues, size = state.queues.values(), request.num_known_tokens
         loads = [queue.load_on(request.tenant, request.priority) for queue in queues]

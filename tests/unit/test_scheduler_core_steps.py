@@ -509,3 +509,18 @@ def test_how_long_requests_waited_for_a_new_worker_is_told_once() -> None:
     first = scheduler.take_recoveries()
     assert first and set(first) == {0.25} and len(first) <= running
     assert scheduler.take_recoveries() == []
+
+
+def test_who_was_accepted_elsewhere_is_not_refused_and_waits_for_a_worker() -> None:
+    """Its scheduler is gone and its client was told Started: it has no token yet, but a promise."""
+    scheduler = scheduler_with(SPEC, max_waiting_requests=1)
+    scheduler.drain_worker(1)
+    with pytest.raises(NoWorker):
+        scheduler.submit(request(0, digest=SPEC.model_digest), 0.0)
+    for handle in range(1, 4):
+        scheduler.submit(request(handle, accepted=True, digest=SPEC.model_digest), 0.0)
+    scheduler.add_worker(2, SPEC)
+    with pytest.raises(QueueFull):
+        scheduler.submit(request(9), 0.0)
+    plan = scheduler.plan(2, 0.0)
+    assert plan is not None and [new.request.handle for new in plan.new_rows] == [1, 2, 3]

@@ -62,7 +62,7 @@ class RouterHello(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., protocol: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "task", "model", "digest", "adapter", "tenant", "cache_salt", "priority", "group_id", "index", "seed", "attempt", "remaining_ms", "waited_ms", "sampling", "grammar", "prompt", "output_token_ids", "num_prompt_tokens", "suspect_group", "failures_alone")
+    __slots__ = ("handle", "request_id", "task", "model", "digest", "adapter", "tenant", "cache_salt", "priority", "group_id", "index", "seed", "attempt", "remaining_ms", "waited_ms", "sampling", "grammar", "prompt", "output_token_ids", "num_prompt_tokens", "suspect_group", "failures_alone", "accepted")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class Submit(_message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SUSPECT_GROUP_FIELD_NUMBER: _ClassVar[int]
     FAILURES_ALONE_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     task: Task
@@ -107,7 +108,8 @@ class Submit(_message.Message):
     num_prompt_tokens: int
     suspect_group: int
     failures_alone: int
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., model: _Optional[str] = ..., digest: _Optional[bytes] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., group_id: _Optional[int] = ..., index: _Optional[int] = ..., seed: _Optional[int] = ..., attempt: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingSpec, _Mapping]] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., prompt: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., output_token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., suspect_group: _Optional[int] = ..., failures_alone: _Optional[int] = ...) -> None: ...
+    accepted: bool
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., model: _Optional[str] = ..., digest: _Optional[bytes] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., group_id: _Optional[int] = ..., index: _Optional[int] = ..., seed: _Optional[int] = ..., attempt: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingSpec, _Mapping]] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., prompt: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., output_token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., suspect_group: _Optional[int] = ..., failures_alone: _Optional[int] = ..., accepted: _Optional[bool] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("token_ids", "placeholder")
