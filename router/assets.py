@@ -77,9 +77,9 @@ class ModelAssets:
             normalizes=json.loads(files["tokenizer.json"]).get("normalizer") is not None,
         )
 
-    def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text to ids; special tokens written in it are not recognised."""
-        return _encode(self.plain_tokenizer, text, add_special_tokens)
+    def encode_text(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """Text to ids; special tokens written in it are not recognised. Raises PROMPT_TOO_LONG beyond `most` tokens."""
+        return _encode(self.plain_tokenizer, text, add_special_tokens, most)
 
     def render(self, chat: inference_pb2.Chat, now: datetime | None = None) -> str:
         """The prompt of a conversation as text. Raises INVALID_ARGUMENT."""
@@ -98,9 +98,9 @@ class ModelAssets:
         except TemplateFailure as error:
             raise OctavoError(Reason.INVALID_ARGUMENT, str(error)) from None
 
-    def encode_rendered(self, prompt: str) -> list[int]:
-        """A rendered template to ids: special tokens are recognised, none are added."""
-        return _encode(self.tokenizer, prompt, False)
+    def encode_rendered(self, prompt: str, most: int | None = None) -> list[int]:
+        """A rendered template to ids: special tokens are recognised, none are added. Raises PROMPT_TOO_LONG beyond `most` tokens."""
+        return _encode(self.tokenizer, prompt, False, most)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Ids to text, as `Tokenizer.decode` does."""
@@ -178,12 +178,18 @@ def _log_failure(task: asyncio.Task[ModelAssets]) -> None:
         log.warning("a model's assets can't be loaded: %s", task.exception())
 
 
-def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    """`encode` holds Python's lock, for seconds where the text is long, and with it the event loop; `encode_batch` does not."""
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, most: int | None) -> list[int]:
+    """`encode` holds Python's lock, for seconds where the text is long, and with it the event loop; `encode_batch` does not.
+
+    To make a list of the ids holds it, too: so their number is looked at first.
+    """
     if len(text) < _LONG_TEXT:
         encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     else:
         (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+    if most is not None and len(encoding) > most:
+        text = f"{len(encoding)} prompt tokens exceed the model's context of {most} tokens"
+        raise OctavoError(Reason.PROMPT_TOO_LONG, text)
     ids: list[int] = encoding.ids
     return ids
 

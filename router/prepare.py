@@ -130,6 +130,7 @@ class Preparation:
     ) -> list[int]:
         """The prompt's token ids. Raises PROMPT_TOO_LONG where its size alone shows it, before any tokenizing."""
         kind = message.WhichOneof("input")
+        most = limits.max_model_len if isinstance(message, inference_pb2.GenerateRequest) else None
         if isinstance(message, inference_pb2.GenerateRequest) and kind == "token_ids":
             if len(message.token_ids.ids) > limits.max_model_len:
                 raise _too_long(len(message.token_ids.ids), limits)
@@ -139,18 +140,23 @@ class Preparation:
                 message.add_special_tokens or not message.HasField("add_special_tokens")
             )
             _check_size(message.text, assets, limits)
-            return await self._pool.run(len(message.text), lambda: assets.encode_text(message.text, add_special))
-        return (await self.tokenize_chat(message.chat, assets, limits, accepted))[1]
+            return await self._pool.run(len(message.text), lambda: assets.encode_text(message.text, add_special, most))
+        return (await self.tokenize_chat(message.chat, assets, limits, accepted, most))[1]
 
     async def tokenize_chat(
-        self, chat: inference_pb2.Chat, assets: ModelAssets, limits: ModelLimits, accepted: float
+        self,
+        chat: inference_pb2.Chat,
+        assets: ModelAssets,
+        limits: ModelLimits,
+        accepted: float,
+        most: int | None = None,
     ) -> tuple[str, list[int]]:
-        """The rendered template and its token ids."""
+        """The rendered template and its token ids, `most` at most. Raises PROMPT_TOO_LONG and what rendering raises."""
 
         def work() -> tuple[str, list[int]]:
             prompt = assets.render(chat, datetime.fromtimestamp(accepted))
             _check_size(prompt, assets, limits)
-            return prompt, assets.encode_rendered(prompt)
+            return prompt, assets.encode_rendered(prompt, most)
 
         return await self._pool.run(chat.ByteSize(), work)
 

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from router.assets import ModelAssets
+from service.errors import OctavoError
 from worker.backends.mock_assets import mock_assets
 
 
@@ -43,3 +44,12 @@ def test_long_and_short_texts_get_the_same_tokens(assets: ModelAssets) -> None:
     for add in (True, False):
         assert assets.encode_text(long, add) == assets.plain_tokenizer.encode(long, add_special_tokens=add).ids
     assert assets.encode_rendered(long) == assets.tokenizer.encode(long, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("words", [3, 3_000])
+def test_a_text_of_too_many_tokens_is_refused_before_they_are_listed(assets: ModelAssets, words: int) -> None:
+    text = "hello " * words
+    count = len(assets.encode_text(text))
+    assert len(assets.encode_text(text, most=count)) == count
+    with pytest.raises(OctavoError, match=f"{count} prompt tokens exceed the model's context of {count - 1} tokens"):
+        assets.encode_text(text, most=count - 1)
