@@ -10,6 +10,9 @@ from service.errors import OctavoError, Reason
 
 _MAX_MODEL_BYTES = 256 << 20
 _CHUNK_BYTES = 1 << 20
+_MAX_FILES = 64
+_MAX_NAME_CHARACTERS = 255
+_KEEP_UNSERVED = 4
 
 
 class Incoming:
@@ -23,6 +26,8 @@ class Incoming:
     def add(self, chunk: common_pb2.AssetChunk) -> None:
         """The next chunk."""
         if chunk.name:
+            if len(chunk.name) > _MAX_NAME_CHARACTERS or len(self._files) >= _MAX_FILES:
+                raise OctavoError(Reason.PROTOCOL_VIOLATION, f"more than {_MAX_FILES} asset files, or a name too long")
             self._current = self._files.setdefault(chunk.name, bytearray())
         if self._current is None:
             raise OctavoError(Reason.PROTOCOL_VIOLATION, "an asset chunk without a file name")
@@ -45,13 +50,12 @@ class AssetStore:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._models
 
-    def put(self, digest: bytes, files: dict[str, bytes]) -> None:
-        """A worker has sent everything."""
+    def put(self, digest: bytes, files: dict[str, bytes], served: set[bytes]) -> None:
+        """A worker has sent everything. Of digests that are not `served` a few are kept, since workers come again."""
+        unserved = [old for old in self._models if old not in served and old != digest]
+        for old in unserved[: max(0, len(unserved) - _KEEP_UNSERVED)]:
+            del self._models[old]
         self._models[digest] = files
-
-    def drop(self, digest: bytes) -> None:
-        """No worker holds the model any more and no request is pinned to it."""
-        self._models.pop(digest, None)
 
     def chunks(self, digest: bytes) -> Iterator[common_pb2.AssetChunk]:
         """The files in pieces of 1 MiB. Raises NO_WORKER where they are not here (yet)."""

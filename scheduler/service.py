@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from octavo.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 from scheduler import inspect
@@ -135,6 +136,8 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
                 first = await context.read()
         except TimeoutError:
             await abort(context, OctavoError(Reason.PROTOCOL_VIOLATION, f"no Hello within {_HELLO_SECONDS:.0f} s"))
+        except DecodeError:
+            await abort(context, OctavoError(Reason.PROTOCOL_VIOLATION, "a stream starts with Hello"))
         if first is grpc.aio.EOF or first.WhichOneof("message") != kind:
             await abort(context, OctavoError(Reason.PROTOCOL_VIOLATION, "a stream starts with Hello"))
         return getattr(first, kind)
@@ -174,16 +177,21 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             gone()
             self._plan_soon()
             results = await asyncio.gather(reader, writer, return_exceptions=True)
-        if peer.cut is not None:
-            log.warning("cut off %s: %s", peer.name, peer.cut.message)
-            await abort(context, peer.cut)
+        broken = next((result for result in results if isinstance(result, OctavoError)), None)
+        cause = peer.cut or broken
+        if cause is not None:
+            log.warning("cut off %s: %s", peer.name, cause.message)
+            await abort(context, cause)
         for result in results:
             if isinstance(result, Exception) and not isinstance(result, grpc.aio.AioRpcError | grpc.aio.UsageError):
                 raise result
 
     async def _read(self, context: Any, peer: Peer, on_message: Callable[[Any], None]) -> None:
         while True:
-            message = await context.read()
+            try:
+                message = await context.read()
+            except DecodeError as error:
+                raise OctavoError(Reason.PROTOCOL_VIOLATION, f"bytes that are no message: {error}") from None
             if message is grpc.aio.EOF or peer.cut is not None:
                 return
             on_message(message)
