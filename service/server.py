@@ -11,6 +11,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from service.auth import TokenInterceptor, check_binding, read_token
+from service.decoding import DecodeInterceptor
 from service.settings import CommonSettings, SettingsError, split_address
 
 PUBLIC_MESSAGE_BYTES = 16 << 20
@@ -31,7 +32,7 @@ class Server:
         self._services = tuple(services)
         self._health = HealthServicer()
         self.grpc = grpc.aio.server(
-            interceptors=[TokenInterceptor(token)] if token else [],
+            interceptors=[*([TokenInterceptor(token)] if token else []), DecodeInterceptor()],
             options=_server_options(max_message_bytes),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from octavo.v1 import common_pb2
 from service.auth import check_binding, read_token
 from service.columns import check_range, pack, unpack
 from service.errors import RULES, FieldViolation, OctavoError, Reason
+from service.metrics import Metrics
 from service.settings import CommonSettings, SettingsError, flag, parse, split_address
 
 
@@ -131,3 +136,24 @@ def test_a_process_announces_itself_drains_on_sigterm_and_leaves_with_0(tmp_path
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
     assert not ready.exists()
+
+
+def test_metrics_outlive_who_hangs_up_and_who_says_nothing(caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
+    metrics = Metrics()
+    host, port = split_address(metrics.start("127.0.0.1:0"))
+    try:
+        idle = [socket.create_connection((host, port), timeout=10) for _ in range(20)]
+        assert [connection.recv(1) for connection in idle[16:]] == [b""] * 4  # hung up on: each would hold a thread
+        for connection in idle:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+        until, body = time.monotonic() + 10, b""
+        while not body:
+            try:
+                body = urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=5).read()
+            except OSError:
+                assert time.monotonic() < until
+        assert b"process_cpu_seconds_total" in body
+    finally:
+        metrics.stop()
+    assert not caplog.records and capsys.readouterr().err == ""
