@@ -117,7 +117,7 @@ class Preparation:
         )
         request = _request(spec, spec_of, assets)
         if message.HasField("resume"):
-            _replay(request, message.resume)
+            _replay(request, message.resume, limits)
         return Prepared(request, self._started(spec, ticket))
 
     async def tokenize(
@@ -180,15 +180,15 @@ def _request(spec: RequestSpec, resolved: Resolved, assets: ModelAssets) -> Requ
     return Request(spec, outputs, seeds, assets.table)
 
 
-def _replay(request: Request, resume: inference_pb2.Resume) -> None:
+def _replay(request: Request, resume: inference_pb2.Resume, limits: ModelLimits) -> None:
     """Bring each output to where the client stands. Raises INVALID_ARGUMENT."""
     wrong = Violations()
     wrong.require(resume.seed == request.spec.seed, "resume.seed", "must be the seed that Started told")
     for position, state in enumerate(resume.outputs):
         sequence = request.sequences[state.index]
         path = f"resume.outputs[{position}]"
-        if any(token_id >= 2**31 for token_id in state.token_ids):
-            wrong.add(f"{path}.token_ids", "ids must be below 2^31")
+        if any(token_id >= limits.vocab_size for token_id in state.token_ids):
+            wrong.add(f"{path}.token_ids", f"ids must be below the vocabulary size {limits.vocab_size}")
             continue
         try:
             sequence.output.replay(state.token_ids, state.text_bytes)
