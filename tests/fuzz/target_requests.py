@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from random import Random
+from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest import mock
 
 from google.protobuf import struct_pb2
 from octavo.v1 import inference_pb2, scheduler_pb2
@@ -190,9 +192,11 @@ class _World:
 def _episode(random: Random) -> Iterator[Verdict]:
     world = _World(random)
     loop = asyncio.new_event_loop()
+    secrets = SimpleNamespace(randbits=random.getrandbits, token_hex=lambda count: random.randbytes(count).hex())
     try:
-        for _ in range(EPISODE):
-            yield loop.run_until_complete(world.attack())
+        with mock.patch("router.prepare.secrets", secrets):  # so that ids and seeds replay
+            for _ in range(EPISODE):
+                yield loop.run_until_complete(world.attack())
     finally:
         loop.close()
         world.close()
