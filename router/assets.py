@@ -58,7 +58,9 @@ class ModelAssets:
             table = build_table(tokenizer)
         except UnsupportedDecoder as error:
             raise AssetError(str(error)) from None
-        except Exception as error:  # noqa: BLE001 - the Rust library raises bare Exception for every kind of bad file
+        except BaseException as error:
+            if not is_tokenizer_error(error):
+                raise
             raise AssetError(f"tokenizer.json: {error}") from None
         config, tokenizer_config, generation = (
             _json(files, name) for name in ("config.json", "tokenizer_config.json", "generation_config.json")
@@ -78,7 +80,10 @@ class ModelAssets:
         )
 
     def encode_text(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
-        """Text to ids; special tokens written in it are not recognised. Raises PROMPT_TOO_LONG beyond `most` tokens."""
+        """Text to ids; special tokens written in it are not recognised.
+
+        Raises PROMPT_TOO_LONG beyond `most` tokens, UNSUPPORTED where the tokenizer fails.
+        """
         return _encode(self.plain_tokenizer, text, add_special_tokens, most)
 
     def render(self, chat: inference_pb2.Chat, now: datetime | None = None) -> str:
@@ -99,7 +104,7 @@ class ModelAssets:
             raise OctavoError(Reason.INVALID_ARGUMENT, str(error)) from None
 
     def encode_rendered(self, prompt: str, most: int | None = None) -> list[int]:
-        """A rendered template to ids: special tokens are recognised, none are added. Raises PROMPT_TOO_LONG beyond `most` tokens."""
+        """A rendered template to ids: special tokens are recognised, none are added. Raises as encode_text does."""
         return _encode(self.tokenizer, prompt, False, most)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -178,15 +183,25 @@ def _log_failure(task: asyncio.Task[ModelAssets]) -> None:
         log.warning("a model's assets can't be loaded: %s", task.exception())
 
 
+def is_tokenizer_error(error: BaseException) -> bool:
+    """Whether the Rust library may have raised it: bare Exception for every kind of bad file, and its panics are no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, most: int | None) -> list[int]:
     """`encode` holds Python's lock, for seconds where the text is long, and with it the event loop; `encode_batch` does not.
 
     To make a list of the ids holds it, too: so their number is looked at first.
     """
-    if len(text) < _LONG_TEXT:
-        encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    else:
-        (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+    try:
+        if len(text) < _LONG_TEXT:
+            encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+    except BaseException as error:
+        if not is_tokenizer_error(error):
+            raise
+        raise OctavoError(Reason.UNSUPPORTED, f"the model's tokenizer fails on this text: {error}") from None
     if most is not None and len(encoding) > most:
         text = f"{len(encoding)} prompt tokens exceed the model's context of {most} tokens"
         raise OctavoError(Reason.PROMPT_TOO_LONG, text)
@@ -204,7 +219,7 @@ def _tokenizer(data: bytes) -> Tokenizer:
 def _json(files: Files, name: str) -> dict[str, Any]:
     try:
         value = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AssetError(f"{name}: {error}") from None
     if not isinstance(value, dict):
         raise AssetError(f"{name}: no JSON object")
@@ -239,7 +254,8 @@ def _templates(files: Files, tokenizer_config: dict[str, Any]) -> tuple[ChatTemp
     if isinstance(found, str):
         sources["default"] = found
     elif isinstance(found, list):
-        sources = {str(item["name"]): str(item["template"]) for item in found if "name" in item and "template" in item}
+        named = [item for item in found if isinstance(item, dict) and "name" in item and "template" in item]
+        sources = {str(item["name"]): str(item["template"]) for item in named}
     if "chat_template.json" in files:
         sources["default"] = str(_json(files, "chat_template.json").get("chat_template", ""))
     if "chat_template.jinja" in files:

@@ -136,6 +136,9 @@ class Attachments:
 
     async def _read(self, call: Any, address: str, heard: asyncio.Event) -> None:
         while (message := await call.read()) is not grpc.aio.EOF:
+            if message is None:  # gRPC's client says so of bytes that it can't decode
+                log.warning("the scheduler at %s sent bytes that are no message", address)
+                return
             heard.set()
             self._hub.receive(address, message)
 
@@ -154,6 +157,8 @@ async def _collect(call: Any) -> dict[str, bytes]:
     files: dict[str, bytearray] = {}
     name, total = "", 0
     async for message in call:
+        if message is None:  # as in _read
+            raise OctavoError(Reason.PROTOCOL_VIOLATION, "bytes that are no message")
         chunk = message.chunk
         name = chunk.name or name
         total += len(chunk.data)

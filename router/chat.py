@@ -7,6 +7,8 @@ from typing import Any
 from google.protobuf import json_format, struct_pb2
 from octavo.v1 import inference_pb2
 
+from service.errors import OctavoError, Reason
+
 # How tool descriptions are written in the data that models were trained on; other keys follow by name.
 _KEY_ORDER = ("type", "function", "name", "description", "parameters", "properties", "enum", "items", "required")
 
@@ -31,8 +33,12 @@ def plain(struct: struct_pb2.Struct) -> dict[str, Any]:
 
     Its only number is the double: whole ones become integers again, as JSON writes them. Its keys have no order, so they
     get one: the prompt must be the same at every router, for the prefix cache and for resumes.
+    Raises INVALID_ARGUMENT for infinity and NaN, which JSON has not.
     """
-    value: dict[str, Any] = _canonical(json_format.MessageToDict(struct))
+    try:
+        value: dict[str, Any] = _canonical(json_format.MessageToDict(struct))
+    except (ValueError, json_format.Error) as error:
+        raise OctavoError(Reason.INVALID_ARGUMENT, f"chat: a value that JSON can't hold: {error}") from None
     return value
 
 

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 
 _REPLACEMENT = "\ufffd"
+_MAX_IDS = 1 << 22
 
 
 class UnsupportedDecoder(Exception):
@@ -62,9 +63,12 @@ class TokenTable(Protocol):
 
 def build_table(tokenizer: Tokenizer) -> TokenTable:
     """Unroll a tokenizer's decoder. About a microsecond for each token of the vocabulary. Raises UnsupportedDecoder."""
+    num_ids = _num_ids(tokenizer)  # before anything that walks over all of them
+    if num_ids > _MAX_IDS:
+        raise UnsupportedDecoder(f"tokenizer.json: a token has the id {num_ids - 1}; {_MAX_IDS} ids may be")
     spec = json.loads(tokenizer.to_str())
     steps = _decoder_steps(spec.get("decoder"))
-    tokens = [tokenizer.id_to_token(i) for i in range(_num_ids(tokenizer))]
+    tokens = [tokenizer.id_to_token(i) for i in range(num_ids)]
     special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:

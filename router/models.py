@@ -14,6 +14,8 @@ from octavo.v1 import scheduler_pb2
 
 from service.errors import OctavoError, Reason
 
+_MAX_WORKERS = 1 << 20  # of one scheduler
+
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
@@ -24,6 +26,16 @@ class KnownModel:
     max_model_len: int
     vocab_size: int
     workers: int
+
+
+def checked(served: Iterable[scheduler_pb2.ServedModel]) -> tuple[scheduler_pb2.ServedModel, ...]:
+    """What a scheduler says that it serves. Raises PROTOCOL_VIOLATION for what no model can be: its numbers become int32 columns."""
+    models = tuple(served)
+    for model in models:
+        sizes_fit = 0 < model.vocab_size < 2**31 and 0 < model.max_model_len < 2**31
+        if not model.name or len(model.digest) != 32 or not sizes_fit or model.workers > _MAX_WORKERS:
+            raise OctavoError(Reason.PROTOCOL_VIOLATION, f"a served model {model.name[:80]!r} that can't be")
+    return models
 
 
 class ModelDirectory:
@@ -49,7 +61,7 @@ class ModelDirectory:
                 model.name,
                 model.digest,
                 model.max_model_len if old is None else min(model.max_model_len, old.max_model_len),
-                model.vocab_size,
+                model.vocab_size if old is None else min(model.vocab_size, old.vocab_size),
                 model.workers + (0 if old is None else old.workers),
             )
         before = {key: model for key, (model, _) in self._gone.items()} | self._models

@@ -197,8 +197,8 @@ def _replay(request: Request, resume: inference_pb2.Resume, limits: ModelLimits)
         if len(state.token_ids) > limits.max_model_len:
             wrong.add(f"{path}.token_ids", f"must have at most {limits.max_model_len} entries, the model's context")
             continue
-        if any(token_id >= 2**31 for token_id in state.token_ids):
-            wrong.add(f"{path}.token_ids", "ids must be below 2^31")
+        if any(token_id >= limits.vocab_size for token_id in state.token_ids):
+            wrong.add(f"{path}.token_ids", f"ids must be below the vocabulary size {limits.vocab_size}")
             continue
         try:
             sequence.output.replay(state.token_ids, state.text_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +119,7 @@ def sequence_seed(seed: int, index: int) -> int:
 
 def _sampling(params: inference_pb2.SamplingParams, defaults: Any) -> common_pb2.SamplingSpec:
     spec = common_pb2.SamplingSpec(
-        temperature=_choose(params, "temperature", defaults, 1.0, 0.0, math.inf),
+        temperature=_choose(params, "temperature", defaults, 1.0, 0.0, 1e6),
         top_p=_choose(params, "top_p", defaults, 1.0, 1e-6, 1.0),
         top_k=int(_choose(params, "top_k", defaults, 0, 0, 2**31 - 1)),
         min_p=_choose(params, "min_p", defaults, 0.0, 0.0, 1.0),
@@ -141,7 +140,7 @@ def _choose(params: Any, name: str, defaults: Any, default: float, low: float, h
     if params.HasField(name):
         return float(getattr(params, name))
     found = defaults.get(name)
-    if isinstance(found, int | float) and not isinstance(found, bool) and low <= found <= high and math.isfinite(found):
+    if isinstance(found, int | float) and not isinstance(found, bool) and low <= found <= high:
         return float(found)
     return default
 

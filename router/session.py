@@ -20,6 +20,7 @@ from router import batch
 from router.homes import MAX_TRIES, Homes
 from router.link import PROTOCOL, Link
 from router.logprobs import PositionLogprobs
+from router.models import checked
 from router.request import Request, Sequence
 from service.errors import OctavoError, Reason
 
@@ -162,8 +163,7 @@ class RouterSession:
             if not message.load.waiting:  # whoever it had no room for may come
                 link.full.clear()
         elif kind == "models":
-            link.models = tuple(message.models.models)
-            self._homes.models_changed(now)
+            self._models(link, message.models.models, now)
         elif kind == "go_away":
             self._go_away(link, now)
         else:
@@ -241,7 +241,14 @@ class RouterSession:
         link.incarnation = welcome.incarnation
         link.heartbeat = max(welcome.heartbeat_ms, 10) / 1e3
         link.lease = max(welcome.lease_ms, 30) / 1e3
-        link.models = tuple(welcome.models)
+        self._models(link, welcome.models, now)
+
+    def _models(self, link: Link, served: Iterable[scheduler_pb2.ServedModel], now: float) -> None:
+        try:
+            link.models = checked(served)
+        except OctavoError as error:
+            self._cut_link(link, error.message, now)
+            return
         self._homes.models_changed(now)
 
     def _admitted(self, link: Link, message: scheduler_pb2.Admitted, now: float) -> None:
@@ -276,7 +283,7 @@ class RouterSession:
         fresh = entry.token_ids[have - entry.first_output_index :]
         self.dropped_tokens += len(entry.token_ids) - len(fresh)
         if entry.logprobs:
-            self._note_logprobs(sequence, entry.logprobs)
+            self._note_logprobs(sequence, entry.logprobs, len(fresh))
         if fresh:
             if sequence.first_token_at is None:
                 sequence.first_token_at = now
@@ -295,10 +302,12 @@ class RouterSession:
             self._done(sequence, now)
         self._changed[sequence.request] = None
 
-    def _note_logprobs(self, sequence: Sequence, positions: list[PositionLogprobs]) -> None:
+    def _note_logprobs(self, sequence: Sequence, positions: list[PositionLogprobs], num_fresh: int) -> None:
+        """Keeps those of the prompt and of the tokens that came with them; nothing else can ever leave."""
         standing = sequence.request.spec.num_prompt_tokens + len(sequence.output.token_ids)
         prompt = sequence.request.spec.num_prompt_tokens
-        wanted = [one for one in positions if one.position >= standing or one.position < prompt]
+        end = standing + num_fresh
+        wanted = [one for one in positions if standing <= one.position < end or one.position < prompt]
         sequence.request.note_logprobs(sequence, wanted)
 
     def _failed(self, link: Link, message: scheduler_pb2.Failed, now: float) -> None:

@@ -17,9 +17,11 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from router.template_limits import BoundedEnvironment
 
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_MAX_SOURCE_CHARACTERS = 1 << 20
 
 
 class TemplateFailure(Exception):
@@ -31,11 +33,13 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises TemplateFailure where the source is no template."""
-        self._source = source
         self._special_tokens = dict(special_tokens)
+        self._environment = _environment()
+        if len(source) > _MAX_SOURCE_CHARACTERS:
+            raise TemplateFailure(f"the model's chat template has more than {_MAX_SOURCE_CHARACTERS} characters")
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = self._environment.from_string(source)
+        except Exception as error:  # noqa: BLE001 - besides jinja's own, what Python's compiler says to code that is nested too deeply
             raise TemplateFailure(f"the model's chat template can't be compiled: {error}") from None
 
     def render(
@@ -60,13 +64,15 @@ class ChatTemplate:
         if now is not None:
             variables["strftime_now"] = now.strftime
         try:
-            rendered = self._template.render(
-                variables,
-                messages=conversation,
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-            )
+            with self._environment.budget():
+                rendered = self._template.render(
+                    variables,
+                    messages=conversation,
+                    tools=list(tools) if tools else None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt and not continue_final_message,
+                )
+            rendered.encode()  # a lone surrogate is no text
         except Exception as error:  # noqa: BLE001 - a template is a program: whatever it raises is its answer to this conversation
             raise TemplateFailure(f"the chat template refused the conversation: {error}") from None
         return _cut_at_tag(rendered, final) if continue_final_message else rendered
@@ -83,11 +89,11 @@ def _cut_at_tag(rendered: str, final: str) -> str:
     return rendered[:at].rstrip()
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = environment.bounded("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -10,6 +10,8 @@ from service.errors import OctavoError, Reason
 
 _MAX_MODEL_BYTES = 256 << 20
 _CHUNK_BYTES = 1 << 20
+_MAX_FILES = 64
+_MAX_NAME_CHARACTERS = 255
 _KEEP_UNSERVED = 4
 
 
@@ -24,6 +26,8 @@ class Incoming:
     def add(self, chunk: common_pb2.AssetChunk) -> None:
         """The next chunk."""
         if chunk.name:
+            if len(chunk.name) > _MAX_NAME_CHARACTERS or len(self._files) >= _MAX_FILES:
+                raise OctavoError(Reason.PROTOCOL_VIOLATION, f"more than {_MAX_FILES} asset files, or a name too long")
             self._current = self._files.setdefault(chunk.name, bytearray())
         if self._current is None:
             raise OctavoError(Reason.PROTOCOL_VIOLATION, "an asset chunk without a file name")

@@ -9,6 +9,8 @@ from scheduler.core import NewRow, Request, SamplingParams, StepPlan, StepResult
 from scheduler.core.request import Int32Array
 from service.columns import check_range, pack, unpack
 from service.errors import FieldViolation, OctavoError, Reason
+from service.logprobs import Logprobs, unpack_logprobs
+from service.sampling import BadSampling, check_sampling
 
 PROTOCOL = 1
 
@@ -24,20 +26,12 @@ def decode_submit(submit: scheduler_pb2.Submit, router_id: int, vocab_size: int,
     spec = submit.sampling
     prompt = _prompt(submit)
     outputs = unpack("output_token_ids", submit.output_token_ids, np.int32)
-    stops = unpack("stop_token_ids", spec.stop_token_ids, np.int32)
-    allowed = unpack("allowed_token_ids", spec.allowed_token_ids, np.int32)
-    bad_words = [unpack("bad_words", word.token_ids, np.int32) for word in spec.bad_words]
-    for name, ids in (
-        ("prompt", prompt),
-        ("output_token_ids", outputs),
-        ("stop_token_ids", stops),
-        ("allowed_token_ids", allowed),
-    ):
-        _check_vocabulary(name, ids, vocab_size)
-    for word in bad_words:
-        _check_vocabulary("bad_words", word, vocab_size)
-    if spec.logit_bias and max(spec.logit_bias) >= vocab_size:
-        raise _bad_field("logit_bias", f"a token outside the vocabulary of {vocab_size}")
+    _check_vocabulary("prompt", prompt, vocab_size)
+    _check_vocabulary("output_token_ids", outputs, vocab_size)
+    try:
+        stops = check_sampling(spec, vocab_size).stop
+    except BadSampling as error:
+        raise _bad_field(error.field, error.problem) from None
     if submit.num_prompt_tokens != prompt.size:
         raise _bad_field("num_prompt_tokens", f"{submit.num_prompt_tokens} where the prompt has {prompt.size}")
     deadline = now + submit.remaining_ms / 1e3 if submit.HasField("remaining_ms") else None
@@ -75,8 +69,8 @@ def decode_hello(hello: scheduler_pb2.WorkerHello, run_ahead: int) -> WorkerSpec
         raise OctavoError(Reason.UNSUPPORTED, "exactly one kv_group, with id 0, is supported")
     if not hello.model or len(hello.model_digest) != 32:
         raise OctavoError(Reason.INVALID_ARGUMENT, "Hello needs a model name and a model_digest of 32 bytes")
-    if hello.vocab_size < 1:
-        raise OctavoError(Reason.INVALID_ARGUMENT, "Hello needs a vocab_size")
+    if not 1 <= hello.vocab_size < 2**31:
+        raise OctavoError(Reason.INVALID_ARGUMENT, "Hello needs a vocab_size below 2^31: token ids are int32")
     group = hello.kv_groups[0]
     return WorkerSpec(
         model=hello.model,
@@ -130,14 +124,16 @@ def summarise_plan(plan: StepPlan) -> scheduler_pb2.PlanSummary:
     )
 
 
-def decode_result(result: step_pb2.StepResult, vocab_size: int) -> StepResult:
-    """The core's value. Raises PROTOCOL_VIOLATION."""
+def decode_result(result: step_pb2.StepResult, vocab_size: int) -> tuple[StepResult, Logprobs | None]:
+    """The core's value, and the log-probabilities that came with it. Raises PROTOCOL_VIOLATION before anything is booked."""
     ok = result.status == step_pb2.STEP_STATUS_OK
     token_ids = unpack("token_ids", result.token_ids, np.int32)
     check_range("token_ids", token_ids, 0, vocab_size)
     status = unpack("row_status", result.row_status, np.uint8) if result.row_status else None
     num_tokens = unpack("num_tokens", result.num_tokens, np.uint8)
-    return StepResult(step_id=result.step_id, num_tokens=num_tokens, token_ids=token_ids, row_status=status, ok=ok)
+    logprobs = unpack_logprobs(result.logprobs, vocab_size=vocab_size) if result.HasField("logprobs") else None
+    decoded = StepResult(step_id=result.step_id, num_tokens=num_tokens, token_ids=token_ids, row_status=status, ok=ok)
+    return decoded, logprobs
 
 
 def _encode_new_row(new: NewRow) -> step_pb2.NewRow:

@@ -19,6 +19,7 @@ from scheduler.core import Failed, InvalidField, QueueFull, Scheduler, Scheduler
 from scheduler.outbox import Tokens, select_logprobs
 from scheduler.peers import Peer, RouterPeer, WorkerPeer
 from service.errors import OctavoError, Reason
+from service.logprobs import Logprobs
 
 log = logging.getLogger("octavo.hub")
 
@@ -54,7 +55,7 @@ class Hub:
         self._incarnation = incarnation
         self._epoch = first_epoch
         self._next_peer = 1
-        self._vocab_size: dict[str, int] = {}
+        self._vocab_size: dict[bytes, int] = {}  # by model digest
         self._admitted: dict[str, set[bytes]] = {}
         self._ticked_at = 0.0
 
@@ -115,11 +116,15 @@ class Hub:
         except InvalidField as error:
             raise OctavoError(Reason.INVALID_ARGUMENT, f"Hello: {error}") from None
         self._check_digest(hello.model, hello.model_digest)
+        self._check_vocabulary(hello)
         self._replace_earlier_stream(hello.incarnation, now)
         worker = WorkerPeer(*self._identify(), heard_at=now, spoke_at=now, name=hello.name, hello=hello)
-        self.core.add_worker(worker.peer_id, spec, hello.incarnation)
+        try:
+            self.core.add_worker(worker.peer_id, spec, hello.incarnation)
+        except InvalidField as error:
+            raise OctavoError(Reason.INVALID_ARGUMENT, f"Hello: {error}") from None
         self.workers[worker.peer_id] = worker
-        self._vocab_size[hello.model] = hello.vocab_size
+        self._vocab_size[hello.model_digest] = hello.vocab_size
         self._admitted.setdefault(hello.model, set()).add(hello.model_digest)
         welcome = scheduler_pb2.WorkerWelcome(
             incarnation=self._incarnation,
@@ -298,12 +303,14 @@ class Hub:
         try:
             if self.draining:
                 raise OctavoError(Reason.DRAINING, "this scheduler is leaving")
-            vocab_size = self._vocab_size.get(submit.model)
+            accepted = submit.accepted or bool(submit.output_token_ids)
+            digest = self.core.digest_for(submit.model, submit.digest, accepted=accepted)
+            vocab_size = self._vocab_size.get(digest)
             if vocab_size is None:
-                raise OctavoError(Reason.MODEL_UNKNOWN, f"no model {submit.model!r}")
+                raise OctavoError(Reason.NO_WORKER, "no worker has held this digest yet", retry_after_ms=200)
             self.core.submit(decode_submit(submit, router.peer_id, vocab_size, now), now)
         except OctavoError as error:
-            self._refuse(router, submit.handle, error.reason, error.message)
+            self._refuse(router, submit.handle, error.reason, error.message, error.retry_after_ms)
         except QueueFull as error:
             self._refuse(router, submit.handle, Reason.QUEUE_FULL, str(error), max(1, int(error.retry_after * 1e3)))
         except SchedulerError as error:
@@ -322,7 +329,8 @@ class Hub:
         if result.epoch != worker.epoch:
             raise OctavoError(Reason.PROTOCOL_VIOLATION, f"a result of epoch {result.epoch}")
         try:
-            events = self.core.apply(worker.peer_id, decode_result(result, worker.hello.vocab_size), now)
+            decoded, logprobs = decode_result(result, worker.hello.vocab_size)
+            events = self.core.apply(worker.peer_id, decoded, now)
         except SchedulerError as error:
             raise OctavoError(Reason.PROTOCOL_VIOLATION, str(error)) from None
         if result.status != step_pb2.STEP_STATUS_OK:
@@ -333,15 +341,14 @@ class Hub:
         worker.last_step = result.step_id
         worker.pace.returned(result.step_id, now)
         for columns in events:
-            self._deliver(columns, result)
+            self._deliver(columns, logprobs)
         self._deliver_failures()
         self._release_if_drained(worker)
 
-    def _deliver(self, columns: TokenColumns, result: step_pb2.StepResult) -> None:
+    def _deliver(self, columns: TokenColumns, logprobs: Logprobs | None) -> None:
         router = self.routers.get(columns.router_id)
         if router is not None:
-            logprobs = select_logprobs(result.logprobs, columns) if result.HasField("logprobs") else None
-            router.put_tokens(Tokens(columns, logprobs))
+            router.put_tokens(Tokens(columns, None if logprobs is None else select_logprobs(logprobs, columns)))
 
     def _deliver_failures(self) -> None:
         """Who lost a worker, and who is failed."""
@@ -383,6 +390,15 @@ class Hub:
                 Reason.MODEL_CHANGED,
                 f"model {model!r} is served with digest {min(others).hex()[:12]}…; "
                 f"{digest.hex()} was not admitted (octavo admit)",
+            )
+
+    def _check_vocabulary(self, hello: scheduler_pb2.WorkerHello) -> None:
+        """Requests that wait were checked against the vocabulary of their digest, which is the same wherever it is held."""
+        digest, known = hello.model_digest, self._vocab_size.get(hello.model_digest, hello.vocab_size)
+        if hello.vocab_size != known and self.core.is_in_use(digest):
+            raise OctavoError(
+                Reason.INVALID_ARGUMENT,
+                f"Hello: vocab_size is {hello.vocab_size}; this digest is served with a vocabulary of {known}",
             )
 
     def _replace_earlier_stream(self, incarnation: int, now: float) -> None:

@@ -16,6 +16,7 @@ from octavo.v1 import common_pb2, scheduler_pb2
 
 from scheduler.core.plan import TokenColumns
 from service.columns import pack, unpack
+from service.logprobs import Logprobs
 
 M = TypeVar("M")
 
@@ -108,28 +109,21 @@ def encode_tokens(batch: list[Tokens]) -> scheduler_pb2.TokenBatch:
     return message
 
 
-def select_logprobs(logprobs: common_pb2.LogprobColumns, columns: TokenColumns) -> common_pb2.LogprobColumns | None:
+def select_logprobs(logprobs: Logprobs, columns: TokenColumns) -> common_pb2.LogprobColumns | None:
     """Those of a step's log-probabilities that belong to these entries; owner becomes the index of the entry."""
-    owner = unpack("logprobs.owner", logprobs.owner, np.int32)
-    counts = unpack("logprobs.num_entries", logprobs.num_entries, np.int32, owner.size)
-    position = unpack("logprobs.position", logprobs.position, np.int32, owner.size)
-    rank = unpack("logprobs.rank", logprobs.rank, np.int32, owner.size)
-    total = int(counts.sum(dtype=np.int64))
-    token_ids = unpack("logprobs.token_ids", logprobs.token_ids, np.int32, total)
-    values = unpack("logprobs.logprobs", logprobs.logprobs, np.float32, total)
     entry_of = {plan_index: entry for entry, plan_index in enumerate(columns.plan_index.tolist())}
-    new_owner = np.array([entry_of.get(index, -1) for index in owner.tolist()], np.int32)
+    new_owner = np.array([entry_of.get(index, -1) for index in logprobs.owner.tolist()], np.int32)
     kept = new_owner >= 0
     if not kept.any():
         return None
-    kept_entries = np.repeat(kept, counts)
+    kept_entries = np.repeat(kept, logprobs.num_entries)
     return common_pb2.LogprobColumns(
         owner=pack(new_owner[kept], np.int32),
-        position=pack(position[kept], np.int32),
-        rank=pack(rank[kept], np.int32),
-        num_entries=pack(counts[kept], np.int32),
-        token_ids=pack(token_ids[kept_entries], np.int32),
-        logprobs=pack(values[kept_entries], np.float32),
+        position=pack(logprobs.position[kept], np.int32),
+        rank=pack(logprobs.rank[kept], np.int32),
+        num_entries=pack(logprobs.num_entries[kept], np.int32),
+        token_ids=pack(logprobs.token_ids[kept_entries], np.int32),
+        logprobs=pack(logprobs.logprobs[kept_entries], np.float32),
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from octavo.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 from scheduler import inspect
@@ -135,6 +136,8 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
                 first = await context.read()
         except TimeoutError:
             await abort(context, OctavoError(Reason.PROTOCOL_VIOLATION, f"no Hello within {_HELLO_SECONDS:.0f} s"))
+        except DecodeError:
+            await abort(context, OctavoError(Reason.PROTOCOL_VIOLATION, "a stream starts with Hello"))
         if first is grpc.aio.EOF or first.WhichOneof("message") != kind:
             await abort(context, OctavoError(Reason.PROTOCOL_VIOLATION, "a stream starts with Hello"))
         return getattr(first, kind)
@@ -174,10 +177,12 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             gone()
             self._plan_soon()
             results = await asyncio.gather(reader, writer, return_exceptions=True)
-        if peer.cut is not None:
-            log.warning("cut off %s: %s", peer.name, peer.cut.message)
+        broken = next((result for result in results if isinstance(result, OctavoError)), None)
+        cause = peer.cut or broken
+        if cause is not None:
+            log.warning("cut off %s: %s", peer.name, cause.message)
             try:
-                await abort(context, peer.cut)
+                await abort(context, cause)
             except grpc.aio.InternalError:
                 # gRPC takes no status while a message waits that the peer does not read. It is off the books; its own lease or the
                 # connection's keepalive ends its side.
@@ -189,7 +194,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
 
     async def _read(self, context: Any, peer: Peer, on_message: Callable[[Any], None]) -> None:
         while True:
-            message = await context.read()
+            try:
+                message = await context.read()
+            except DecodeError as error:
+                raise OctavoError(Reason.PROTOCOL_VIOLATION, f"bytes that are no message: {error}") from None
             if message is grpc.aio.EOF or peer.cut is not None:
                 return
             on_message(message)

@@ -2,23 +2,64 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import sys
+import threading
 from collections.abc import Callable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import (
-    CollectorRegistry,
-    Gauge,
-    GCCollector,
-    PlatformCollector,
-    ProcessCollector,
-    start_http_server,
-)
+from prometheus_client import CollectorRegistry, Gauge, GCCollector, PlatformCollector, ProcessCollector, make_wsgi_app
 from prometheus_client.registry import Collector
 
 from service.settings import SettingsError, split_address
 
+log = logging.getLogger("octavo.metrics")
+
+_MAX_CONNECTIONS = 16
+_IDLE_SECONDS = 10.0
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _IDLE_SECONDS  # a connection that says nothing holds its thread no longer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Scrapes are no news."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A few connections at once, each a thread; what comes beyond is hung up on."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        super().__init__((host, port), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if isinstance(sys.exc_info()[1], OSError):  # who hangs up or says nothing is no error of ours
+            log.debug("a connection to /metrics broke")
+        else:
+            log.exception("/metrics failed")
+
 
 class Metrics:
-    """A registry and its HTTP endpoint (a daemon thread of prometheus-client)."""
+    """A registry and its HTTP endpoint (daemon threads)."""
 
     def __init__(self, *collectors: Collector) -> None:
         """`collectors` beside those of the process itself."""
@@ -41,11 +82,12 @@ class Metrics:
         """Serve /metrics; returns HOST:PORT. Raises SettingsError where the address can't be bound."""
         host, port = split_address(listen)
         try:
-            server, _ = start_http_server(port, addr=host, registry=self.registry)
+            self._server = _Server(host, port)
         except OSError as error:
             raise SettingsError(f"--metrics {listen}: {error}") from None
-        self._server = server
-        self.address = f"{host}:{server.server_port}"
+        self._server.set_app(make_wsgi_app(self.registry))
+        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
+        self.address = f"{host}:{self._server.server_port}"
         return self.address
 
     def stop(self) -> None:

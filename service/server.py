@@ -11,6 +11,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from service.auth import AuthInterceptor, check_binding, read_token
+from service.decoding import DecodeInterceptor
 from service.keys import ApiKeys, Authenticator
 from service.settings import CommonSettings, SettingsError, split_address
 
@@ -45,7 +46,10 @@ class Server:
         self._services = tuple(services)
         self._health = HealthServicer()
         self.grpc = grpc.aio.server(
-            interceptors=[] if self.authenticator.is_open else [AuthInterceptor(self.authenticator)],
+            interceptors=[
+                *([] if self.authenticator.is_open else [AuthInterceptor(self.authenticator)]),
+                DecodeInterceptor(),
+            ],
             options=_server_options(max_message_bytes),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

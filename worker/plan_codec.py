@@ -6,13 +6,12 @@ against what the rows hold. `RowBooks` is the host's copy of what each row knows
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from octavo.v1 import common_pb2, step_pb2
 
 from service.columns import check_range, pack, unpack, violation
+from service.sampling import BadSampling, check_sampling
 from worker.backend import BackendInfo
 from worker.step import Int32Array, LogprobColumns, NewRow, SamplingParams, Step, StepOutput
 
@@ -124,6 +123,8 @@ class RowBooks:
         if ((num_samples > 0) & (after != self._known[rows])).any():
             raise violation("num_samples", "a row would sample before its last known token")
         self._known[rows] += num_samples
+        if (self._known[rows] > info.max_model_len).any():
+            raise violation("num_samples", "a row would sample beyond the model's context")
         if plan.num_draft_tokens or plan.draft_token_ids or plan.adapter_slots:
             raise violation("num_draft_tokens", "speculation and adapters were not claimed in Hello")
         return rows, num_scheduled, num_samples
@@ -142,13 +143,11 @@ class RowBooks:
 
 
 def decode_sampling(spec: common_pb2.SamplingSpec, vocab_size: int) -> SamplingParams:
-    """SamplingParams of the wire's SamplingSpec; ids are checked against the vocabulary."""
-    stops = _ids("stop_token_ids", spec.stop_token_ids, vocab_size)
-    allowed = _ids("allowed_token_ids", spec.allowed_token_ids, vocab_size)
-    bad_words = tuple(_ids("bad_words", word.token_ids, vocab_size) for word in spec.bad_words)
-    bias = dict(spec.logit_bias)
-    if bias and max(bias) >= vocab_size:
-        raise violation("logit_bias", "a token outside the vocabulary")
+    """SamplingParams of the wire's SamplingSpec, checked against their ranges and the vocabulary. Raises PROTOCOL_VIOLATION."""
+    try:
+        ids = check_sampling(spec, vocab_size)
+    except BadSampling as error:
+        raise violation(error.field, error.problem) from None
     return SamplingParams(
         temperature=spec.temperature,
         top_k=spec.top_k,
@@ -158,10 +157,10 @@ def decode_sampling(spec: common_pb2.SamplingSpec, vocab_size: int) -> SamplingP
         presence_penalty=spec.presence_penalty,
         frequency_penalty=spec.frequency_penalty,
         min_tokens=spec.min_tokens,
-        stop_token_ids=stops,
-        logit_bias=bias,
-        allowed_token_ids=allowed,
-        bad_words=bad_words,
+        stop_token_ids=tuple(ids.stop.tolist()),
+        logit_bias=dict(spec.logit_bias),
+        allowed_token_ids=tuple(ids.allowed.tolist()),
+        bad_words=tuple(tuple(word.tolist()) for word in ids.bad_words),
         logprobs=spec.logprobs if spec.HasField("logprobs") else None,
         prompt_logprobs=spec.prompt_logprobs if spec.HasField("prompt_logprobs") else None,
     )
@@ -194,9 +193,3 @@ def _encode_logprobs(columns: LogprobColumns) -> common_pb2.LogprobColumns:
         token_ids=pack(columns.token_ids, np.int32),
         logprobs=pack(columns.logprobs, np.float32),
     )
-
-
-def _ids(name: str, data: bytes, vocab_size: int) -> tuple[int, ...]:
-    ids: npt.NDArray[Any] = unpack(name, data, np.int32)
-    check_range(name, ids, 0, vocab_size)
-    return tuple(ids.tolist())

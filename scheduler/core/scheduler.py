@@ -56,7 +56,10 @@ class Scheduler:
         state = self._state
         if worker_id in state.workers:
             raise InvalidField("worker_id", f"{worker_id} is enlisted already")
-        worker = WorkerState.new(worker_id, spec, worker_id if incarnation is None else incarnation)
+        try:
+            worker = WorkerState.new(worker_id, spec, worker_id if incarnation is None else incarnation)
+        except MemoryError:
+            raise InvalidField("max_rows", "the tables of so many rows and blocks do not fit in memory") from None
         state.workers[worker_id] = worker
         state.workers_of.setdefault(spec.model_digest, []).append(worker)
         state.models.setdefault(spec.model, set()).add(spec.model_digest)
@@ -84,6 +87,11 @@ class Scheduler:
         """No new rows for this worker; running ones go on. It is done when `num_running` is 0. Raises UnknownWorker."""
         self._worker(worker_id).draining = True
 
+    def is_in_use(self, digest: bytes) -> bool:
+        """Whether a worker holds this model digest or a request waits for it."""
+        queue = self._state.queues.get(digest)
+        return digest in self._state.workers_of or (queue is not None and queue.num_requests > 0)
+
     def num_running(self, worker_id: int) -> int:
         """Requests in rows of this worker. Raises UnknownWorker."""
         return self._worker(worker_id).rows.num_running
@@ -103,7 +111,7 @@ class Scheduler:
             state.counters.refused += 1
             raise DuplicateRequest(f"handle {request.handle} is in use")
         try:
-            digest = self._pin(request)
+            digest = self.digest_for(request.model, request.digest, accepted=request.accepted)
             limit = self._limit(request, digest)
             self._check_queue(request, now)
         except Exception:
@@ -125,6 +133,25 @@ class Scheduler:
             state.orphaned_at.setdefault(digest, now)
         if request.deadline is not None:
             self._push_deadline(request.deadline, request)
+
+    def digest_for(self, model: str, digest: bytes, *, accepted: bool) -> bytes:
+        """What a request would be pinned to: its own digest, or the one of its model that most workers hold.
+
+        Raises ModelUnknown, ModelChanged or NoWorker; what was accepted before waits for its digest instead.
+        """
+        state = self._state
+        known = state.models.get(model, set())
+        served = [d for d in known if any(not w.draining for w in state.workers_of.get(d, ()))]
+        if digest:
+            if digest in served or accepted:
+                return digest
+            if served:
+                raise ModelChanged(f"model {model!r} is served with another digest")
+        elif served:
+            return max(served, key=lambda d: (len(state.workers_of[d]), d))
+        if known:
+            raise NoWorker(f"no worker serves model {model!r} at present")
+        raise ModelUnknown(f"no model {model!r}")
 
     def cancel(self, key: RequestKey, now: float) -> bool:
         """Ends a request without an event; its handle is free at once. False, and nothing happens, if it is unknown."""
@@ -242,21 +269,6 @@ class Scheduler:
         if worker is None:
             raise UnknownWorker(f"no worker {worker_id}")
         return worker
-
-    def _pin(self, request: Request) -> bytes:
-        state = self._state
-        known = state.models.get(request.model, set())
-        served = [d for d in known if any(not w.draining for w in state.workers_of.get(d, ()))]
-        if request.digest:
-            if request.digest in served or request.accepted:
-                return request.digest
-            if served:
-                raise ModelChanged(f"model {request.model!r} is served with another digest")
-        elif served:
-            return max(served, key=lambda d: (len(state.workers_of[d]), d))
-        if known:
-            raise NoWorker(f"no worker serves model {request.model!r} at present")
-        raise ModelUnknown(f"no model {request.model!r}")
 
     def _limit(self, request: Request, digest: bytes) -> int:
         """Tokens at most, prompt included; 0 if no worker is there to tell. Raises Unplaceable."""

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from scheduler.core.errors import InvalidField
 
 MAX_RUN_AHEAD = 4
+MAX_ROWS = 1 << 16
+MAX_BLOCKS = 1 << 23
+MAX_ROW_TOKENS = 1 << 31
+"""max_rows times max_model_len. What a worker says of itself is not believed beyond these: tables are made of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,12 @@ class WorkerSpec:
         for name in ("max_rows", "max_model_len", "block_size", "num_blocks"):
             if not 1 <= getattr(self, name) <= 2**31 - 1:
                 raise InvalidField(name, "must be in [1, 2^31)")
+        if self.max_rows > MAX_ROWS:
+            raise InvalidField("max_rows", f"must be at most {MAX_ROWS}")
+        if self.num_blocks > MAX_BLOCKS:
+            raise InvalidField("num_blocks", f"must be at most {MAX_BLOCKS}")
+        if self.max_rows * self.max_model_len > MAX_ROW_TOKENS:
+            raise InvalidField("max_model_len", f"times max_rows must be at most {MAX_ROW_TOKENS}")
         if not self.max_rows <= self.max_num_batched_tokens <= 2**31 - 1:
             raise InvalidField("max_num_batched_tokens", f"must be at least max_rows = {self.max_rows}")
         if self.window is not None and self.window < 1:

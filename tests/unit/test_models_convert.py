@@ -238,6 +238,19 @@ REFUSED: dict[str, tuple[type[ModelError], str, Edit]] = {
         "llama.attention.head_count", gguf.gguf_writer.GGUFValue("four", gguf.GGUFValueType.STRING))),
     "merges": (GGUFError, "merges", lambda w: w.kv_data[0]["tokenizer.ggml.merges"].value.append("q zz")),
     "duplicate token": (GGUFError, "twice", lambda w: w.kv_data[0]["tokenizer.ggml.tokens"].value.__setitem__(5, "abc")),
+    "split as text": (GGUFError, "split.count is of type str", lambda w: w.add_string("split.count", "x")),
+    "split as list": (GGUFError, "split.count is of type list", lambda w: w.add_array("split.count", [1, 2])),
+    "base beyond float32": (GGUFError, "freq_base is 1e[+]300", lambda w: w.kv_data[0].__setitem__(
+        "llama.rope.freq_base", gguf.gguf_writer.GGUFValue(1e300, gguf.GGUFValueType.FLOAT64))),
+    "base of one": (GGUFError, "freq_base is 1.0, which must be above 1", lambda w: w.kv_data[0][
+        "llama.rope.freq_base"].__setattr__("value", 1.0)),
+    "eps of zero": (GGUFError, "epsilon is 0.0", lambda w: w.kv_data[0][
+        "llama.attention.layer_norm_rms_epsilon"].__setattr__("value", 0.0)),
+    "scores as text": (GGUFError, "scores or token_type", lambda w: (
+        w.kv_data[0]["tokenizer.ggml.model"].__setattr__("value", "llama"), w.add_array("tokenizer.ggml.scores", ["x"] * VOCAB))),
+    "long token": (GGUFError, "more than 4096 characters", lambda w: w.kv_data[0][
+        "tokenizer.ggml.tokens"].value.__setitem__(5, "x" * 100_000)),
+    "NaN divisors": (GGUFError, "NaN divisors", lambda w: w.add_tensor("rope_freqs.weight", np.full(4, np.nan, np.float32))),
     "no pre": (GGUFError, r"no tokenizer\.ggml\.pre", lambda w: w.kv_data[0].pop("tokenizer.ggml.pre")),
     "other pre": (ConvertError, "viking", lambda w: w.kv_data[0]["tokenizer.ggml.pre"].__setattr__("value", "viking")),
     "other model": (ConvertError, "bert", lambda w: w.kv_data[0]["tokenizer.ggml.model"].__setattr__("value", "bert")),

@@ -233,3 +233,37 @@ def test_settings_that_can_not_be_used_end_with_2(flags: tuple[str, ...], messag
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 2
     assert message in errors and "Traceback" not in errors
+
+
+def test_bytes_that_are_no_message_cost_the_stream_and_nothing_more() -> None:
+    async def main() -> None:
+        attached = asyncio.Semaphore(0)
+
+        async def attach(requests: Any, context: Any) -> None:
+            attached.release()
+            await context.write(b"\x0a\xff")
+
+        async def fetch(request: Any, context: Any) -> None:
+            await context.write(b"\x0a\xff")
+
+        methods = {
+            "Attach": grpc.stream_stream_rpc_method_handler(attach),
+            "FetchAssets": grpc.unary_stream_rpc_method_handler(fetch),
+        }
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("octavo.v1.SchedulerService", methods),))
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        async with RouterUnderTest([]) as router:
+            watching = asyncio.create_task(router.attachments.watch())
+            router.attachments.set_addresses([address])
+            for _ in range(2):  # it dials again
+                await asyncio.wait_for(attached.acquire(), 10)
+            with pytest.raises(OctavoError) as caught:
+                await router.attachments.fetch_assets(DIGEST)
+            assert caught.value.reason is Reason.NO_WORKER
+            assert not watching.done()
+            watching.cancel()
+        await server.stop(0)
+
+    asyncio.run(main())

@@ -373,6 +373,46 @@ def test_a_welcome_that_we_do_not_speak_costs_the_stream(
     assert bench.session.take_actions().cut == ["a"] and bench.session.num_attached == 0
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"digest": b"short"},
+        {"vocab_size": 2**31},
+        {"vocab_size": 0},
+        {"max_model_len": 2**31},
+        {"max_model_len": 0},
+        {"name": ""},
+        {"workers": 2**32 - 1},
+    ],
+)
+def test_a_served_model_that_cannot_be_costs_the_stream(lie: dict[str, object]) -> None:
+    bad = served()
+    for name, value in lie.items():
+        setattr(bad, name, value)
+    bench = Bench("a")
+    bench.say("a", scheduler_pb2.AttachResponse(models=scheduler_pb2.ModelList(models=[served(), bad])))
+    assert bench.session.take_actions().cut == ["a"] and not bench.session.models.all()
+    bench.session.link_opened("b", 0.0)
+    bench.session.receive("b", welcome(1, bad), 0.0)
+    assert bench.session.take_actions().cut == ["b"] and not bench.session.models.all()
+
+
+def test_logprobs_of_tokens_that_did_not_come_are_not_kept() -> None:
+    bench = Bench("a")
+    request = make_request()
+    handle = start(bench, request).handle
+    message = tokens(0, (handle, 0, [10], 0))
+    columns = message.tokens.logprobs
+    columns.owner = pack([0] * 4, "int32")
+    columns.position = pack([3, 4, 500, 2**31 - 2], "int32")
+    columns.rank = columns.num_entries = pack([1] * 4, "int32")
+    columns.token_ids = pack([10] * 4, "int32")
+    columns.logprobs = pack([float("inf")] * 4, "float32")
+    bench.say("a", message)
+    assert list(request.sequences[0].logprobs) == [0]
+    assert request.sequences[0].logprobs[0].token.logprob == -9999.0  # infinity is no JSON number
+
+
 def test_a_new_request_without_any_worker_is_refused_at_once() -> None:
     bench = Bench()
     with pytest.raises(OctavoError) as caught:

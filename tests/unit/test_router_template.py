@@ -12,8 +12,10 @@ from octavo.v1 import inference_pb2
 from transformers import PreTrainedTokenizerFast
 
 from router import chat as chats
+from router import template_limits
 from router.template import ChatTemplate, TemplateFailure
 from service.errors import OctavoError, Reason
+from tests.fuzz.templates import HOSTILE
 from tests.unit.test_router_fakes import CHATML, assets, byte_level_tokenizer
 
 LLAMA_2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system = messages[0]['content'] %}
@@ -184,3 +186,60 @@ def test_the_keys_of_a_struct_have_one_order() -> None:
         struct.update(dict.fromkeys(shuffled, 1))
         expected = ["type", "name", "description", "parameters", "required", "alpha", "zeta"]
         assert list(chats.plain(struct)) == expected
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+def test_a_hostile_template_is_bounded(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends, in a refusal or with a text of bounded length that can be encoded."""
+    monkeypatch.setattr(template_limits, "_MAX_STEPS", 500_000)
+    try:
+        rendered = ChatTemplate(HOSTILE[number], {}).render(TALK)
+    except TemplateFailure:
+        return
+    assert len(rendered.encode()) < 64 << 20
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{{ 'a' * 10 ** 12 }}",
+        "{{ 9 ** 9999999 }}",
+        "{{ 'a'.center(10 ** 9) }}",
+        "{{ 'a' | center(1000000000) }}",
+        "{{ '{:>1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 1000000000) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ lipsum(9) }}",
+        "{{ '\\ud800' }}",
+        "{% set ns = namespace(x='a') %}{% for i in range(64) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}",
+    ],
+)
+def test_what_would_take_for_ever_or_all_memory_is_refused(source: str) -> None:
+    with pytest.raises(TemplateFailure):
+        ChatTemplate(source, {}).render(TALK)
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ " + "(" * 5_000 + "1" + ")" * 5_000 + " }}", "{% if x %}" * 500 + "{% endif %}" * 500]
+)
+def test_a_template_that_is_nested_too_deeply_is_no_template(source: str) -> None:
+    with pytest.raises(TemplateFailure, match="compiled"):
+        ChatTemplate(source, {})
+
+
+@pytest.mark.parametrize("source", [CHATML, LLAMA_3, QWEN.replace("loop.index0 > 100", "false")])
+def test_a_conversation_of_thousands_of_turns_is_within_the_bounds(source: str) -> None:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "word " * 200} for i in range(5_000)]
+    assert len(ChatTemplate(source, {"bos_token": "<s>"}).render(turns)) > 5_000_000
+
+
+def test_numbers_that_json_cannot_hold_are_refused_by_name() -> None:
+    for number in (float("nan"), float("inf")):
+        chat = to_chat([{"role": "user", "content": "x"}])
+        chat.template_args.fields["z"].CopyFrom(struct_pb2.Value(number_value=number))
+        with pytest.raises(OctavoError) as caught:
+            assets().render(chat)
+        assert caught.value.reason is Reason.INVALID_ARGUMENT

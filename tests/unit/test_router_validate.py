@@ -175,6 +175,60 @@ def test_bad_asset_files_are_named(files: dict[str, bytes], message: str) -> Non
         ModelAssets.load(files)
 
 
+_DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (asset_files(generation_config__json=_DEEP), "generation_config.json"),
+        (asset_files(tokenizer__json=_DEEP), "tokenizer.json"),
+        (asset_files(config__json=b'{"a":' * 100_000), "config.json"),
+    ],
+)
+def test_nesting_without_end_is_a_bad_file(files: dict[str, bytes], message: str) -> None:
+    with pytest.raises(AssetError, match=message):
+        ModelAssets.load(files)
+
+
+def _tokenizer_with(**changes: Any) -> bytes:
+    return json.dumps(json.loads(byte_level_tokenizer().to_str()) | changes).encode()
+
+
+def test_an_id_beyond_reason_is_refused_before_anything_walks_up_to_it() -> None:
+    model = json.loads(byte_level_tokenizer().to_str())["model"]
+    data = _tokenizer_with(model=model | {"vocab": model["vocab"] | {"far": 2**32 - 1}})
+    with pytest.raises(AssetError, match="4294967295"):
+        ModelAssets.load(asset_files(tokenizer__json=data))
+
+
+def test_a_panic_of_the_tokenizer_library_is_an_error_like_others() -> None:
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    with pytest.raises(AssetError, match=r"tokenizer\.json"):
+        ModelAssets.load(asset_files(tokenizer__json=_tokenizer_with(normalizer=normalizer)))
+
+
+def test_a_tokenizer_that_fails_on_a_text_refuses_the_request() -> None:
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[absent]"}
+    model = assets(tokenizer__json=_tokenizer_with(model=words, added_tokens=[], post_processor=None))
+    with pytest.raises(OctavoError) as caught:
+        model.encode_text("b")
+    assert caught.value.reason is Reason.UNSUPPORTED
+
+
+@pytest.mark.parametrize("templates", [[5, None, "name template"], [{"name": "default"}], {"default": "x"}])
+def test_chat_templates_of_another_shape_are_none(templates: Any) -> None:
+    config = json.dumps({"chat_template": templates}).encode()
+    assert assets(tokenizer_config__json=config).template is None
+
+
+def test_defaults_that_no_request_could_have_are_passed_over() -> None:
+    config = b'{"temperature": 1' + b"0" * 400 + b', "top_k": 1e999, "min_p": NaN, "repetition_penalty": -Infinity}'
+    spec = resolved(PARAMS(), assets(generation_config__json=config))
+    assert (spec.temperature, spec.top_k, spec.min_p, spec.repetition_penalty) == (1.0, 0, 0.0, 1.0)
+    assert resolved(PARAMS(), assets(generation_config__json=b'{"temperature": 1e300}')).temperature == 1.0
+
+
 def test_an_unknown_decoder_is_refused_by_name() -> None:
     tokenizer = json.loads(byte_fallback_tokenizer().to_str())
     for decoder in (None, {"type": "WordPiece", "prefix": "##", "cleanup": True}):

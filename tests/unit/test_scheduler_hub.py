@@ -35,6 +35,11 @@ def hello(incarnation: int = 1, **more: Any) -> scheduler_pb2.WorkerHello:
     return scheduler_pb2.WorkerHello(**(fields | more))
 
 
+def sampling(**more: Any) -> common_pb2.SamplingSpec:
+    fields: dict[str, Any] = {"max_tokens": 3, "top_p": 1, "repetition_penalty": 1}
+    return common_pb2.SamplingSpec(**(fields | more))
+
+
 def submit(handle: int = 1, length: int = 5, max_tokens: int = 3, **more: Any) -> scheduler_pb2.Submit:
     fields: dict[str, Any] = {
         "handle": handle,
@@ -42,7 +47,7 @@ def submit(handle: int = 1, length: int = 5, max_tokens: int = 3, **more: Any) -
         "model": "m",
         "prompt": [scheduler_pb2.Segment(token_ids=pack(np.arange(length) + 20 * handle, np.int32))],
         "num_prompt_tokens": length,
-        "sampling": common_pb2.SamplingSpec(max_tokens=max_tokens, top_p=1, repetition_penalty=1),
+        "sampling": sampling(max_tokens=max_tokens),
     }
     return scheduler_pb2.Submit(**(fields | more))
 
@@ -176,6 +181,16 @@ def test_logprobs_go_to_the_entry_that_they_describe(cluster: Cluster) -> None:
         ({"adapter": "a"}, Reason.UNSUPPORTED),
         ({"sampling": common_pb2.SamplingSpec(max_tokens=0)}, Reason.INVALID_ARGUMENT),
         ({"digest": b"x" * 32}, Reason.MODEL_CHANGED),
+        ({"digest": b"x" * 32, "output_token_ids": pack([1], np.int32)}, Reason.NO_WORKER),
+        ({"sampling": sampling(temperature=float("nan"))}, Reason.INVALID_ARGUMENT),
+        ({"sampling": sampling(top_p=0)}, Reason.INVALID_ARGUMENT),
+        ({"sampling": sampling(top_k=2**31)}, Reason.INVALID_ARGUMENT),
+        ({"sampling": sampling(logprobs=2**32 - 1)}, Reason.INVALID_ARGUMENT),
+        ({"sampling": sampling(frequency_penalty=3)}, Reason.INVALID_ARGUMENT),
+        ({"sampling": sampling(bad_words=[common_pb2.TokenSequence()])}, Reason.INVALID_ARGUMENT),
+        ({"sampling": sampling(logit_bias={1: float("inf")})}, Reason.INVALID_ARGUMENT),
+        # Ids that end a sequence are a column for all rows: its width is the longest list.
+        ({"sampling": sampling(stop_token_ids=pack([1] * 513, np.int32))}, Reason.INVALID_ARGUMENT),
     ],
 )
 def test_each_bad_submit_fails_alone_with_its_reason(cluster: Cluster, wrong: dict[str, Any], reason: Reason) -> None:
@@ -247,6 +262,98 @@ def test_results_that_answer_no_plan_cut_the_worker(cluster: Cluster) -> None:
             cluster.answer(plan, **lie)
         assert caught.value.reason is Reason.PROTOCOL_VIOLATION
     cluster.answer(plan)  # nothing was changed by the lies
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"num_entries": pack([-1], np.int32)},
+        {"num_entries": pack([3], np.int32)},
+        {"token_ids": pack([42, 1000], np.int32)},
+        {"position": pack([-6], np.int32)},
+        {"rank": pack([0], np.int32)},
+        {"owner": b"abc"},
+    ],
+)
+def test_lying_logprobs_cut_the_worker_before_its_tokens_are_booked(cluster: Cluster, lie: dict[str, bytes]) -> None:
+    cluster.say(submit=submit(1, max_tokens=1))
+    (plan, *_) = cluster.plans()
+    fields = {
+        "owner": pack([0], np.int32),
+        "position": pack([5], np.int32),
+        "rank": pack([1], np.int32),
+        "num_entries": pack([2], np.int32),
+        "token_ids": pack([42, 43], np.int32),
+        "logprobs": pack([-0.5, -1.5], np.float32),
+    }
+    with pytest.raises(OctavoError) as caught:
+        cluster.answer(plan, logprobs=common_pb2.LogprobColumns(**(fields | lie)))
+    assert caught.value.reason is Reason.PROTOCOL_VIOLATION
+    cluster.answer(plan, logprobs=common_pb2.LogprobColumns(**fields))
+    (batch,) = [m.tokens for m in cluster.from_router() if m.HasField("tokens")]
+    assert batch.finish_reason == bytes([common_pb2.FINISH_REASON_LENGTH])
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"max_rows": 2**31 - 1, "max_num_batched_tokens": 2**31 - 1},
+        {"max_rows": 60_000, "max_num_batched_tokens": 60_000, "max_model_len": 2**31 - 1},
+        {"kv_groups": [scheduler_pb2.KvGroup(id=0, block_size=4, num_blocks=2**31 - 1)]},
+        {"vocab_size": 2**31},
+    ],
+)
+def test_a_worker_that_claims_to_be_huge_is_refused(cluster: Cluster, lie: dict[str, Any]) -> None:
+    with pytest.raises(OctavoError) as caught:
+        cluster.enlist(hello(2, model="huge", model_digest=b"h" * 32, **lie))
+    assert caught.value.reason is Reason.INVALID_ARGUMENT
+
+
+def test_tables_that_do_not_fit_in_memory_refuse_the_worker(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("scheduler.core.state.Rows", no_memory)
+    with pytest.raises(OctavoError) as caught:
+        cluster.enlist(hello(2))
+    assert caught.value.reason is Reason.INVALID_ARGUMENT
+    assert list(cluster.hub.workers.values()) == [cluster.worker]
+
+
+def test_token_ids_are_checked_against_the_vocabulary_of_the_digest_that_runs_them(cluster: Cluster) -> None:
+    other = b"o" * 32
+    cluster.enlist(hello(2, model="small", model_digest=other, vocab_size=50))
+    cluster.from_router()
+    # A resume may name any digest; its model's name here is that of the larger vocabulary.
+    cluster.say(submit=submit(1, digest=other, output_token_ids=pack([999], np.int32)))
+    assert failures(cluster.from_router()) == [(1, Reason.INVALID_ARGUMENT)]
+
+
+def test_the_vocabulary_of_a_digest_in_use_is_settled(cluster: Cluster) -> None:
+    with pytest.raises(OctavoError, match="vocab_size"):
+        cluster.enlist(hello(2, vocab_size=10))
+    cluster.say(submit=submit(1))
+    cluster.hub.worker_gone(cluster.worker, 0.0)
+    with pytest.raises(OctavoError, match="vocab_size"):
+        cluster.enlist(hello(2, vocab_size=10))  # the request that waits was checked against 1,000
+    cluster.enlist(hello(2))
+
+
+@pytest.mark.parametrize("names", [["n" * 256], [f"f{number}" for number in range(65)]])
+def test_asset_names_are_bounded(cluster: Cluster, names: list[str]) -> None:
+    worker = cluster.hub.enlist(hello(2, model="other", model_digest=b"o" * 32), 0.0)
+    with pytest.raises(OctavoError, match="asset files"):
+        for name in names:
+            cluster.say_worker(worker, asset=common_pb2.AssetChunk(name=name))
+
+
+def test_assets_of_models_that_are_gone_do_not_pile_up(cluster: Cluster) -> None:
+    digests = [bytes([number]) * 32 for number in range(20)]
+    for digest in digests:
+        worker = cluster.enlist(hello(2, model=f"m{digest[0]}", model_digest=digest))
+        cluster.hub.worker_gone(worker, 0.0)
+    assert DIGEST in cluster.hub.assets
+    assert [digest in cluster.hub.assets for digest in digests] == [False] * 15 + [True] * 5
 
 
 def test_messages_of_another_epoch_cut_the_stream(cluster: Cluster) -> None:

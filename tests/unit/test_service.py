@@ -6,9 +6,13 @@ import asyncio
 import gc
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import time
 import urllib.parse
+import urllib.request
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,3 +205,24 @@ def test_a_refused_request_is_freed_though_grpc_keeps_the_exception() -> None:
 
 def test_metrics_that_never_started_can_be_stopped() -> None:
     Metrics().stop()
+
+
+def test_metrics_outlive_who_hangs_up_and_who_says_nothing(caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
+    metrics = Metrics()
+    host, port = split_address(metrics.start("127.0.0.1:0"))
+    try:
+        idle = [socket.create_connection((host, port), timeout=10) for _ in range(20)]
+        assert [connection.recv(1) for connection in idle[16:]] == [b""] * 4  # hung up on: each would hold a thread
+        for connection in idle:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+        until, body = time.monotonic() + 10, b""
+        while not body:
+            try:
+                body = urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=5).read()
+            except OSError:
+                assert time.monotonic() < until
+        assert b"process_cpu_seconds_total" in body
+    finally:
+        metrics.stop()
+    assert not caplog.records and capsys.readouterr().err == ""

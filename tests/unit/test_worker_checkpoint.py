@@ -15,8 +15,10 @@ from worker.backend import BackendError
 from worker.backends.torch_backend import TorchBackend, TorchSettings
 from worker.backends.torch_memory import check_sequence_fits, choose_num_blocks
 from worker.checkpoint.config import load_config, parse_config
+from worker.checkpoint.digest import DigestError, model_digest
 from worker.checkpoint.errors import CheckpointError
 from worker.checkpoint.prefetch import prefetch
+from worker.checkpoint.safetensors import find_tensors
 from worker.checkpoint.weights import expected_tensors, load_weights
 
 CONFIG: dict[str, Any] = {
@@ -144,6 +146,42 @@ def test_a_header_that_lies_about_an_extent_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, True]},
+        {"dtype": "F32", "shape": [1] * 17 + [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+    ],
+)
+def test_a_header_entry_that_is_no_tensor_is_refused(tmp_path: Path, entry: dict[str, Any]) -> None:
+    header = json.dumps({"x": entry}).encode()
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor x"):
+        load(tmp_path)
+
+
+def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
+    deep = b"[" * 100_000
+    weights = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_bytes(deep)
+    with pytest.raises(CheckpointError, match=r"config\.json: is not JSON"):
+        load_config(tmp_path)
+    weights.write_bytes(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(CheckpointError, match="header is not JSON"):
+        find_tensors(tmp_path)
+    with pytest.raises(DigestError, match="header is not valid"):
+        model_digest(tmp_path, {})
+    (tmp_path / "model.safetensors.index.json").write_bytes(deep)
+    with pytest.raises(CheckpointError, match=r"index\.json: is not an index"):
+        find_tensors(tmp_path)
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         load_config(tmp_path)
@@ -172,6 +210,16 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         ({"rope_scaling": 4}, "rope_scaling: must be an object"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings: must be true or false"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window: must be at least 1"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "architectures: ['LlamaForCausalLM'] is not supported"),
+        ({"hidden_size": float("inf")}, "hidden_size: must be a whole number"),
+        ({"hidden_size": float("nan")}, "hidden_size: must be a whole number"),
+        ({"vocab_size": 10**400}, "vocab_size: must be at most"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers: must be at most 10000"),  # a list of so many is made
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps: must be above 0 and at most"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: must be above 0 and at most"),
+        ({"rope_theta": 1.0}, "rope_theta: must be above 1"),  # YaRN divides by its logarithm
+        ({"rope_scaling": {"type": "linear", "factor": 1e308}}, "rope_scaling.factor: must be above"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1e-308}}, "rope_scaling.beta_fast: must be above"),
     ],
 )
 def test_a_config_that_lies_names_its_key(change: dict[str, Any], message: str) -> None:

@@ -130,6 +130,18 @@ def test_logprobs_describe_prompt_and_outputs(backend: MockBackend) -> None:
     assert result.logprobs.token_ids.tolist()[:3] == [2, 3, int(result.token_ids[0])]
 
 
+def test_prompt_logprobs_of_a_chunk_describe_its_own_tokens(backend: MockBackend) -> None:
+    """The token after a chunk is not known yet: what lies in its place is nothing to report."""
+    sampling = SamplingParams(temperature=0.0, prompt_logprobs=0)
+    row = NewRow(0, ids(11, 12), 4, 0, ids(0, 1), 1, sampling)
+    first = run(backend, step(1, ids(0), ids(2), ids(0), new_rows=(row,)))
+    chunk = {"chunk_rows": ids(0), "chunk_lens": ids(2), "chunk_token_ids": ids(13, 14)}
+    second = run(backend, step(2, ids(0), ids(2), ids(1), **chunk))
+    assert first.logprobs is not None and second.logprobs is not None
+    assert (first.logprobs.position.tolist(), first.logprobs.token_ids.tolist()) == ([1], [12])
+    assert (second.logprobs.position.tolist(), second.logprobs.token_ids.tolist()) == ([2, 3], [13, 14])
+
+
 def test_every_mock_token_has_a_text() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_str(mock_assets(400, 64)["tokenizer.json"].decode())

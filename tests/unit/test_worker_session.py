@@ -25,6 +25,11 @@ def u8(*values: int) -> bytes:
     return pack(values, np.uint8)
 
 
+def sampling(**more: Any) -> common_pb2.SamplingSpec:
+    fields: dict[str, Any] = {"top_p": 1, "repetition_penalty": 1}
+    return common_pb2.SamplingSpec(**(fields | more))
+
+
 def new_row(
     row: int = 0, tokens: int = 6, computed: int = 0, blocks: tuple[int, ...] = (1, 2), **more: Any
 ) -> step_pb2.NewRow:
@@ -34,7 +39,7 @@ def new_row(
         "num_prompt_tokens": tokens,
         "num_computed": computed,
         "block_ids": i32(*blocks),
-        "sampling": common_pb2.SamplingSpec(top_p=1, repetition_penalty=1),
+        "sampling": sampling(),
     }
     return step_pb2.NewRow(**(fields | more))
 
@@ -125,8 +130,28 @@ def test_a_decode_needs_no_token_and_no_block_until_one_is_full(enlisted: Worker
         ({"new_rows": [new_row(blocks=(1,))]}, "num_scheduled"),  # writes behind its last block
         ({"new_rows": [new_row(token_ids=i32(1, 2, 3, 4, 5, 1000))]}, "new_rows.token_ids"),
         ({"new_rows": [new_row(num_prompt_tokens=0)]}, "new_rows.num_prompt_tokens"),
-        ({"new_rows": [new_row(sampling=common_pb2.SamplingSpec(stop_token_ids=i32(1000)))]}, "stop_token_ids"),
-        ({"new_rows": [new_row(sampling=common_pb2.SamplingSpec(logit_bias={1000: 1.0}))]}, "logit_bias"),
+        # samples a token beyond the context, where the next row's begin
+        ({"new_rows": [new_row(tokens=64, computed=63, blocks=(1,) * 16)], "num_scheduled": i32(1)}, "num_samples"),
+        ({"new_rows": [new_row(sampling=sampling(temperature=float("nan")))]}, "temperature"),
+        ({"new_rows": [new_row(sampling=sampling(temperature=float("inf")))]}, "temperature"),
+        ({"new_rows": [new_row(sampling=sampling(top_p=0))]}, "top_p"),
+        ({"new_rows": [new_row(sampling=sampling(top_k=2**31))]}, "top_k"),
+        ({"new_rows": [new_row(sampling=sampling(min_tokens=2**31))]}, "min_tokens"),
+        ({"new_rows": [new_row(sampling=sampling(repetition_penalty=-1))]}, "repetition_penalty"),
+        ({"new_rows": [new_row(sampling=sampling(presence_penalty=float("nan")))]}, "presence_penalty"),
+        ({"new_rows": [new_row(sampling=sampling(logprobs=2**32 - 1))]}, "logprobs"),
+        ({"new_rows": [new_row(sampling=sampling(prompt_logprobs=21))]}, "prompt_logprobs"),
+        ({"new_rows": [new_row(sampling=sampling(bad_words=[common_pb2.TokenSequence()]))]}, "bad_words"),
+        ({"new_rows": [new_row(sampling=sampling(logit_bias={1: float("nan")}))]}, "logit_bias"),
+        ({"new_rows": [new_row(sampling=sampling(stop_token_ids=i32(*[1] * 513)))]}, "stop_token_ids"),
+        (
+            {"new_rows": [new_row(sampling=sampling(stop_token_ids=i32(1000)))]},
+            "stop_token_ids",
+        ),
+        (
+            {"new_rows": [new_row(sampling=sampling(logit_bias={1000: 1.0}))]},
+            "logit_bias",
+        ),
     ],
 )
 def test_a_lying_column_is_refused_by_name(enlisted: WorkerSession, fields: dict[str, Any], column: str) -> None:

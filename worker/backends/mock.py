@@ -224,10 +224,11 @@ class MockBackend:
             return
         for at, row in enumerate(rows.tolist()):
             if row in self._wants_logprobs and self._sampling[row].prompt_logprobs is not None:
-                # A chunk's logits describe the tokens one further on; the last of the prompt describes an output.
-                low, high = int(before[at]) + 1, min(int(before[at] + counts[at]), int(self._prompt_len[row]) - 1)
-                if low <= high:
-                    self._prompt_logprobs.append((at, row, np.arange(low, high + 1, dtype=np.int32)))
+                # The logits before a token describe it, so the first of a chunk is described by those of the chunk before; the
+                # token after a chunk is not known yet.
+                low, end = max(1, int(before[at])), min(int(before[at] + counts[at]), int(self._prompt_len[row]))
+                if low < end:
+                    self._prompt_logprobs.append((at, row, np.arange(low, end, dtype=np.int32)))
 
     def _logprobs(self, step: Step, rows: Int32Array, tokens: Int32Array) -> LogprobColumns | None:
         owner: list[int] = []

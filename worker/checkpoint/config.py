@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+
+_MOST = 2**31 - 1
+_MOST_LAYERS = 10_000
+_TINY = 1e-3  # what is divided by
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,28 +96,30 @@ class _Reader:
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, least: int = 1, most: int = _MOST) -> int:
         value = self.values.get(key)
         if value is None:
             if default is None:
                 raise self.error(key, "is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-            raise self.error(key, f"must be a whole number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_whole(value):
+            raise self.error(key, f"must be a whole number, not {_show(value)}")
         if value < least:
             raise self.error(key, f"must be at least {least}, not {value}")
+        if value > most:
+            raise self.error(key, f"must be at most {most}, not {_show(value)}")
         return int(value)
 
-    def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
+    def number(self, key: str, default: float | None = None, above: float = 0.0, most: float = 1e9) -> float:
         value = self.values.get(key)
         if value is None:
             if default is None:
                 raise self.error(key, "is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.error(key, f"must be a number, not {value!r}")
-        if value <= above:
-            raise self.error(key, f"must be above {above:g}, not {value}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, f"must be a number, not {_show(value)}")
+        if not above < value <= most:  # nor is NaN
+            raise self.error(key, f"must be above {above:g} and at most {most:g}, not {value}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -120,7 +127,7 @@ class _Reader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.error(key, f"must be true or false, not {value!r}")
+            raise self.error(key, f"must be true or false, not {_show(value)}")
         return value
 
     def text(self, key: str, default: str) -> str:
@@ -128,14 +135,23 @@ class _Reader:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise self.error(key, f"must be a string, not {value!r}")
+            raise self.error(key, f"must be a string, not {_show(value)}")
         return value
 
     def object(self, key: str) -> _Reader:
         value = self.values.get(key) or {}
         if not isinstance(value, dict):
-            raise self.error(key, f"must be an object, not {value!r}")
+            raise self.error(key, f"must be an object, not {_show(value)}")
         return _Reader(self.path, value, f"{self._prefix}{key}.")
+
+
+def _is_whole(value: float) -> bool:
+    return isinstance(value, int) or value.is_integer()
+
+
+def _show(value: Any) -> str:
+    """As repr, but short, whatever a file holds."""
+    return reprlib.repr(value)
 
 
 def load_config(model_dir: Path) -> ModelConfig:
@@ -145,7 +161,7 @@ def load_config(model_dir: Path) -> ModelConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
@@ -173,7 +189,7 @@ def parse_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
         raise read.error("hidden_act", f"{activation!r} is not supported, only silu")
     if read.has("quantization_config"):
         raise read.error("quantization_config", "quantised checkpoints are not supported")
-    layers = read.integer("num_hidden_layers")
+    layers = read.integer("num_hidden_layers", most=_MOST_LAYERS)
     attention_bias = read.flag("attention_bias", False)
     return ModelConfig(
         architecture=family,
@@ -202,10 +218,10 @@ def _family(read: _Reader) -> str:
     if not isinstance(names, list) or not names:
         raise read.error("architectures", "is missing")
     for name in names:
-        if name in ARCHITECTURES:
+        if isinstance(name, str) and name in ARCHITECTURES:
             return ARCHITECTURES[name]
     raise read.error(
-        "architectures", f"{names[0]!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
+        "architectures", f"{_show(names[0])} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
     )
 
 
@@ -233,14 +249,14 @@ def _windows(read: _Reader, family: str, layers: int) -> tuple[int | None, ...]:
         raise read.error("layer_types", f"must list {layers} layers")
     for kind in kinds:
         if kind not in ("sliding_attention", "full_attention"):
-            raise read.error("layer_types", f"{kind!r} is not supported")
+            raise read.error("layer_types", f"{_show(kind)} is not supported")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _rope(read: _Reader) -> RopeConfig:
     """Rotary parameters, under transformers 5's name (`rope_parameters`) or the older ones (`rope_scaling`, `rope_theta`)."""
     rope = read.object("rope_parameters" if read.has("rope_parameters") else "rope_scaling")
-    theta = rope.number("rope_theta", read.number("rope_theta", 10000.0))
+    theta = rope.number("rope_theta", read.number("rope_theta", 10000.0, above=1.0, most=1e15), above=1.0, most=1e15)
     kind = rope.text("rope_type", rope.text("type", "default"))
     if rope.has("partial_rotary_factor") and rope.number("partial_rotary_factor") != 1.0:
         raise rope.error("partial_rotary_factor", "only 1.0 is supported")
@@ -248,7 +264,7 @@ def _rope(read: _Reader) -> RopeConfig:
     if kind == "default":
         return RopeConfig("default", theta)
     if kind in ("linear", "dynamic"):
-        return RopeConfig(kind, theta, rope.number("factor"), rope.integer("original_max_position_embeddings", limit))
+        return RopeConfig(kind, theta, _factor(rope), rope.integer("original_max_position_embeddings", limit))
     if kind == "llama3":
         return _llama3(rope, theta)
     if kind == "yarn":
@@ -256,14 +272,18 @@ def _rope(read: _Reader) -> RopeConfig:
     raise rope.error("rope_type", f"{kind!r} is not supported; supported are default, linear, dynamic, llama3, yarn")
 
 
+def _factor(rope: _Reader) -> float:
+    return rope.number("factor", above=_TINY, most=1e6)
+
+
 def _llama3(rope: _Reader, theta: float) -> RopeConfig:
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    low, high = rope.number("low_freq_factor", above=_TINY), rope.number("high_freq_factor", above=_TINY)
     if high <= low:
         raise rope.error("high_freq_factor", f"{high:g} must be above low_freq_factor {low:g}")
     return RopeConfig(
         "llama3",
         theta,
-        rope.number("factor"),
+        _factor(rope),
         rope.integer("original_max_position_embeddings"),
         low_freq_factor=low,
         high_freq_factor=high,
@@ -272,14 +292,14 @@ def _llama3(rope: _Reader, theta: float) -> RopeConfig:
 
 def _yarn(rope: _Reader, theta: float, limit: int) -> RopeConfig:
     original = rope.integer("original_max_position_embeddings", limit)
-    factor = rope.number("factor") if rope.has("factor") else limit / original
+    factor = _factor(rope) if rope.has("factor") else max(limit / original, _TINY)
     return RopeConfig(
         "yarn",
         theta,
         factor,
         original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
+        beta_fast=rope.number("beta_fast", 32.0, above=_TINY),
+        beta_slow=rope.number("beta_slow", 1.0, above=_TINY),
         attention_factor=_yarn_attention_factor(rope, factor),
         truncate=rope.flag("truncate", True),
     )

@@ -122,7 +122,7 @@ def _digest_safetensors(descriptor: int, path: Path, total: hashlib._Hash) -> No
     total.update(header)
     try:
         spans = sorted(item["data_offsets"] for name, item in json.loads(header).items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DigestError(f"{path}: its Safetensors header is not valid") from None
     base = 8 + header_len
     for span in spans:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from worker.checkpoint.errors import CheckpointError
 
 _MAX_HEADER = 100 * 1024 * 1024  # the format's own limit
+_MAX_DIMENSIONS = 16
 _ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -49,7 +51,7 @@ def find_tensors(model_dir: Path) -> dict[str, TensorEntry]:
 def _read_sharded(model_dir: Path, index: Path) -> dict[str, TensorEntry]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index}: is not an index with a weight_map: {error!r}") from error
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
@@ -80,7 +82,7 @@ def read_header(path: Path) -> Iterator[TensorEntry]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the Safetensors header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the Safetensors header must be a JSON object")
@@ -91,12 +93,16 @@ def read_header(path: Path) -> Iterator[TensorEntry]:
 
 def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> TensorEntry:
     try:
-        dtype, shape = value["dtype"], tuple(int(n) for n in value["shape"])
-        begin, end = (int(n) for n in value["data_offsets"])
+        dtype, shape = value["dtype"], tuple(value["shape"])
+        begin, end = value["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: tensor {name}: the header entry is malformed: {error!r}") from error
-    if dtype not in _ITEM_SIZE:
-        raise CheckpointError(f"{path}: tensor {name}: dtype {dtype!r} is unknown")
+    if not isinstance(dtype, str) or dtype not in _ITEM_SIZE:
+        raise CheckpointError(f"{path}: tensor {name}: dtype {reprlib.repr(dtype)} is unknown")
+    if len(shape) > _MAX_DIMENSIONS or not all(type(number) is int for number in (*shape, begin, end)):
+        raise CheckpointError(
+            f"{path}: tensor {name}: shape {reprlib.repr(shape)} or its offsets are not whole numbers"
+        )
     if min(shape, default=0) < 0 or begin < 0 or end - begin != math.prod(shape) * _ITEM_SIZE[dtype]:
         raise CheckpointError(f"{path}: tensor {name}: {end - begin} bytes do not hold shape {list(shape)} of {dtype}")
     if data_start + end > size:

@@ -57,7 +57,7 @@ def read_shape(file: GGUFFile) -> ModelShape:
     arch = file.string("general.architecture")
     if arch not in ("llama", "qwen2", "qwen3"):
         raise ConvertError(file.path, f"holds architecture {arch!r}; llama, qwen2 and qwen3 can be converted")
-    if int(file.fields.get("split.count", 1)) > 1:
+    if file.integer("split.count", 1) > 1:
         raise ConvertError(
             file.path, "is one part of a split model: join the parts with llama-gguf-split --merge first"
         )
@@ -113,8 +113,8 @@ def model_config(file: GGUFFile, shape: ModelShape) -> dict[str, Any]:
         "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": _positive(file, f"{arch}.context_length"),
-        "rms_norm_eps": _short(file.number(f"{arch}.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _short(file.number(f"{arch}.rope.freq_base", 10000.0)),
+        "rms_norm_eps": _above(file, f"{arch}.attention.layer_norm_rms_epsilon", 0.0),
+        "rope_theta": _above(file, f"{arch}.rope.freq_base", 1.0, 10000.0),
         "rope_scaling": rope_scaling(file, shape),
         "tie_word_embeddings": shape.tie_word_embeddings,
         "attention_dropout": 0.0,
@@ -138,8 +138,8 @@ def rope_scaling(file: GGUFFile, shape: ModelShape) -> dict[str, Any] | None:
         if kind != "none":
             raise ConvertError(file.path, f"has both rope_freqs.weight and {arch}.rope.scaling.type {kind}")
         return _llama3_scaling(file, shape)
-    if kind == "none" and (old := file.number(f"{arch}.rope.scale_linear", 1.0)) != 1.0:
-        return {"rope_type": "linear", "factor": _short(old)}
+    if kind == "none" and (old := _above(file, f"{arch}.rope.scale_linear", 0.0, 1.0)) != 1.0:
+        return {"rope_type": "linear", "factor": old}
     if kind == "none":
         return None
     factor = _short(file.number(f"{arch}.rope.scaling.factor"))
@@ -158,7 +158,7 @@ def rope_scaling(file: GGUFFile, shape: ModelShape) -> dict[str, Any] | None:
     }
     for name in ("beta_fast", "beta_slow"):
         if f"{arch}.rope.scaling.yarn_{name}" in file.fields:
-            scaling[name] = _short(file.number(f"{arch}.rope.scaling.yarn_{name}"))
+            scaling[name] = _above(file, f"{arch}.rope.scaling.yarn_{name}", 0.0)
     return scaling
 
 
@@ -179,11 +179,14 @@ def _llama3_scaling(file: GGUFFile, shape: ModelShape) -> dict[str, Any] | None:
         raise GGUFError(
             file.path, f"tensor rope_freqs.weight of shape {tensor.shape} is not float32 [{shape.head_dim // 2}]"
         )
-    divisors = tensor.data.view("<f4").astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        divisors = tensor.data.view("<f4").astype(np.float64)
+    if not np.isfinite(divisors).all():
+        raise GGUFError(file.path, "tensor rope_freqs.weight holds infinite or NaN divisors")
     factor = _short(float(divisors.max()))
     if np.array_equal(divisors, np.ones_like(divisors)):
         return None
-    theta = file.number(f"{shape.architecture}.rope.freq_base", 10000.0)
+    theta = _above(file, f"{shape.architecture}.rope.freq_base", 1.0, 10000.0)
     if not factor > 1.0 or not np.allclose(divisors, llama3_divisors(shape.head_dim, theta, factor), rtol=1e-3):
         raise ConvertError(file.path, "tensor rope_freqs.weight does not hold the divisors of Llama 3.1's RoPE scaling")
     return {
@@ -211,6 +214,12 @@ def _positive(file: GGUFFile, key: str, default: int | None = None) -> int:
         raise ConvertError(file.path, f"{key} differs from layer to layer, which is not supported")
     if (value := file.integer(key, default)) <= 0:
         raise GGUFError(file.path, f"{key} is {value}")
+    return value
+
+
+def _above(file: GGUFFile, key: str, least: float, default: float | None = None) -> float:
+    if (value := _short(file.number(key, default))) <= least:
+        raise GGUFError(file.path, f"{key} is {value}, which must be above {least:g}")
     return value
 
 

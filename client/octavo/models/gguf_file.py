@@ -21,6 +21,7 @@ from .errors import GGUFError
 
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _MIN_FIELD_BYTES = 8 + 4 + 1  # length of the key, type, value
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # length of the name, n_dims, type, offset
 
@@ -74,8 +75,12 @@ class GGUFFile:
         return int(self._field(key, int, default))
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = float(self._field(key, float | int, default))
-        if not math.isfinite(value):
+        found = self._field(key, float | int, default)
+        try:
+            value = float(found)
+        except OverflowError:
+            raise GGUFError(self.path, f"{key} is {found}") from None
+        if not abs(value) <= _MAX_FLOAT32:  # nor is NaN
             raise GGUFError(self.path, f"{key} is {value}")
         return value
 

@@ -13,6 +13,8 @@ from .errors import ConvertError, GGUFError
 from .gguf_file import GGUFFile
 from .tokenizer_models import byte_level_tokenizer, sentencepiece_tokenizer, with_bos_by_default
 
+_MAX_TOKEN_CHARACTERS = 4096  # every way to split one is looked at
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -51,6 +53,12 @@ def read_vocabulary(file: GGUFFile, vocab_size: int) -> Vocabulary:
     if len(types) != len(tokens):
         raise GGUFError(file.path, f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
     scores = tuple(file.array("tokenizer.ggml.scores")) if kind == "llama" else ()
+    if not all(type(score) is float for score in scores) or not all(type(number) is int for number in types):
+        raise GGUFError(file.path, "tokenizer.ggml.scores or token_type holds something else than numbers")
+    if max(map(len, tokens)) > _MAX_TOKEN_CHARACTERS:
+        raise GGUFError(
+            file.path, f"tokenizer.ggml.tokens holds a token of more than {_MAX_TOKEN_CHARACTERS} characters"
+        )
     if kind == "llama" and len(scores) != len(tokens):
         raise GGUFError(file.path, f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
     pre = file.string("tokenizer.ggml.pre") if kind == "gpt2" else ""
