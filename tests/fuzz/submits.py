@@ -58,5 +58,5 @@ def submit(random: Random, handle: int, model: str, digest: bytes, vocab: int) -
     if random.random() < 0.2:
         message.remaining_ms = random.randrange(3000)
     if random.random() < 0.1:
-        message.suspect, message.failures_alone = True, random.randrange(4)
+        message.suspect_group, message.failures_alone = random.randrange(1, 4), random.randrange(4)
     return message

@@ -15,12 +15,14 @@ from unittest import mock
 from google.protobuf import struct_pb2
 from octavo.v1 import inference_pb2, scheduler_pb2
 
+from router.gate import Gate
 from router.models import ModelDirectory
 from router.prepare import Clocks, Preparation, Prepared, TextPool
 from router.service import InferenceService
 from router.ticket import TicketOffice
 from scheduler.codec import decode_submit
 from service.errors import OctavoError
+from service.keys import Authenticator
 from tests.fuzz import messages, values
 from tests.fuzz.harness import EPISODE, Target, Verdict
 from tests.fuzz.peers import MAX_MODEL_LEN, VOCAB
@@ -58,12 +60,15 @@ class _Hub:
     class session:
         models = ModelDirectory()
 
+    def now(self) -> float:
+        return 100.0
+
 
 class _World:
     def __init__(self, random: Random) -> None:
         self.random = random
         models = _Hub.session.models
-        models.update([served()])
+        models.update([served()], 0.0)
         pool = _Inline(1)
         self.preparation = Preparation(
             models,
@@ -72,7 +77,8 @@ class _World:
             TicketOffice(b"s"),
             Clocks(lambda: 100.0, lambda: 1_750_000_000.0),  # type: ignore[arg-type]
         )
-        self.service = InferenceService(_Hub(), _Assets(), self.preparation, pool, None)  # type: ignore[arg-type]
+        hub: Any = _Hub()
+        self.service = InferenceService(hub, _Assets(), self.preparation, pool, None, Gate(9), Authenticator())  # type: ignore[arg-type]
         self.resumable: list[inference_pb2.GenerateRequest] = []
 
     def close(self) -> None:

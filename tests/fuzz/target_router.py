@@ -109,7 +109,7 @@ class _Scheduler:
         if kind == 1:
             return self._say(models=scheduler_pb2.ModelList(models=[served()]))
         if kind == 2:
-            return self._say(migrated=scheduler_pb2.Migrated(handle=handle, suspect=True, failures_alone=1))
+            return self._say(migrated=scheduler_pb2.Migrated(handle=handle, suspect_group=3, failures_alone=1))
         if kind == 3:
             self.running.pop(handle, None)
             reason = random.choice(common_pb2.ErrorReason.values())
