@@ -252,6 +252,7 @@ def main() -> None:
         attention(bench, LLAMA_1B, "1b")
         attention(bench, LLAMA_8B, "8b")
     report = {
+        "command": "python -m bench.gpu_kernels --out FILE",
         "device": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
         "copy_TB_per_s": bench.bandwidth / 1e12,

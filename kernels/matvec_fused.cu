@@ -44,7 +44,8 @@ struct Normed {
       for (int i = 0; i < PER_THREAD; i++) {
         int at = threadIdx.x + i * THREADS;
         if (at >= VECTORS) continue;
-        sum[r][i] = add_vector(residual[row * VECTORS + at], added, bias, row * VECTORS + at, at);
+        sum[r][i] = residual[row * VECTORS + at];
+        if (added) sum[r][i] = add_vector(sum[r][i], added[row * VECTORS + at], bias, at);
         if (out && blockIdx.x == 0) out[r * VECTORS + at] = sum[r][i];
         squares[r] = add_squares(squares[r], sum[r][i]);
       }

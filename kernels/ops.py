@@ -16,11 +16,15 @@ from kernels.shapes import (
     DECODE_FEW_ROWS,
     FUSED_KERNELS,
     FUSED_ROWS,
+    GEMM_ROWS,
+    GEMM_SHARED_BYTES,
     MATVEC_ROWS,
     SAMPLE_PARTS,
     KernelShape,
     decode_shared_bytes,
     decode_warps,
+    gemm_splits,
+    is_roomy,
     matvec_shared_bytes,
     matvec_warps,
     norm_threads,
@@ -90,6 +94,14 @@ class NormInput:
         return (*map(_at, tensors), Float(self.epsilon))
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A product that gemm_parts left as sums of parts of K."""
+
+    sums: Tensor  # float32 [splits, tokens, n] and more
+    splits: int
+
+
 class KernelOps:
     """The operations for one model on one stream."""
 
@@ -100,6 +112,7 @@ class KernelOps:
         self._shape = shape
         self._stream = stream
         self._depth = matvec_depth
+        self._roomy = is_roomy(matvec_depth)
         self._multiprocessors = multiprocessors
         # Two blocks a multiprocessor stream weights; a third place is left for the next kernel's first copies.
         self._matvec_blocks = 2 * multiprocessors
@@ -107,7 +120,7 @@ class KernelOps:
         for few in (False, True):
             name = "decode_attention-few" if few else "decode_attention"
             if name in library:
-                library.allow_shared(name, "decode_attention", decode_shared_bytes(shape, few))
+                library.allow_shared(name, "decode_attention", decode_shared_bytes(shape, few, self._roomy))
         library.allow_shared("prefill_attention", "prefill_attention", prefill_shared_bytes(shape))
         self._wgmma = "prefill_wgmma" in library
         if self._wgmma:
@@ -118,6 +131,9 @@ class KernelOps:
                 if name in library:
                     for kernel in ("matvec", "matvec_float", "matvec_silu"):
                         library.allow_shared(name, kernel, matvec_shared_bytes(k, rows, matvec_depth))
+        if "gemm" in library:
+            for kernel in ("gemm_parts", "gemm_float", "gemm_silu"):
+                library.allow_shared("gemm", kernel, GEMM_SHARED_BYTES)
         for rows in (8, 16):
             if f"fused-{rows}" in library:
                 most = max(
@@ -153,6 +169,23 @@ class KernelOps:
         arguments = (_at(x), _at(residual), _at(bias), _at(weight), _at(rows), _at(out), Float(epsilon))
         self._launch("rms_norm", "rms_norm_add", (tokens,), norm_threads(self._shape.hidden_size), *arguments)
 
+    def rms_norm_add_parts(
+        self,
+        parts: Parts,
+        residual: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        out: Tensor,
+        tokens: int,
+        epsilon: float,
+    ) -> None:
+        """rms_norm_add of a product that is still in parts."""
+        arguments = (_at(residual), _at(bias), _at(weight), _at(out), Float(epsilon))
+        threads = norm_threads(self._shape.hidden_size)
+        self._launch(
+            "rms_norm", "rms_norm_add_parts", (tokens,), threads, _at(parts.sums), Int(parts.splits), *arguments
+        )
+
     def silu_mul(self, x: Tensor, bias: Tensor | None, out: Tensor, tokens: int) -> None:
         """out = silu(x[:, :wide]) * x[:, wide:]."""
         blocks = -(-tokens * self._shape.intermediate_size // 8 // 256)
@@ -170,14 +203,19 @@ class KernelOps:
         cache: Tensor,
         tokens: int,
         epsilon: float,
+        parts: Parts | None = None,
     ) -> None:
-        """Bias, QK norm, rotation in place; keys and values into `cache` [2, blocks, kv_heads, block_size, head_dim]."""
+        """Bias, QK norm, rotation in place; keys and values into `cache` [2, blocks, kv_heads, block_size, head_dim].
+
+        With `parts` the product is read from there, and only the queries are written to `qkv`.
+        """
         shape = self._shape
         heads_per_block = 128 // (shape.head_dim // 8)
         grid = (tokens, -(-(shape.num_heads + 2 * shape.num_kv_heads) // heads_per_block))
+        source = () if parts is None else (_at(parts.sums), Int(parts.splits))
         self._launch(
-            "qkv_epilogue", "qkv_epilogue", grid, 128,
-            _at(qkv), _at(bias), _at(norms[0]), _at(norms[1]), _at(cos), _at(sin), _at(positions), _at(slots),
+            "qkv_epilogue", "qkv_epilogue" if parts is None else "qkv_epilogue_parts", grid, 128,
+            *source, _at(qkv), _at(bias), _at(norms[0]), _at(norms[1]), _at(cos), _at(sin), _at(positions), _at(slots),
             _at(cache), cache.stride(0) // 8, Float(epsilon),
         )  # fmt: skip
 
@@ -269,6 +307,39 @@ class KernelOps:
         blocks, threads = min(blocks, self._matvec_blocks), matvec_warps(self._shape.hidden_size) * 32
         self._launch(module, kernel, (blocks,), threads, *arguments, shared_bytes=shared)
 
+    def fits_gemm(self, tokens: int) -> bool:
+        """Whether gemm_parts and gemm_silu take `tokens` rows."""
+        return MATVEC_ROWS < tokens <= GEMM_ROWS and "gemm" in self._library
+
+    def gemm_parts(self, weight: Tensor, x: Tensor, scratch: Tensor, tokens: int) -> Parts:
+        """x weight^T for at most 64 tokens, in parts in `scratch` float32 (any shape, large enough)."""
+        n, k = weight.shape
+        splits = gemm_splits(n, k)
+        arguments = (_at(weight), _at(x), _at(scratch), Int(n), Int(k), Int(tokens))
+        self._gemm("gemm_parts", (n // 128, splits), *arguments)
+        return Parts(scratch, splits)
+
+    def gemm_silu(self, weight: Tensor, bias: Tensor | None, x: Tensor, out: Tensor, tokens: int) -> None:
+        """matvec_silu for at most 64 tokens."""
+        n, k = weight.shape[0] // 2, weight.shape[1]
+        arguments = (_at(weight), _at(bias), _at(x), _at(out), Int(n), Int(k), Int(tokens))
+        self._gemm("gemm_silu", (n // 64,), *arguments)
+
+    def gemm_float(self, weight: Tensor, x: Tensor, out: Tensor, tokens: int) -> None:
+        """matvec_float for at most 64 tokens; the weight's rows are a multiple of 128."""
+        n, k = weight.shape
+        arguments = (_at(weight), _at(x), _at(out), Int(k), Int(tokens), Int(out.stride(0)))
+        self._gemm("gemm_float", (n // 128,), *arguments)
+
+    def sum_parts(self, parts: Parts, out: Tensor, tokens: int) -> None:
+        """out [tokens, n] = the sums of a product in parts."""
+        vectors = tokens * out.shape[1] // 4
+        arguments = (_at(parts.sums), _at(out), Int(parts.splits), Int(vectors))
+        self._launch("gemm", "sum_parts", (-(-vectors // 256),), 256, *arguments)
+
+    def _gemm(self, kernel: str, grid: tuple[int, ...], *arguments: int | Int) -> None:
+        self._launch("gemm", kernel, grid, 384, *arguments, shared_bytes=GEMM_SHARED_BYTES)
+
     # Attention
 
     def plan_decode(self, step: StepTensors, rows: int, out: DecodeItems) -> None:
@@ -296,15 +367,16 @@ class KernelOps:
         """
         shape = self._shape
         heads, warps = shape.num_kv_heads * shape.decode_tiles, decode_warps(shape.head_dim)
-        # Blocks walk over the items. For many rows twice as many as are resident at once, so that late starters even out the end; for
-        # few rows one a multiprocessor, with all its tokens under way before the wait.
+        # Blocks walk over the items: as many as are resident at once, or more for large heads, where late starters even out the end.
+        # For few rows one a multiprocessor, with all its tokens under way before the wait.
         few = rows <= DECODE_FEW_ROWS and "decode_attention-few" in self._library
-        blocks = max(1, self._multiprocessors * (1 if few else 4) // heads)
+        each = 1 if few else 2 if shape.head_dim == 64 else 8
+        blocks = max(1, self._multiprocessors * each // heads)
         self._launch(
             "decode_attention-few" if few else "decode_attention", "decode_attention", (blocks, heads), warps * 32,
             _at(qkv), _at(cache), cache.stride(0) // 8, _at(step.block_table), Int(step.block_table.shape[1]),
             _at(work.items), _at(work.num_items), self._scale, _at(scratch.partials), _at(scratch.arrived), _at(out),
-            shared_bytes=decode_shared_bytes(shape, few),
+            shared_bytes=decode_shared_bytes(shape, few, self._roomy),
         )  # fmt: skip
 
     def prefill_attention(

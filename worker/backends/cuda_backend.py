@@ -393,4 +393,5 @@ def _longest_context(config: ModelConfig) -> int:
 def _poison(space: Workspace) -> None:
     for name in ("hidden", "spare", "normed", "qkv", "attended", "projected", "gate_up", "activated"):
         getattr(space, name).fill_(float("nan"))
+    space.parts.fill_(float("nan"))
     space.scratch.partials.fill_(float("nan"))
