@@ -14,11 +14,11 @@ from cuda.core import Stream
 from kernels.launcher import Float, Int, KernelLibrary
 from kernels.shapes import (
     DECODE_FEW_ROWS,
-    FUSED_KERNELS,
     FUSED_ROWS,
     GEMM_ROWS,
     GEMM_SHARED_BYTES,
     MATVEC_ROWS,
+    NORM_KERNELS,
     SAMPLE_PARTS,
     KernelShape,
     decode_shared_bytes,
@@ -136,12 +136,12 @@ class KernelOps:
                 library.allow_shared("gemm", kernel, GEMM_SHARED_BYTES)
         for rows in (8, 16):
             if f"fused-{rows}" in library:
-                most = max(
-                    normed_shared_bytes(shape.hidden_size, FUSED_ROWS, matvec_depth),
-                    matvec_shared_bytes(shape.hidden_size, rows, matvec_depth),
-                )
-                for kernel in FUSED_KERNELS:
-                    library.allow_shared(f"fused-{rows}", kernel, most)
+                shared = matvec_shared_bytes(shape.hidden_size, rows, matvec_depth)
+                library.allow_shared(f"fused-{rows}", "matvec_qkv", shared)
+        if "fused-8" in library:
+            for kernel in NORM_KERNELS:
+                shared = normed_shared_bytes(shape.hidden_size, FUSED_ROWS, matvec_depth)
+                library.allow_shared("fused-8", kernel, shared)
 
     # Model
 

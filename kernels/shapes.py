@@ -16,7 +16,7 @@ WGMMA_ARCHITECTURE = "sm_90a"
 DECODE_FEW_ROWS = 8
 """Decode attention of at most so many rows fetches more of a row before it waits, at one block a multiprocessor."""
 
-FUSED_KERNELS = ("matvec_qkv", "matvec_norm_qkv", "matvec_norm_silu", "matvec_norm_float")
+NORM_KERNELS = ("matvec_norm_qkv", "matvec_norm_silu", "matvec_norm_float")
 
 Definitions = dict[str, int | str]
 
@@ -124,7 +124,7 @@ def fused_spec(max_rows: int, depth: int, shape: KernelShape, heads: Definitions
     """Products over hidden_size with norm, rotation and append, for up to `max_rows` (8 or 16) rows of x."""
     k = shape.hidden_size
     definitions = {"K": k, "WARPS": matvec_warps(k), "M_MAX": max_rows, "DEPTH": depth, **heads}
-    return KernelSpec("matvec_fused.cu", definitions, FUSED_KERNELS)
+    return KernelSpec("matvec_fused.cu", definitions, ("matvec_qkv", *(NORM_KERNELS if max_rows == 8 else ())))
 
 
 def matvec_shared_bytes(k: int, max_rows: int, depth: int) -> int:
@@ -235,7 +235,9 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
         if matvec_warps(k):
             for max_rows in (8, 16):
                 specs[f"matvec-{k}-{max_rows}"] = matvec_spec(k, max_rows, matvec_depth, common)
-    if matvec_warps(shape.hidden_size) and not shape.qk_norm:
+    room = (160 if roomy else 88) << 10
+    fits = matvec_warps(shape.hidden_size) and normed_shared_bytes(shape.hidden_size, FUSED_ROWS, matvec_depth) <= room
+    if fits and not shape.qk_norm:
         for max_rows in (8, 16):
             specs[f"fused-{max_rows}"] = fused_spec(max_rows, matvec_depth, shape, heads)
     return specs
