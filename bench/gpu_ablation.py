@@ -20,7 +20,7 @@ import torch
 from bench.gpu_engine import measure
 from bench.gpu_models import SHAPES, write_model
 from bench.gpu_offline import OfflineEngine
-from kernels import ops, shapes
+from kernels import ops, product_ops, shapes
 from kernels.launcher import KernelLibrary
 from worker.backends import cuda_backend
 from worker.backends.cuda_backend import CudaBackend, CudaSettings
@@ -43,11 +43,11 @@ def without_overlap(library: Callable[..., KernelLibrary]) -> Callable[..., Kern
 
 
 SWITCHES: dict[str, tuple[object, str, object]] = {
-    "all": (ops, "FUSED_ROWS", shapes.FUSED_ROWS),
+    "all": (product_ops, "FUSED_ROWS", shapes.FUSED_ROWS),
     "norms as kernels": (ops.KernelOps, "fits_fused", lambda self, tokens: False),
     "cuBLAS from 17 rows": (ops.KernelOps, "fits_gemm", lambda self, tokens: False),
     "no dependent launch": (cuda_backend, "KernelLibrary", without_overlap(KernelLibrary)),
-    "no graphs": (ops, "FUSED_ROWS", shapes.FUSED_ROWS),
+    "no graphs": (product_ops, "FUSED_ROWS", shapes.FUSED_ROWS),
 }
 
 

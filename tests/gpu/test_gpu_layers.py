@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.ops import NormInput, Placing
+from kernels.operands import NormInput, Placing
 from tests.gpu.gpu_harness import error, ints, make_ops, make_shape, poisoned, random
 
 pytestmark = pytest.mark.gpu

@@ -22,7 +22,8 @@ from cuda.core import Device, Stream
 from kernels.cache import CubinCache, default_directory
 from kernels.compiler import CompileError, Compiler, architecture_of, sources_digest
 from kernels.launcher import KernelLibrary, LaunchError
-from kernels.ops import KernelOps, StepTensors
+from kernels.operands import StepTensors
+from kernels.ops import KernelOps
 from kernels.shapes import KernelShape, ShapeError, decode_split, kernel_specs
 from worker.backend import BackendError, BackendInfo, FatalBackendError, KVGroup, Progress
 from worker.backends.cuda_graphs import GraphCache, bucket_for, buckets

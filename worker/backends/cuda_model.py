@@ -16,15 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.ops import (
-    DecodeItems,
-    DecodeScratch,
-    KernelOps,
-    NormInput,
-    Parts,
-    Placing,
-    StepTensors,
-)
+from kernels.operands import DecodeItems, DecodeScratch, NormInput, Parts, Placing, StepTensors
+from kernels.ops import KernelOps
 from kernels.shapes import FUSED_ROWS, GEMM_ROWS, WGMMA_ARCHITECTURE, KernelShape, gemm_fits, gemm_splits
 from worker.checkpoint.config import ModelConfig
 from worker.checkpoint.weights import LayerWeights, Weights
