@@ -1,6 +1,6 @@
 """What each technique of the decode step brings: one workload with all of them, then with one switched off. JSON to --out.
 
-    python -m bench.gpu_ablation MODEL_DIR|NAME [--workload w1] [--out FILE]
+    python -m bench.gpu_ablation MODEL_DIR|NAME [--workload w1] [--off NAME,...] [--out FILE]
 
 The workloads are those of bench/gpu_engine.py; a step's length is its best of three runs.
 """
@@ -20,7 +20,7 @@ import torch
 from bench.gpu_engine import measure
 from bench.gpu_models import SHAPES, write_model
 from bench.gpu_offline import OfflineEngine
-from kernels import ops, shapes
+from kernels import ops, product_ops, shapes
 from kernels.launcher import KernelLibrary
 from worker.backends import cuda_backend
 from worker.backends.cuda_backend import CudaBackend, CudaSettings
@@ -43,10 +43,11 @@ def without_overlap(library: Callable[..., KernelLibrary]) -> Callable[..., Kern
 
 
 SWITCHES: dict[str, tuple[object, str, object]] = {
-    "all": (ops, "FUSED_ROWS", shapes.FUSED_ROWS),
+    "all": (product_ops, "FUSED_ROWS", shapes.FUSED_ROWS),
     "norms as kernels": (ops.KernelOps, "fits_fused", lambda self, tokens: False),
+    "cuBLAS from 17 rows": (ops.KernelOps, "fits_gemm", lambda self, tokens: False),
     "no dependent launch": (cuda_backend, "KernelLibrary", without_overlap(KernelLibrary)),
-    "no graphs": (ops, "FUSED_ROWS", shapes.FUSED_ROWS),
+    "no graphs": (product_ops, "FUSED_ROWS", shapes.FUSED_ROWS),
 }
 
 
@@ -56,16 +57,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--workload", default="w1")
+    parser.add_argument("--off", default=",".join(SWITCHES), help="which of the switches")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     directory = write_model(arguments.models, arguments.model) if arguments.model in SHAPES else Path(arguments.model)
     report: dict[str, Any] = {
-        "command": f"python -m bench.gpu_ablation {arguments.model} --workload {arguments.workload}",
+        "command": f"python -m bench.gpu_ablation {arguments.model} --workload {arguments.workload} --off '{arguments.off}'",
         "device": torch.cuda.get_device_properties(0).name,
         "ms_per_step": {},
     }
-    for name, switch in SWITCHES.items():
-        with replaced(*switch):
+    for name in arguments.off.split(","):
+        with replaced(*SWITCHES[name]):
             settings = CudaSettings(max_model_len=8192, memory_fraction=0.8, graphs=name != "no graphs")
             backend = CudaBackend(directory, settings)
             info = backend.load(lambda what, done, total: None)

@@ -24,7 +24,8 @@ from cuda.core import Device, Stream
 from kernels.cache import CubinCache, default_directory
 from kernels.compiler import Compiler, architecture_of
 from kernels.launcher import KernelLibrary
-from kernels.ops import DecodeItems, DecodeScratch, KernelOps, StepTensors
+from kernels.operands import DecodeItems, DecodeScratch, StepTensors
+from kernels.ops import KernelOps
 from kernels.shapes import KernelShape, decode_split, kernel_specs
 from worker.backends.cuda_model import prefill_tiles
 from worker.backends.cuda_rows import DeviceRows
@@ -252,6 +253,7 @@ def main() -> None:
         attention(bench, LLAMA_1B, "1b")
         attention(bench, LLAMA_8B, "8b")
     report = {
+        "command": "python -m bench.gpu_kernels --out FILE",
         "device": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
         "copy_TB_per_s": bench.bandwidth / 1e12,

@@ -62,6 +62,24 @@ __device__ __forceinline__ uint4 pack8(const float (&in)[8]) {
   return make_uint4(pack(in[0], in[1]), pack(in[2], in[3]), pack(in[4], in[5]), pack(in[6], in[7]));
 }
 
+// Eight elements that gemm_parts left as `splits` (at most MOST_SPLITS) float32 sums, `stride` vectors of four apart: added in their
+// order, rounded. All loads are under way before the first sum.
+constexpr int MOST_SPLITS = 8;
+__device__ __forceinline__ uint4 sum_of_parts(const float4* parts, size_t at, int splits, size_t stride) {
+  float4 low[MOST_SPLITS], high[MOST_SPLITS];
+#pragma unroll
+  for (int s = 0; s < MOST_SPLITS; s++)
+    if (s < splits) low[s] = parts[s * stride + 2 * at], high[s] = parts[s * stride + 2 * at + 1];
+  float sum[8] = {low[0].x, low[0].y, low[0].z, low[0].w, high[0].x, high[0].y, high[0].z, high[0].w};
+#pragma unroll
+  for (int s = 1; s < MOST_SPLITS; s++) {
+    if (s >= splits) continue;
+    sum[0] += low[s].x, sum[1] += low[s].y, sum[2] += low[s].z, sum[3] += low[s].w;
+    sum[4] += high[s].x, sum[5] += high[s].y, sum[6] += high[s].z, sum[7] += high[s].w;
+  }
+  return pack8(sum);
+}
+
 // 16 bytes from device to shared memory that no register waits for (cp.async, past L1). Plain loads that are meant to be in flight early
 // are sunk by the assembler to their first use, past any wait; these stay where they are written. Zeros where `valid` is false: nothing
 // is read then. A thread that reads back only what it copied itself needs no barrier, just copies_done.

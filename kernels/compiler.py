@@ -96,9 +96,9 @@ class Compiler:
 
 
 def sources_digest() -> str:
-    """SHA-256 (hex) over every kernel source of this folder: part of what decides a backend's bits."""
+    """SHA-256 (hex) over every kernel source of this folder and the tables that choose between them: what decides a backend's bits."""
     digest = hashlib.sha256(nvrtc_version().encode())
-    for path in sorted([*SOURCE_DIR.glob("*.cu"), *SOURCE_DIR.glob("*.cuh")]):
+    for path in sorted([*SOURCE_DIR.glob("*.cu"), *SOURCE_DIR.glob("*.cuh"), SOURCE_DIR / "shapes.py"]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -33,6 +33,11 @@ constexpr int M_TILES = (GROUP + 15) / 16;             // blocks of 16 query hea
 constexpr bool HALF_TILE = GROUP <= 8;                 // rows 8..15 of the tile are empty
 constexpr int CHUNKS = HEAD_DIM / 8;                   // 16-byte pieces of a key
 constexpr int PIECES = 16 * CHUNKS / 32;               // of a lane for 16 keys
+#if __CUDA_ARCH__ >= 1000
+constexpr int COPIES_UNROLLED = 2;                     // more spill there
+#else
+constexpr int COPIES_UNROLLED = PIECES;
+#endif
 constexpr int N_TILES = HEAD_DIM / 8;
 constexpr int STEP = 16 * WARPS;                       // tokens of a block in one iteration
 constexpr int TILE_ROWS = HALF_TILE ? 8 : 16;
@@ -111,7 +116,7 @@ __device__ __forceinline__ void copy_tokens(uint4* stage, const uint4* keys, con
   const int* block_id = item.blocks + first / BLOCK_SIZE;
   size_t block = EARLY ? __ldcg(block_id) : *block_id;
   size_t base = (block * KV_HEADS * BLOCK_SIZE + first % BLOCK_SIZE) * CHUNKS;
-#pragma unroll
+#pragma unroll COPIES_UNROLLED
   for (int i = 0; i < PIECES; i++) {
     int at = i * 32 + lane, token = at / CHUNKS;
     bool valid = first + token >= item.begin && first + token < item.end;

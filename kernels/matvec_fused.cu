@@ -44,7 +44,8 @@ struct Normed {
       for (int i = 0; i < PER_THREAD; i++) {
         int at = threadIdx.x + i * THREADS;
         if (at >= VECTORS) continue;
-        sum[r][i] = add_vector(residual[row * VECTORS + at], added, bias, row * VECTORS + at, at);
+        sum[r][i] = residual[row * VECTORS + at];
+        if (added) sum[r][i] = add_vector(sum[r][i], added[row * VECTORS + at], bias, at);
         if (out && blockIdx.x == 0) out[r * VECTORS + at] = sum[r][i];
         squares[r] = add_squares(squares[r], sum[r][i]);
       }
@@ -127,6 +128,7 @@ matvec_qkv(const elem* __restrict__ w, const elem* __restrict__ bias, const floa
   qkv_of(QkvTensors{w, bias, cos, sin, positions, slots, qkv, cache, values_offset}, Plain{x}, m);
 }
 
+#if M_MAX == 8  // those that normalise take FUSED_ROWS at most
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 matvec_norm_qkv(const elem* __restrict__ w, const elem* __restrict__ bias, const float* __restrict__ cos, const float* __restrict__ sin,
                 const int* positions, const int* slots, elem* qkv, elem* cache, long long values_offset, const uint4* added,
@@ -150,3 +152,4 @@ matvec_norm_float(const elem* __restrict__ w, float* __restrict__ y, int n, int 
   walk<false>((n + 15) / 16, Normed{added, residual, added_bias, norm, rows, nullptr, epsilon, {}}, m, Neighbours{w, n}, Nothing{}, Nothing{},
               StoreTile<float>{y, n, stride});
 }
+#endif

@@ -36,12 +36,11 @@ __device__ __forceinline__ void load_scale(uint4 (&scale)[PER_THREAD], const uin
   }
 }
 
-// residual + x + bias, rounded, for one vector; x null: residual alone.
-__device__ __forceinline__ uint4 add_vector(uint4 residual, const uint4* x, const uint4* bias, size_t at, int column) {
-  if (!x) return residual;
+// residual + x + bias, rounded, for one vector x.
+__device__ __forceinline__ uint4 add_vector(uint4 residual, uint4 x, const uint4* bias, int column) {
   float value[8], added[8];
   unpack8(residual, value);
-  unpack8(x[at], added);
+  unpack8(x, added);
   if (bias) {
     float shift[8];
     unpack8(bias[column], shift);

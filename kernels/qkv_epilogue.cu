@@ -19,10 +19,11 @@ constexpr int ALL_HEADS = HEADS + 2 * KV_HEADS;
 constexpr int HEADS_PER_BLOCK = 128 / LANES;
 static_assert(HEAD_DIM % 16 == 0 && (LANES & (LANES - 1)) == 0 && LANES <= 32, "head_dim must be a power of two up to 256");
 
-extern "C" __global__ void __launch_bounds__(128)
-qkv_epilogue(uint4* qkv, const uint4* __restrict__ bias, const uint4* __restrict__ q_norm, const uint4* __restrict__ k_norm,
-             const float4* __restrict__ cos, const float4* __restrict__ sin, const int* __restrict__ positions,
-             const int* __restrict__ slots, uint4* __restrict__ cache, long long values_offset, float epsilon) {
+// product(at): the product's vector `at`.
+template <typename Product>
+__device__ __forceinline__ void epilogue(Product product, uint4* qkv, const uint4* bias, const uint4* q_norm, const uint4* k_norm,
+                                         const float4* cos, const float4* sin, const int* positions, const int* slots, uint4* cache,
+                                         long long values_offset, float epsilon) {
   int head = blockIdx.y * HEADS_PER_BLOCK + threadIdx.x / LANES, lane = threadIdx.x % LANES;
   size_t token = blockIdx.x;
   wait_for_previous();
@@ -31,7 +32,7 @@ qkv_epilogue(uint4* qkv, const uint4* __restrict__ bias, const uint4* __restrict
   bool valid = head < ALL_HEADS && slot >= 0;
   size_t at = (token * ALL_HEADS + (valid ? head : 0)) * LANES + lane;
   float x[8];
-  unpack8(qkv[at], x);
+  unpack8(product(at), x);
   if (bias) {
     float b[8];
     unpack8(bias[(valid ? head : 0) * LANES + lane], b);
@@ -72,4 +73,22 @@ qkv_epilogue(uint4* qkv, const uint4* __restrict__ bias, const uint4* __restrict
   int kv_head = head - HEADS - (is_value ? KV_HEADS : 0);
   size_t block = slot / BLOCK_SIZE, offset = slot % BLOCK_SIZE;
   cache[(is_value ? values_offset : 0) + ((block * KV_HEADS + kv_head) * BLOCK_SIZE + offset) * LANES + lane] = pack8(x);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+qkv_epilogue(uint4* qkv, const uint4* __restrict__ bias, const uint4* __restrict__ q_norm, const uint4* __restrict__ k_norm,
+             const float4* __restrict__ cos, const float4* __restrict__ sin, const int* __restrict__ positions,
+             const int* __restrict__ slots, uint4* __restrict__ cache, long long values_offset, float epsilon) {
+  epilogue([&](size_t at) { return qkv[at]; }, qkv, bias, q_norm, k_norm, cos, sin, positions, slots, cache, values_offset, epsilon);
+}
+
+// The product is still in parts [splits, gridDim.x, ...] (gemm_wgmma.cu).
+extern "C" __global__ void __launch_bounds__(128)
+qkv_epilogue_parts(const float4* parts, int splits, uint4* qkv, const uint4* __restrict__ bias, const uint4* __restrict__ q_norm,
+                   const uint4* __restrict__ k_norm, const float4* __restrict__ cos, const float4* __restrict__ sin,
+                   const int* __restrict__ positions, const int* __restrict__ slots, uint4* __restrict__ cache, long long values_offset,
+                   float epsilon) {
+  size_t stride = (size_t)gridDim.x * ALL_HEADS * LANES * 2;
+  epilogue([&](size_t at) { return sum_of_parts(parts, at, splits, stride); }, qkv, bias, q_norm, k_norm, cos, sin, positions, slots,
+           cache, values_offset, epsilon);
 }

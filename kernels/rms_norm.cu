@@ -1,4 +1,5 @@
-// residual[r, :] += x[r, :] + bias      (rms_norm_add; x is the output of the projection before, bias may be null)
+// residual[r, :] += x[r, :] + bias      (rms_norm_add; x is the output of the projection before, bias may be null;
+//                                        rms_norm_add_parts: x is still in parts, gemm_wgmma.cu)
 // out[t, :] = residual[r, :] / rms(residual[r, :]) * weight            r = rows ? rows[t] : t
 //
 // All [tokens, HIDDEN]; the sum of squares is float32; the residual is rounded before it is normalised, as a model that stores it
@@ -11,10 +12,12 @@
 //   3. the row stays in registers between the sum and the scaling (this one): every byte moves once
 #include "norm.cuh"
 
-__device__ __forceinline__ void norm(const uint4* x, uint4* residual, const uint4* bias, const uint4* weight, const int* rows,
-                                     uint4* out, float epsilon) {
+// add(old, at, column): the residual's vector `at` with what is added to it. LATE: the next kernel starts once this one has its inputs,
+// so that its weights do not stand before them in the memory's queue.
+template <bool LATE, typename Add>
+__device__ __forceinline__ void norm(Add add, bool adds, uint4* residual, const uint4* weight, const int* rows, uint4* out, float epsilon) {
   uint4 scale[PER_THREAD], sum[PER_THREAD];
-  let_next_start();
+  if (!LATE) let_next_start();
   load_scale(scale, weight);
   wait_for_previous();
   if (rows && rows[blockIdx.x] < 0) return;  // padding of a graph
@@ -24,11 +27,12 @@ __device__ __forceinline__ void norm(const uint4* x, uint4* residual, const uint
   for (int i = 0; i < PER_THREAD; i++) {
     int at = threadIdx.x + i * THREADS;
     if (at >= VECTORS) continue;
-    sum[i] = add_vector(residual[row * VECTORS + at], x, bias, row * VECTORS + at, at);
-    if (x) residual[row * VECTORS + at] = sum[i];
+    sum[i] = add(residual[row * VECTORS + at], row * VECTORS + at, at);
+    if (adds) residual[row * VECTORS + at] = sum[i];
     squares[0] = add_squares(squares[0], sum[i]);
   }
   block_sums(squares);
+  if (LATE) let_next_start();
   float inverse = rsqrtf(squares[0] / HIDDEN + epsilon);
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++) {
@@ -39,12 +43,21 @@ __device__ __forceinline__ void norm(const uint4* x, uint4* residual, const uint
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 rms_norm(uint4* residual, const uint4* __restrict__ weight, uint4* __restrict__ out, float epsilon) {
-  norm(nullptr, residual, nullptr, weight, nullptr, out, epsilon);
+  norm<false>([](uint4 old, size_t, int) { return old; }, false, residual, weight, nullptr, out, epsilon);
 }
 
 // With `rows`, only the gathered rows are added: for the last layer, whose residual nobody reads afterwards. No row may stand twice.
 extern "C" __global__ void __launch_bounds__(THREADS)
 rms_norm_add(const uint4* x, uint4* residual, const uint4* __restrict__ bias, const uint4* __restrict__ weight,
              const int* __restrict__ rows, uint4* __restrict__ out, float epsilon) {
-  norm(x, residual, bias, weight, rows, out, epsilon);
+  norm<false>([&](uint4 old, size_t at, int column) { return add_vector(old, x[at], bias, column); }, true, residual, weight, rows, out, epsilon);
+}
+
+// parts [splits, gridDim.x, HIDDEN]
+extern "C" __global__ void __launch_bounds__(THREADS)
+rms_norm_add_parts(const float4* parts, int splits, uint4* residual, const uint4* __restrict__ bias, const uint4* __restrict__ weight,
+                   uint4* __restrict__ out, float epsilon) {
+  size_t stride = (size_t)gridDim.x * HIDDEN / 4;
+  norm<true>([&](uint4 old, size_t at, int column) { return add_vector(old, sum_of_parts(parts, at, splits, stride), bias, column); }, true,
+       residual, weight, nullptr, out, epsilon);
 }

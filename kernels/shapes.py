@@ -16,7 +16,7 @@ WGMMA_ARCHITECTURE = "sm_90a"
 DECODE_FEW_ROWS = 8
 """Decode attention of at most so many rows fetches more of a row before it waits, at one block a multiprocessor."""
 
-FUSED_KERNELS = ("matvec_qkv", "matvec_norm_qkv", "matvec_norm_silu", "matvec_norm_float")
+NORM_KERNELS = ("matvec_norm_qkv", "matvec_norm_silu", "matvec_norm_float")
 
 Definitions = dict[str, int | str]
 
@@ -72,6 +72,38 @@ class KernelSpec:
     kernels: tuple[str, ...]
 
 
+GEMM_ROWS = 64
+"""Products with more rows than MATVEC_ROWS and at most so many take gemm_wgmma.cu, where its table says so (`gemm_fits`)."""
+
+GEMM_KERNELS = ("gemm_parts", "gemm_float", "gemm_silu", "sum_parts")
+_GEMM_BLOCKS = 132  # of a Hopper chip; a constant, since the order of K follows from it
+
+
+GEMM_SHAPES = frozenset({(2048, 3072, 2048, 8192)})
+"""(hidden, qkv, q, intermediate) for which gemm_wgmma.cu was measured ahead of cuBLAS on sm_90a: Llama-3.2-1B, 1.36 against 1.45 ms a
+step at 24 rows (the first version) and 1.64 against 1.68 at 64. Any other shape stays with cuBLAS until it is measured."""
+
+
+def gemm_fits(shape: KernelShape, architecture: str) -> bool:
+    """The table of gemm_wgmma.cu."""
+    sizes = (shape.hidden_size, shape.qkv_size, shape.q_size, shape.intermediate_size)
+    return architecture == WGMMA_ARCHITECTURE and sizes in GEMM_SHAPES
+
+
+def gemm_spec(common: Definitions) -> KernelSpec:
+    """Tensor-core products of few rows; N and K are arguments."""
+    return KernelSpec("gemm_wgmma.cu", common, GEMM_KERNELS)
+
+
+def gemm_splits(n: int, k: int) -> int:
+    """Parts of K that a product of n x k is summed in."""
+    return max(1, min(8, _GEMM_BLOCKS // (n // 128), k // 64))
+
+
+GEMM_SHARED_BYTES = 4 * (128 + 64) * 128
+"""Dynamic shared memory of a block of gemm_wgmma.cu: four stages of 64 k, of 128 rows of w and 64 of x."""
+
+
 def matvec_warps(k: int) -> int:
     """4 to 8 warps that share K evenly in steps of 32; 0 where the matrix-vector kernel does not fit."""
     return next((warps for warps in range(8, 3, -1) if k % (32 * warps) == 0), 0)
@@ -92,7 +124,7 @@ def fused_spec(max_rows: int, depth: int, shape: KernelShape, heads: Definitions
     """Products over hidden_size with norm, rotation and append, for up to `max_rows` (8 or 16) rows of x."""
     k = shape.hidden_size
     definitions = {"K": k, "WARPS": matvec_warps(k), "M_MAX": max_rows, "DEPTH": depth, **heads}
-    return KernelSpec("matvec_fused.cu", definitions, FUSED_KERNELS)
+    return KernelSpec("matvec_fused.cu", definitions, ("matvec_qkv", *(NORM_KERNELS if max_rows == 8 else ())))
 
 
 def matvec_shared_bytes(k: int, max_rows: int, depth: int) -> int:
@@ -108,6 +140,11 @@ def normed_shared_bytes(k: int, rows: int, depth: int) -> int:
     return warps * min(depth, k // (32 * warps)) * 2 * 512 + rows * (k + 32) * 2
 
 
+def is_roomy(matvec_depth: int) -> bool:
+    """Whether the device gives a block 160 KiB of shared memory, which is what a depth of 8 is chosen for."""
+    return matvec_depth == 8
+
+
 def decode_warps(head_dim: int) -> int:
     """Warps of a decode-attention block."""
     return 8 if head_dim == 64 else 4
@@ -118,27 +155,27 @@ def decode_split(head_dim: int) -> int:
     return 1024 if head_dim == 64 else 512
 
 
-def decode_depth(head_dim: int, few: bool) -> int:
-    """Iterations of 16 tokens a warp under way in decode attention."""
+def decode_depth(head_dim: int, few: bool, roomy: bool) -> int:
+    """Iterations of 16 tokens a warp under way in decode attention. `roomy`: a block may have 160 KiB of shared memory."""
     if few:
         return 4
-    return 3 if head_dim == 64 else 2
+    return 3 if head_dim == 64 and roomy else 2
 
 
-def decode_shared_bytes(shape: KernelShape, few: bool) -> int:
+def decode_shared_bytes(shape: KernelShape, few: bool, roomy: bool) -> int:
     """Dynamic shared memory of a decode-attention block: the rings of its warps and their results."""
     warps, pieces = decode_warps(shape.head_dim), shape.head_dim // 8
-    rings = warps * decode_depth(shape.head_dim, few) * pieces * 512
+    rings = warps * decode_depth(shape.head_dim, few, roomy) * pieces * 512
     rows = 8 if shape.num_heads // shape.num_kv_heads <= 8 else 16
     return rings + warps * rows * (shape.head_dim + 2) * 4 + rows * 8
 
 
-def decode_spec(shape: KernelShape, few: bool, heads: Definitions) -> KernelSpec:
+def decode_spec(shape: KernelShape, few: bool, roomy: bool, heads: Definitions) -> KernelSpec:
     """Decode attention, for a step of few rows or of many."""
     sizes: Definitions = {
         "SPLIT": shape.split,
         "WARPS": decode_warps(shape.head_dim),
-        "DEPTH": decode_depth(shape.head_dim, few),
+        "DEPTH": decode_depth(shape.head_dim, few, roomy),
         "BLOCKS": 1 if few else 2,
     }
     return KernelSpec("decode_attention.cu", {**heads, **sizes}, ("decode_attention",))
@@ -173,13 +210,14 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
     qk_norm: Definitions = {"QK_NORM": 1} if shape.qk_norm else {}
     hidden: Definitions = {"HIDDEN": shape.hidden_size, **common}
     norm: Definitions = {"THREADS": norm_threads(shape.hidden_size), **hidden}
+    roomy = is_roomy(matvec_depth)
     rows = ("apply_plan", "copy_words", "prepare_tokens", "plan_decode", "count_tokens")
     specs = {
         "embedding": KernelSpec("embedding.cu", hidden, ("embedding",)),
-        "rms_norm": KernelSpec("rms_norm.cu", norm, ("rms_norm", "rms_norm_add")),
+        "rms_norm": KernelSpec("rms_norm.cu", norm, ("rms_norm", "rms_norm_add", "rms_norm_add_parts")),
         "silu_mul": KernelSpec("silu_mul.cu", {"WIDE": shape.intermediate_size, **common}, ("silu_mul",)),
-        "qkv_epilogue": KernelSpec("qkv_epilogue.cu", {**heads, **qk_norm}, ("qkv_epilogue",)),
-        "decode_attention": decode_spec(shape, False, heads),
+        "qkv_epilogue": KernelSpec("qkv_epilogue.cu", {**heads, **qk_norm}, ("qkv_epilogue", "qkv_epilogue_parts")),
+        "decode_attention": decode_spec(shape, False, roomy, heads),
         "prefill_attention": KernelSpec("prefill_attention.cu", heads, ("prefill_attention",)),
         "row_state": KernelSpec("row_state.cu", {"BLOCK_SIZE": shape.block_size, "SPLIT": shape.split}, rows),
         "process_logits": KernelSpec("process_logits.cu", {"PARTS": SAMPLE_PARTS}, ("process_logits",)),
@@ -187,15 +225,19 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
         "truncated_sample": KernelSpec("truncated_sample.cu", {}, ("choose_truncated",)),
         "logprobs": KernelSpec("logprobs.cu", {"WANTED": MAX_LOGPROBS}, ("logprobs",)),
     }
-    if matvec_depth == 8:  # so much shared memory
-        specs["decode_attention-few"] = decode_spec(shape, True, heads)
+    if roomy:
+        specs["decode_attention-few"] = decode_spec(shape, True, roomy, heads)
     if architecture == WGMMA_ARCHITECTURE:
         specs["prefill_wgmma"] = KernelSpec("prefill_wgmma.cu", heads, ("prefill_wgmma",))
+    if gemm_fits(shape, architecture):
+        specs["gemm"] = gemm_spec(common)
     for k in sorted({shape.hidden_size, shape.q_size, shape.intermediate_size}):
         if matvec_warps(k):
             for max_rows in (8, 16):
                 specs[f"matvec-{k}-{max_rows}"] = matvec_spec(k, max_rows, matvec_depth, common)
-    if matvec_warps(shape.hidden_size) and not shape.qk_norm:
+    room = (160 if roomy else 88) << 10
+    fits = matvec_warps(shape.hidden_size) and normed_shared_bytes(shape.hidden_size, FUSED_ROWS, matvec_depth) <= room
+    if fits and not shape.qk_norm:
         for max_rows in (8, 16):
             specs[f"fused-{max_rows}"] = fused_spec(max_rows, matvec_depth, shape, heads)
     return specs

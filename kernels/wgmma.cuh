@@ -25,12 +25,18 @@ __device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define TYPES "f32." MMA_TYPE "." MMA_TYPE
 
-// c[64 x 128] (+)= a[64 x 16] b[128 x 16]^T, both in shared memory, the sum along their rows. A thread's c[4 j + 2 h + e] is row
+// c[64 x 128] or [64 x 64] (+)= a[64 x 16] b[128 or 64 x 16]^T, both in shared memory, the sum along their rows. A thread's c[4 j + 2 h + e] is row
 // 16 * warp + 8 h + lane / 4 and column 8 j + lane % 4 * 2 + e.
 __device__ __forceinline__ void multiply_rows(float (&c)[64], u64 a, u64 b, bool add) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" NAMES_0_31 "," NAMES_32_63
                "}, %64, %65, p, 1, 1, 0, 0;}"
                : F32(c, 0), F32(c, 32)
+               : "l"(a), "l"(b), "r"((int)add));
+}
+__device__ __forceinline__ void multiply_rows(float (&c)[32], u64 a, u64 b, bool add) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16." TYPES " {" NAMES_0_31
+               "}, %32, %33, p, 1, 1, 0, 0;}"
+               : F32(c, 0)
                : "l"(a), "l"(b), "r"((int)add));
 }
 // c[64 x 64] or [64 x 128] += a[64 x 16] b[16 x 64 or 128], a in registers as four pairs (rows g, g + 8, then 8 columns on), b in

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.ops import DecodeItems, DecodeScratch, KernelOps, StepTensors
+from kernels.operands import DecodeItems, DecodeScratch, StepTensors
+from kernels.ops import KernelOps
 from kernels.shapes import KernelShape
 from tests.gpu.gpu_harness import PagedRows, error, ints, make_ops, make_shape, poisoned, random
 from worker.backends.cuda_model import prefill_tiles

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.ops import NormInput, Placing
+from kernels.operands import NormInput, Placing
 from tests.gpu.gpu_harness import error, ints, make_ops, make_shape, poisoned, random
 
 pytestmark = pytest.mark.gpu
@@ -173,3 +173,53 @@ def test_fused_products_give_the_bits_of_the_kernels_they_replace(
         ops.norm_silu(wide_weight, wide_bias, NormInput(None, table, None, weight, ids, out, 1e-5), silu, tokens)
         assert torch.equal(silu[:tokens], activated)
         assert torch.equal(out[:tokens], rows)
+
+
+@pytest.mark.parametrize(("n", "k"), [(384, 256), (256, 64), (2048, 2048), (2048, 8192), (16896, 256)])
+def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> None:
+    heads, kv_heads = n // 64 - 2 if n < 4096 else 2, 1
+    ops = make_ops(make_shape(heads, kv_heads, 64, hidden=n if n < 4096 else 256, wide=512))
+    if not ops.fits_gemm(17):
+        pytest.skip("gemm_wgmma.cu is for sm_90a")
+    weight, x, bias = random(n, k, seed=1, scale=0.05), random(64, k, seed=2), random(n, seed=3)
+    exact = x.double() @ weight.double().t()
+    norm, before = random(n, seed=4), random(64, n, seed=5)
+    cos, sin = torch.rand(200, 64, device="cuda"), torch.rand(200, 64, device="cuda")
+    alone = []
+    for tokens in (17, 24, 33, 63, 64):
+        scratch = poisoned(8, 65, n, dtype=torch.float32)
+        parts = ops.gemm_parts(weight, x[:tokens].clone(), scratch, tokens)
+        sums = scratch.view(-1)[: parts.splits * tokens * n].view(parts.splits, tokens, n)
+        assert error(sums.double().sum(0), exact[:tokens]) < 1e-5
+        assert torch.isnan(scratch.view(-1)[parts.splits * tokens * n :]).all()
+        alone.append(sums[:, 3].clone())
+        rounded = poisoned(tokens + 1, n)
+        ops.sum_parts(parts, rounded, tokens)
+        assert error(rounded[:tokens], exact[:tokens]) < 4e-3
+        assert torch.isnan(rounded[tokens:]).all()
+        floats = poisoned(tokens + 1, n + 4, dtype=torch.float32)
+        ops.gemm_float(weight, x[:tokens].clone(), floats, tokens)
+        assert error(floats[:tokens, :n], exact[:tokens]) < 1e-5
+        assert torch.isnan(floats[tokens:]).all()
+        assert torch.isnan(floats[:, n:]).all()
+        silu = poisoned(tokens + 1, n // 2)
+        ops.gemm_silu(weight, bias, x[:tokens].clone(), silu, tokens)
+        gate, up = ((exact[:tokens].to(torch.bfloat16) + bias).double()).chunk(2, -1)
+        assert error(silu[:tokens], F.silu(gate) * up) < 8e-3
+        assert torch.isnan(silu[tokens:]).all()
+        if n > 4096:
+            continue
+        found, wanted = poisoned(tokens, n), poisoned(tokens, n)
+        residuals = before[:tokens].clone(), before[:tokens].clone()
+        ops.rms_norm_add_parts(parts, residuals[0], bias, norm, found, tokens, 1e-5)
+        ops.rms_norm_add(rounded, residuals[1], bias, norm, wanted, tokens, 1e-5)
+        assert torch.equal(found, wanted)
+        assert torch.equal(*residuals)
+        caches = poisoned(2, 9, kv_heads, 16, 64), poisoned(2, 9, kv_heads, 16, 64)
+        place, queries = ints(list(range(tokens))), poisoned(tokens, n)
+        product = rounded[:tokens].clone()
+        ops.qkv_epilogue(queries, bias, (None, None), cos, sin, place, place, caches[0], tokens, 1e-5, parts)
+        ops.qkv_epilogue(product, bias, (None, None), cos, sin, place, place, caches[1], tokens, 1e-5)
+        assert torch.equal(queries[:, : heads * 64], product[:, : heads * 64])
+        assert torch.equal(caches[0].view(torch.int16), caches[1].view(torch.int16))
+    assert all(torch.equal(alone[0], other) for other in alone), "a row's bits depend on how many rows there are"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.ops import KernelOps, StepTensors
+from kernels.operands import StepTensors
+from kernels.ops import KernelOps
 from tests.gpu.gpu_harness import ints, make_ops, make_shape
 from worker.backends.cuda_rows import DeviceRows, sampling_flags
 from worker.backends.cuda_sampler import CudaSampler

@@ -12,7 +12,14 @@ pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not
 from kernels.cache import CubinCache, default_directory
 from kernels.compiler import ARCHITECTURES, SOURCE_DIR, CompileError, Compiler, architecture_of
 from kernels.resources import parse_resources
-from kernels.shapes import KernelShape, KernelSpec, ShapeError, kernel_specs, matvec_warps
+from kernels.shapes import (
+    KernelShape,
+    KernelSpec,
+    ShapeError,
+    decode_shared_bytes,
+    kernel_specs,
+    matvec_warps,
+)
 
 LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False)
 LLAMA_8B = KernelShape(4096, 14336, 32, 8, 128, 16, qk_norm=False, float16=False)
@@ -27,7 +34,11 @@ HOT = {
     "matvec_norm_qkv",
     "matvec_norm_silu",
     "matvec_norm_float",
+    "gemm_parts",
+    "gemm_float",
+    "gemm_silu",
     "rms_norm_add",
+    "rms_norm_add_parts",
     "silu_mul",
     "qkv_epilogue",
     "choose",
@@ -71,6 +82,22 @@ def test_a_source_says_what_it_computes_what_bounds_it_and_how_it_got_there(path
     assert "// Bound by " in header
     assert "// Ladder\n//   1. " in header
     assert "(this one)" in header or "mma.sync" in header
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 4, 8, 16, 32])
+def test_decode_attention_fits_into_the_shared_memory_of_every_architecture(head_dim: int, group: int) -> None:
+    shape = KernelShape(2048, 8192, 2 * group, 2, head_dim, 16, qk_norm=False, float16=False)
+    assert decode_shared_bytes(shape, few=False, roomy=False) <= 99 << 10  # sm_89, sm_120
+    assert decode_shared_bytes(shape, few=False, roomy=True) <= 160 << 10
+    assert decode_shared_bytes(shape, few=True, roomy=True) <= 163 << 10  # sm_80
+    assert "decode_attention-few" not in kernel_specs(shape, 4, "sm_89")
+
+
+def test_only_measured_shapes_leave_cublas() -> None:
+    assert "gemm" in kernel_specs(LLAMA_1B, 8, "sm_90a")
+    assert "gemm" not in kernel_specs(LLAMA_1B, 8, "sm_100")
+    assert "gemm" not in kernel_specs(LLAMA_8B, 8, "sm_90a")
 
 
 def test_float16_compiles_too() -> None:

@@ -22,7 +22,8 @@ from cuda.core import Device, Stream
 from kernels.cache import CubinCache, default_directory
 from kernels.compiler import CompileError, Compiler, architecture_of, sources_digest
 from kernels.launcher import KernelLibrary, LaunchError
-from kernels.ops import KernelOps, StepTensors
+from kernels.operands import StepTensors
+from kernels.ops import KernelOps
 from kernels.shapes import KernelShape, ShapeError, decode_split, kernel_specs
 from worker.backend import BackendError, BackendInfo, FatalBackendError, KVGroup, Progress
 from worker.backends.cuda_graphs import GraphCache, bucket_for, buckets
@@ -393,4 +394,5 @@ def _longest_context(config: ModelConfig) -> int:
 def _poison(space: Workspace) -> None:
     for name in ("hidden", "spare", "normed", "qkv", "attended", "projected", "gate_up", "activated"):
         getattr(space, name).fill_(float("nan"))
+    space.parts.fill_(float("nan"))
     space.scratch.partials.fill_(float("nan"))

@@ -1,6 +1,7 @@
 """The decoder of the Llama family as a sequence of kernels and cuBLAS products.
 
-A layer, with the matrix products in capitals (at most 16 tokens: our matrix-vector kernel, else cuBLAS):
+A layer, with the matrix products in capitals (at most 16 tokens: our matrix-vector kernel; at most 64, where gemm_wgmma.cu's table
+says so: our tensor-core kernel; else cuBLAS):
 
     norm · QKV · epilogue (bias, QK norm, rotation, cache append) · attention · O · residual + norm · GATE_UP, silu * up · DOWN
 
@@ -15,15 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.ops import (
-    DecodeItems,
-    DecodeScratch,
-    KernelOps,
-    NormInput,
-    Placing,
-    StepTensors,
-)
-from kernels.shapes import FUSED_ROWS, KernelShape
+from kernels.operands import DecodeItems, DecodeScratch, NormInput, Parts, Placing, StepTensors
+from kernels.ops import KernelOps
+from kernels.shapes import FUSED_ROWS, GEMM_ROWS, WGMMA_ARCHITECTURE, KernelShape, gemm_fits, gemm_splits
 from worker.checkpoint.config import ModelConfig
 from worker.checkpoint.weights import LayerWeights, Weights
 from worker.model.rope import rotary_table
@@ -46,6 +41,7 @@ class Workspace:
     projected: Tensor  # [tokens, hidden] output of O or DOWN, not yet added
     gate_up: Tensor  # [tokens, 2 * intermediate]
     activated: Tensor  # [tokens, intermediate]
+    parts: Tensor  # float32: a product of at most GEMM_ROWS tokens in parts
     items: dict[int, DecodeItems]  # by window
     scratch: DecodeScratch
 
@@ -81,12 +77,21 @@ def allocate_workspace(
         projected=elements(config.hidden_size),
         gate_up=elements(2 * config.intermediate_size),
         activated=elements(config.intermediate_size),
+        parts=torch.zeros(_parts_size(shape), dtype=torch.float32, device=device),
         items={window: DecodeItems(ints(max_items, 8), ints(1), window) for window in windows},
         scratch=DecodeScratch(
             torch.empty((max_items, config.num_heads * (config.head_dim + 2)), dtype=torch.float32, device=device),
             ints(max_rows * config.num_kv_heads * shape.decode_tiles),
         ),
     )
+
+
+def _parts_size(shape: KernelShape) -> int:
+    if not gemm_fits(shape, WGMMA_ARCHITECTURE):
+        return 0
+    hidden = shape.hidden_size
+    products = [(shape.qkv_size, hidden), (hidden, shape.q_size), (hidden, shape.intermediate_size)]
+    return GEMM_ROWS * max(gemm_splits(n, k) * n for n, k in products)
 
 
 class CudaDecoder:
@@ -126,6 +131,9 @@ class CudaDecoder:
         if decodes:
             for items in space.items.values():
                 ops.plan_decode(step, rows, items)
+        if ops.fits_gemm(tokens):
+            self._forward_in_parts(tokens, step, rows, tiles, decodes)
+            return
         fused = ops.fits_fused(tokens)
         if not fused:
             ops.embedding(self._weights.embed, space.token_ids, space.hidden, tokens)
@@ -140,8 +148,32 @@ class CudaDecoder:
             self._product(layer.o, space.attended, space.projected, tokens)
             if not fused:
                 self._add_and_norm(layer.o_bias, layer.post_norm, tokens)
-            self._mlp(number, layer, tokens)
+            self._mlp(layer, tokens)
             previous_bias = layer.down_bias
+
+    def _forward_in_parts(self, tokens: int, step: StepTensors, rows: int, tiles: Tensor | None, decodes: bool) -> None:
+        """The layers where our own tensor-core products take all tokens: what follows each adds up its parts."""
+        ops, space, epsilon = self._ops, self.workspace, self.config.rms_norm_eps
+        ops.embedding(self._weights.embed, space.token_ids, space.hidden, tokens)
+        down: Parts | None = None
+        down_bias: Tensor | None = None
+        for number, layer in enumerate(self._weights.layers):
+            if down is None:
+                ops.rms_norm(space.hidden, layer.input_norm, space.normed, tokens, epsilon)
+            else:
+                ops.rms_norm_add_parts(down, space.hidden, down_bias, layer.input_norm, space.normed, tokens, epsilon)
+            qkv = ops.gemm_parts(layer.qkv, space.normed, space.parts, tokens)
+            ops.qkv_epilogue(
+                space.qkv, layer.qkv_bias, (layer.q_norm, layer.k_norm), self._cos, self._sin, space.positions, space.slots,
+                self._cache[number], tokens, epsilon, qkv,
+            )  # fmt: skip
+            self._attention(number, step, tiles, rows if decodes else 0)
+            o = ops.gemm_parts(layer.o, space.attended, space.parts, tokens)
+            ops.rms_norm_add_parts(o, space.hidden, layer.o_bias, layer.post_norm, space.normed, tokens, epsilon)
+            ops.gemm_silu(layer.gate_up, layer.gate_up_bias, space.normed, space.activated, tokens)
+            down, down_bias = ops.gemm_parts(layer.down, space.activated, space.parts, tokens), layer.down_bias
+        if down is not None:
+            ops.sum_parts(down, space.projected, tokens)
 
     def logits(self, at: Tensor, count: int, out: Tensor) -> None:
         """out[i] = lm_head(norm(output of token at[i])), float32; `at` int32 [count], -1 for padding, no token twice."""
@@ -156,6 +188,8 @@ class CudaDecoder:
         )
         if ops.fits_matvec(self.config.hidden_size, count):
             ops.matvec_float(weights.lm_head, space.normed, out, count)
+        elif ops.fits_gemm(count) and weights.lm_head.shape[0] % 128 == 0:
+            ops.gemm_float(weights.lm_head, space.normed, out, count)
         else:
             target = out[:count, : self.config.vocab_size]
             torch.mm(space.normed[:count], weights.lm_head.t(), out_dtype=torch.float32, out=target)
@@ -190,7 +224,7 @@ class CudaDecoder:
         if tiles is not None:
             ops.prefill_attention(space.qkv, cache, step, tiles, window, space.attended)
 
-    def _mlp(self, number: int, layer: LayerWeights, tokens: int) -> None:
+    def _mlp(self, layer: LayerWeights, tokens: int) -> None:
         ops, space = self._ops, self.workspace
         if ops.fits_fused(tokens):
             x = NormInput(

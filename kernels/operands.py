@@ -1,0 +1,81 @@
+"""What the operations of ops.py and product_ops.py take, and the address of a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.launcher import Float
+
+Tensor = torch.Tensor
+
+
+def at(tensor: Tensor | None) -> int:
+    """The address on the device; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """Addresses that every attention call of a step shares. All int32."""
+
+    rows: Tensor  # [rows] permanent row
+    num_scheduled: Tensor  # [rows]
+    q_start: Tensor  # [rows] first token
+    context_lens: Tensor  # [rows] after this step
+    block_table: Tensor  # [max_rows, max_blocks]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeItems:
+    """The work list of decode attention for one window. All int32."""
+
+    items: Tensor  # [max_items, 8]
+    num_items: Tensor  # [1]
+    window: int  # 0: full attention
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeScratch:
+    """What splits of one row hand to the one that merges them."""
+
+    partials: Tensor  # float32 [max_items, num_heads * (head_dim + 2)]
+    arrived: Tensor  # int32 zeros [max_rows * num_kv_heads * tiles]
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """Where a step's queries, keys and values go, and how they are rotated."""
+
+    cos: Tensor  # float32 [max_model_len, head_dim]
+    sin: Tensor  # the same, its first half negated
+    positions: Tensor  # int32 [tokens]
+    slots: Tensor  # int32 [tokens]
+    qkv: Tensor  # [tokens, qkv]
+
+
+@dataclass(frozen=True, slots=True)
+class NormInput:
+    """x = norm(residual[rows] + added[rows] + bias) * weight, and where the new residual goes (not where the old one is)."""
+
+    added: Tensor | None
+    residual: Tensor
+    bias: Tensor | None
+    weight: Tensor
+    rows: Tensor | None  # int32 [tokens]; None: as they stand
+    out: Tensor | None
+    epsilon: float
+
+    def arguments(self) -> tuple[int | Float, ...]:
+        """All but the number of tokens."""
+        tensors = (self.added, self.residual, self.bias, self.weight, self.rows, self.out)
+        return (*map(at, tensors), Float(self.epsilon))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A product that gemm_parts left as sums of parts of K."""
+
+    sums: Tensor  # float32 [splits, tokens, n] and more
+    splits: int
