@@ -25,6 +25,8 @@ log = logging.getLogger("octavo.scheduler")
 
 _HELLO_SECONDS = 5.0
 _MAX_INSPECT_HZ = 50
+_FAREWELL_SECONDS = 1.0
+_FAREWELL_TRIES = 20
 
 P = TypeVar("P", bound=Peer)
 
@@ -181,16 +183,21 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         cause = peer.cut or broken
         if cause is not None:
             log.warning("cut off %s: %s", peer.name, cause.message)
-            try:
-                await abort(context, cause)
-            except grpc.aio.InternalError:
-                # gRPC takes no status while a message waits that the peer does not read. It is off the books; its own lease or the
-                # connection's keepalive ends its side.
-                log.info("%s can't be told: it does not read", peer.name)
-                raise asyncio.CancelledError from None
+            await self._tell(context, peer, cause)
         for result in results:
             if isinstance(result, Exception) and not isinstance(result, grpc.aio.AioRpcError | grpc.aio.BaseError):
                 raise result
+
+    async def _tell(self, context: Any, peer: Peer, cause: OctavoError) -> None:
+        """End the call with its cause. gRPC takes no status while a message is under way: to a peer that reads, for a moment only."""
+        for _ in range(_FAREWELL_TRIES):
+            try:
+                await abort(context, cause)
+            except grpc.aio.InternalError:
+                await asyncio.sleep(_FAREWELL_SECONDS / _FAREWELL_TRIES)
+        # It is off the books; its own lease or the connection's keepalive ends its side.
+        log.info("%s can't be told: it does not read", peer.name)
+        raise asyncio.CancelledError
 
     async def _read(self, context: Any, peer: Peer, on_message: Callable[[Any], None]) -> None:
         while True:

@@ -51,7 +51,9 @@ def _awaited(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, 
     async def run(request: Any, context: Any) -> Any:
         if request is None:
             await abort(context, undecodable())
-        return await behaviour(request, context)
+        answer = behaviour(request, context)
+        del request  # an error that ends the call keeps this frame (service/errors.py, answers_errors)
+        return await answer
 
     return run
 
@@ -60,7 +62,9 @@ def _generating(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], As
     async def run(request: Any, context: Any) -> AsyncIterator[Any]:
         if request is None:
             await abort(context, undecodable())
-        async with aclosing(behaviour(request, context)) as messages:
+        answer = behaviour(request, context)
+        del request  # as above
+        async with aclosing(answer) as messages:
             async for message in messages:
                 yield message
 
