@@ -26,7 +26,6 @@ log = logging.getLogger("octavo.scheduler")
 _HELLO_SECONDS = 5.0
 _MAX_INSPECT_HZ = 50
 _FAREWELL_SECONDS = 1.0
-_FAREWELL_TRIES = 20
 
 P = TypeVar("P", bound=Peer)
 
@@ -173,31 +172,31 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             waiting: list[asyncio.Future[None]] = [reader, writer, cut]
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (reader, writer):
-                task.cancel()
             # Before anything is awaited: gRPC may cancel this handler once more, and a peer must not stay on the books.
             gone()
             self._plan_soon()
-            results = await asyncio.gather(reader, writer, return_exceptions=True)
+            reader.cancel()
+            try:
+                # gRPC takes no status while a message is under way: to a peer that reads, it is for a moment only.
+                peer.closing = True
+                wake.set()
+                await asyncio.wait([writer], timeout=_FAREWELL_SECONDS)
+            finally:
+                writer.cancel()
+                results = await asyncio.gather(reader, writer, return_exceptions=True)
         broken = next((result for result in results if isinstance(result, OctavoError)), None)
         cause = peer.cut or broken
         if cause is not None:
             log.warning("cut off %s: %s", peer.name, cause.message)
-            await self._tell(context, peer, cause)
-        for result in results:
-            if isinstance(result, Exception) and not isinstance(result, grpc.aio.AioRpcError | grpc.aio.BaseError):
-                raise result
-
-    async def _tell(self, context: Any, peer: Peer, cause: OctavoError) -> None:
-        """End the call with its cause. gRPC takes no status while a message is under way: to a peer that reads, for a moment only."""
-        for _ in range(_FAREWELL_TRIES):
             try:
                 await abort(context, cause)
             except grpc.aio.InternalError:
-                await asyncio.sleep(_FAREWELL_SECONDS / _FAREWELL_TRIES)
-        # It is off the books; its own lease or the connection's keepalive ends its side.
-        log.info("%s can't be told: it does not read", peer.name)
-        raise asyncio.CancelledError
+                # It does not read, and is off the books; its own lease or the connection's keepalive ends its side.
+                log.info("%s can't be told: it does not read", peer.name)
+                raise asyncio.CancelledError from None
+        for result in results:
+            if isinstance(result, Exception) and not isinstance(result, grpc.aio.AioRpcError | grpc.aio.BaseError):
+                raise result
 
     async def _read(self, context: Any, peer: Peer, on_message: Callable[[Any], None]) -> None:
         while True:
@@ -214,7 +213,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         while True:
             await wake.wait()
             wake.clear()
-            while (message := source.take(self._now())) is not None:
+            while peer.cut is None and (message := source.take(self._now())) is not None:
                 await context.write(message)
             if peer.closing:
                 return
