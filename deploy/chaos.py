@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import random
 import signal
@@ -19,8 +20,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from octavo.cli.load_report import machine, versions
 from octavo.client import AsyncClient, OctavoError
 from octavo.v1 import inference_pb2 as pb
 
@@ -233,6 +237,19 @@ class Chaos:
         await cluster.harm(kind, name, self._settings.fault_seconds)
 
 
+def as_document(settings: ChaosSettings, report: ChaosReport) -> dict[str, Any]:
+    """For a file: where and how it was run, and what became of it."""
+    command = f"octavo chaos --model {settings.model} --seconds {settings.seconds:g} --seed {settings.seed}"
+    return {
+        "command": command,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": dataclasses.asdict(settings),
+        **report.as_json(),
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 where a stream failed or differs."""
     parser = argparse.ArgumentParser(prog="python -m deploy.chaos", description=__doc__.partition("\n")[0])
@@ -243,12 +260,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     out: Path | None = given.pop("out", None)
+    settings = ChaosSettings.of(**given)
     try:
-        report = asyncio.run(Chaos(ChaosSettings.of(**given)).run())
+        report = asyncio.run(Chaos(settings).run())
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("stopped", file=sys.stderr)
         return 130
-    text = json.dumps({"command": "python -m deploy.chaos", "settings": given, **report.as_json()}, indent=2)
+    text = json.dumps(as_document(settings, report), indent=2)
     print(text)
     if out is not None:
         out.write_text(text + "\n")

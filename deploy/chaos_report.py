@@ -57,7 +57,7 @@ class ChaosReport:
         """For a file."""
         return {
             "faults": dict(self.faults),
-            "streams_mid_output_at_a_fault": {"min": min(self.mid_output, default=0), "all": self.mid_output},
+            "streams_mid_output_at_a_fault": _summary(self.mid_output) | {"min": min(self.mid_output, default=0)},
             "streams": self.streams,
             "tokens_compared": self.tokens,
             "parted_at_near_ties": self.near_ties,

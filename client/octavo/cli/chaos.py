@@ -24,7 +24,7 @@ def chaos(
 ) -> None:
     """Kill, stop, part and restart the processes of a cluster of its own, and compare every token of every stream."""
     with checkout():
-        from deploy.chaos import Chaos, ChaosSettings
+        from deploy.chaos import Chaos, ChaosSettings, as_document
     sizes = {name: value for name, value in (("streams", streams), ("workers", workers)) if value is not None}
     settings = ChaosSettings.of(model, seconds=seconds, seed=seed, schedulers=schedulers, routers=routers, **sizes)
     stderr_console().print(
@@ -35,7 +35,7 @@ def chaos(
     except (KeyboardInterrupt, asyncio.CancelledError):
         stderr_console().print("stopped")
         raise typer.Exit(130) from None
-    text = json.dumps(report.as_json(), indent=2)
+    text = json.dumps(as_document(settings, report), indent=2)
     print(text)
     if out is not None:
         out.write_text(text + "\n")
