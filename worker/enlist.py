@@ -26,6 +26,8 @@ log = logging.getLogger("octavo.enlist")
 
 _MAX_OUTBOUND = 4096  # messages; assets are the largest burst, 1 MiB a message
 _RETRY_SECONDS = 0.2
+_AGAIN_SECONDS = 0.02  # after a stream that had been welcomed
+_OTHERS_SECONDS = 0.1
 _FAREWELL_SECONDS = 1.0
 _PATIENCE_SECONDS = 1.0
 
@@ -48,7 +50,7 @@ class Enlistment:
         self._outbound: asyncio.Queue[scheduler_pb2.EnlistRequest] = asyncio.Queue(_MAX_OUTBOUND)
         self._leave: asyncio.Future[Leave] | None = None
         self._redial_to = ""
-        self._let_go = False
+        self._let_go = self._was_welcomed = False
         self.welcomed = asyncio.Event()
         self.scheduler = ""
         self.steps = self.tokens = self.device_ns = self.gap_ns = 0
@@ -68,11 +70,12 @@ class Enlistment:
             if await self._reset_engine():
                 address = self._redial_to or await self._choose()
                 self._redial_to = ""
+                self._was_welcomed = False
                 if address:
                     await self._serve_one(address)
             if self.session.draining or self._let_go:
                 return
-            await asyncio.sleep(_RETRY_SECONDS)
+            await asyncio.sleep(_AGAIN_SECONDS if self._was_welcomed else _RETRY_SECONDS)
 
     def drain(self) -> None:
         """Ask for no new requests; `run` returns when the scheduler lets the worker go."""
@@ -110,11 +113,26 @@ class Enlistment:
         return not leave.done()
 
     async def _choose(self) -> str:
-        """The scheduler with the fewest workers for our model among those that answer; empty if none does."""
+        """The scheduler with the fewest workers for our model among those that answer; empty if none does.
+
+        One that is frozen answers never, and its clients wait for us at another one: so the others get a moment after the first.
+        """
         if len(self._addresses) == 1:
             return self._addresses[0]
-        counts = await asyncio.gather(*(self._count_workers(address) for address in self._addresses))
-        known = [(count, address) for count, address in zip(counts, self._addresses, strict=True) if count is not None]
+        asked = {asyncio.create_task(self._count_workers(address)): address for address in self._addresses}
+        try:
+            known: list[tuple[int, str]] = []
+            pending = set(asked)
+            while pending and not known:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if pending:
+                    more, pending = await asyncio.wait(pending, timeout=_OTHERS_SECONDS)
+                    done |= more
+                known = [(count, asked[task]) for task in done if (count := task.result()) is not None]
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.wait(asked)
         return min(known)[1] if known else ""
 
     async def _count_workers(self, address: str) -> int | None:
@@ -202,6 +220,7 @@ class Enlistment:
             if self.session.epoch and not self.welcomed.is_set():
                 self.scheduler = address
                 self.welcomed.set()
+                self._was_welcomed = True
                 log.info("enlisted with %s, epoch %d", address, self.session.epoch)
 
     async def _tick(self) -> None:

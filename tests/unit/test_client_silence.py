@@ -43,10 +43,10 @@ def test_a_stream_that_flows_for_a_while_is_trusted_again() -> None:
     silence.dialled(0.0)
     assert silence.over(1.05)
     silence.dialled(2.0)
-    silence.listening(21.9)
-    assert silence.due_at == pytest.approx(23.9)
-    silence.listening(22.1)
-    assert silence.due_at == pytest.approx(23.1)
+    silence.listening(9.9)
+    assert silence.due_at == pytest.approx(11.9)
+    silence.listening(10.1)
+    assert silence.due_at == pytest.approx(11.1)
 
 
 def test_an_own_stall_is_not_the_routers_silence() -> None:

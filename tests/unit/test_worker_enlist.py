@@ -123,3 +123,36 @@ def test_no_hello_before_the_device_has_ended_what_it_was_given(monkeypatch: pyt
         assert await asyncio.to_thread(engine.close, 10)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("frozen", ["127.0.0.1:1", "127.0.0.1:2"])
+def test_a_frozen_scheduler_does_not_hold_up_the_choice_of_another(
+    monkeypatch: pytest.MonkeyPatch, frozen: str
+) -> None:
+    cancelled: list[str] = []
+
+    async def count(self: Enlistment, address: str) -> int | None:
+        if address == "127.0.0.1:3":
+            return None  # answers with an error, and first
+        await asyncio.sleep(0.01)
+        if address != frozen:
+            return 5
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(address)
+            raise
+        raise AssertionError
+
+    monkeypatch.setattr(Enlistment, "_count_workers", count)
+
+    async def main() -> str:
+        engine = Engine(MockBackend(MockSettings()), lambda *_: None, lambda *_: None, lambda _: None)
+        identity = Identity(scheduler_pb2.WorkerHello(), INFO, {})
+        addresses = ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
+        enlistment = Enlistment(WorkerSettings(scheduler=addresses), identity, engine)
+        async with asyncio.timeout(10):
+            return await enlistment._choose()
+
+    assert asyncio.run(main()) == ({"127.0.0.1:1", "127.0.0.1:2"} - {frozen}).pop()
+    assert cancelled == [frozen]

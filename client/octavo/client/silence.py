@@ -12,7 +12,7 @@ from octavo.v1 import inference_pb2 as pb
 # A check that comes so much later than it was due, in seconds, says that this process stood still, not the router.
 _OWN_STALL = 0.15
 # Leases that a stream has to flow before its router is trusted as at first.
-_TRUSTED_AFTER = 10
+_TRUSTED_AFTER = 4
 
 
 class Silence:
