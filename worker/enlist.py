@@ -27,7 +27,7 @@ log = logging.getLogger("octavo.enlist")
 _MAX_OUTBOUND = 4096  # messages; assets are the largest burst, 1 MiB a message
 _RETRY_SECONDS = 0.2
 _AGAIN_SECONDS = 0.02  # after a stream that had been welcomed
-_OTHERS_SECONDS = 0.1
+_OTHERS_SECONDS = 0.03
 _FAREWELL_SECONDS = 1.0
 _PATIENCE_SECONDS = 1.0
 
