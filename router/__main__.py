@@ -144,10 +144,11 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
                 background.append(tasks.create_task(_follow_keys(server.authenticator, settings.api_keys)))
             router.attachments.set_addresses(settings.scheduler)
             lease: asyncio.Task[None] | None = None
+            drained = asyncio.Event()  # until then the keys of what runs here are ours
             if registry is not None and settings.redis is not None:
                 background.append(tasks.create_task(_discover(registry, router, settings)))
                 background.append(tasks.create_task(router.share_keys(settings.redis, me)))
-                lease = tasks.create_task(registry.hold("router", me, life.stopping))
+                lease = tasks.create_task(registry.hold("router", me, drained))
             await router.attached(life.stopping)
             await server.set_serving(True)
             life.announce(address, router.metrics.address)
@@ -155,6 +156,7 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
             await server.set_serving(False)
             await router.drain()
             await server.stop(grace=1.0)
+            drained.set()
             if lease is not None:
                 await lease
             for task in background:

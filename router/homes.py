@@ -138,6 +138,8 @@ class Homes:
     def lose(self, sequence: Sequence, now: float) -> None:
         """Its stream or its submission is lost: the next one is another attempt, later each time nothing came of it."""
         self._forget(sequence)
+        if sequence.done:  # failed together with another of its request
+            return
         sequence.attempt += 1
         sequence.homeless_since = now
         backoff = 0.0 if sequence.tries <= 1 else min(_MAX_BACKOFF, 0.025 * 2**sequence.tries)
@@ -161,7 +163,8 @@ class Homes:
                 self.leave(sequence, _MOVED)
                 self.lose(sequence, now)
                 sequence.not_before = now
-                self.place(sequence, now)
+                if not sequence.done:
+                    self.place(sequence, now)
 
     def models_changed(self, now: float) -> None:
         """Find room for who waits: for the homeless, and for those whose scheduler has lost its last worker of their model.

@@ -8,6 +8,7 @@ attempt: it is refused while the first one runs and for ten minutes after its en
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class IdempotencyKeys:
         self._shared = shared
         self._claims: dict[tuple[str, str], Claim] = {}
         self._ended: dict[tuple[str, str], tuple[float, int]] = {}  # when, and the attempt; oldest first
-        self._telling: set[asyncio.Task[None]] = set()
+        self._releasing: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def claim(self, tenant: str, key: str, attempt: int, give_up: Callable[[OctavoError], None]) -> Claim:
         """Take the key, from a lower attempt if need be. Raises DUPLICATE_REQUEST.
@@ -62,14 +63,17 @@ class IdempotencyKeys:
             holder.give_up(took_over(key, attempt))
         if self._shared is not None:
             try:
+                if (before := self._releasing.get((tenant, key))) is not None:
+                    await asyncio.wait([before])  # or it would take away what we take
+                claim.shared = True  # it may be taken though we are cancelled before we hear it
                 held = await self._shared.take(tenant, key, attempt)
             except BaseException:
                 self.release(claim, ran=False)
                 raise
             if held is not None:
+                claim.shared = False
                 self.release(claim, ran=False)
                 raise _duplicate(key, "is running" if held.running else "has run", held.attempt)
-            claim.shared = True
         return claim
 
     def release(self, claim: Claim, *, ran: bool) -> None:
@@ -87,8 +91,8 @@ class IdempotencyKeys:
             task = asyncio.get_running_loop().create_task(
                 self._shared.release(claim.tenant, claim.key, claim.attempt, ttl)
             )
-            self._telling.add(task)
-            task.add_done_callback(self._told)
+            self._releasing[name] = task
+            task.add_done_callback(functools.partial(self._released, name))
 
     def taken_over(self, tenant: str, key: str, attempt: int) -> None:
         """Another router runs a higher attempt."""
@@ -99,11 +103,12 @@ class IdempotencyKeys:
 
     async def close(self) -> None:
         """Wait until the other routers know what has ended."""
-        if self._telling:
-            await asyncio.wait(self._telling)
+        while self._releasing:
+            await asyncio.wait(list(self._releasing.values()))
 
-    def _told(self, task: asyncio.Task[None]) -> None:
-        self._telling.discard(task)
+    def _released(self, name: tuple[str, str], task: asyncio.Task[None]) -> None:
+        if self._releasing.get(name) is task:
+            del self._releasing[name]
         if not task.cancelled() and (defect := task.exception()) is not None:
             log.error("an idempotency key was not released", exc_info=defect)
 

@@ -127,6 +127,8 @@ class RouterSession:
             return
         self._homes.update_models(now)
         for sequence in list(link.running.values()):
+            if sequence.accepted:  # who had no room for a newcomer takes it now
+                sequence.refused_by.clear()
             self._homes.lose(sequence, now)
         self._homes.place_homeless(now)
 
@@ -288,6 +290,7 @@ class RouterSession:
             if sequence.first_token_at is None:
                 sequence.first_token_at = now
             sequence.tries = sequence.stalls = 0
+            sequence.refused_by.clear()
             sequence.computed = True
             sequence.suspect_group, sequence.failures_alone = 0, 0
             output.append(fresh)

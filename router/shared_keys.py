@@ -37,6 +37,7 @@ if held then
   local mine = claim.incarnation == ARGV[2]
   if tonumber(ARGV[1]) <= claim.attempt then
     if not claim.running or (lives and not mine) then return held end
+    if mine and tonumber(ARGV[1]) < claim.attempt then return held end
   elseif claim.running and lives and not mine then
     redis.call('PUBLISH', 'octavo:takeover:' .. claim.incarnation, ARGV[4])
   end

@@ -169,13 +169,17 @@ class Hub:
             return
         running = self.core.num_running(worker.peer_id)
         # One that leaves in peace says nothing against its requests.
-        self.core.remove_worker(worker.peer_id, now, died=not worker.draining)
+        self.core.remove_worker(worker.peer_id, now, died=not (worker.draining or self.draining))
         self._deliver_failures()
         self._tell_models()
         log.info("worker %s left; %d requests go back to the queue", worker.name, running)
 
     def drain_worker(self, worker: WorkerPeer) -> None:
-        """No new requests for it; it is let go when the running ones have ended."""
+        """No new requests for it; it is let go for good when the running ones have ended."""
+        worker.redial = ""
+        self._drain(worker)
+
+    def _drain(self, worker: WorkerPeer) -> None:
         worker.draining = True
         self.core.drain_worker(worker.peer_id)
         self._tell_models()
@@ -198,7 +202,7 @@ class Hub:
         worker = min(able, key=lambda w: (self.core.num_running(w.peer_id), w.peer_id))
         worker.redial, worker.redial_by = address, now + self._settings.redial_patience_s
         log.info("worker %s goes to the scheduler at %s, which has fewer", worker.name, address)
-        self.drain_worker(worker)
+        self._drain(worker)
 
     # Steps ---------------------------------------------------------------------------------------------------------------
 

@@ -94,7 +94,9 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def ListWorkers(
         self, request: scheduler_pb2.ListWorkersRequest, context: Any
     ) -> scheduler_pb2.ListWorkersResponse:
-        """The workers that are enlisted."""
+        """The workers that are enlisted. A scheduler that leaves says so: nobody should come to it."""
+        if self.hub.draining:
+            await abort(context, OctavoError(Reason.DRAINING, "this scheduler is leaving"))
         return scheduler_pb2.ListWorkersResponse(workers=inspect.list_workers(self.hub))
 
     async def DrainWorker(

@@ -67,6 +67,8 @@ class Enlistment:
         """Enlist, serve, and enlist again; until cancelled, drained, or let go by a scheduler, which an operator has asked to."""
         while True:
             await self._addresses_known.wait()
+            if self.session.draining:
+                return
             if await self._reset_engine():
                 address = self._redial_to or await self._choose()
                 self._redial_to = ""
@@ -78,7 +80,8 @@ class Enlistment:
             await asyncio.sleep(_AGAIN_SECONDS if self._was_welcomed else _RETRY_SECONDS)
 
     def drain(self) -> None:
-        """Ask for no new requests; `run` returns when the scheduler lets the worker go."""
+        """Ask for no new requests; `run` returns when the scheduler lets the worker go, and at once where there is none."""
+        self._addresses_known.set()
         message = self.session.drain()
         if message is not None:
             self._send(message)

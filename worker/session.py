@@ -19,6 +19,7 @@ from worker.step import Step, StepOutput
 PROTOCOL = 1
 HASH_VERSION = 1
 _ASSET_CHUNK_BYTES = 1 << 20
+_WELCOME_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,8 @@ class WorkerSession:
         late = now - self._ticked_at > self._lease_s / 2
         self._ticked_at = now
         if self.epoch == 0:
+            if now - self._heard_at > _WELCOME_S:
+                yield Leave(f"no welcome within {_WELCOME_S:.0f} s")
             return
         if now - self._spoke_at >= self._heartbeat_s * 0.9:
             self._spoke_at = now

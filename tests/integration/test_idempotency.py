@@ -130,6 +130,48 @@ def test_a_higher_attempt_takes_over_and_the_holder_hears_of_it(redis_server: Me
     play(redis_server.address, scenario)
 
 
+def test_a_claim_that_was_cancelled_while_redis_answered_leaves_no_trace(redis_server: Member) -> None:
+    async def scenario(first: Router, second: Router) -> None:
+        taken, take = asyncio.Event(), first.shared.take
+
+        async def slow(tenant: str, key: str, attempt: int) -> Held | None:
+            held = await take(tenant, key, attempt)
+            taken.set()
+            await asyncio.Event().wait()
+            return held
+
+        first.shared.take = slow  # type: ignore[method-assign]
+        claiming = asyncio.create_task(first.claim("k"))
+        await taken.wait()
+        assert await second.refused("k")
+        claiming.cancel()
+        with suppress(asyncio.CancelledError):
+            await claiming
+        await first.keys.close()
+        assert not await second.refused("k")
+
+    play(redis_server.address, scenario)
+
+
+def test_an_older_attempt_that_comes_late_takes_nothing(redis_server: Member) -> None:
+    async def scenario(first: Router, second: Router) -> None:
+        assert await first.shared.take("t", "k", 1) is None
+        assert await first.shared.take("t", "k", 0) == Held(1, True)
+        assert await second.refused("k", attempt=1)
+
+    play(redis_server.address, scenario)
+
+
+def test_a_key_that_is_just_being_released_is_not_lost_by_who_takes_it(redis_server: Member) -> None:
+    async def scenario(first: Router, second: Router) -> None:
+        first.keys.release(await first.claim("k"), ran=False)
+        await first.claim("k")
+        await first.keys.close()
+        assert await second.refused("k")
+
+    play(redis_server.address, scenario)
+
+
 def test_a_dead_router_holds_no_key(redis_server: Member) -> None:
     async def scenario(first: Router, second: Router) -> None:
         await first.claim("k")
@@ -209,6 +251,29 @@ def test_routers_of_a_cluster_share_keys(cluster: LocalCluster) -> None:
             assert (await second.read()).HasField("started")
             assert await reason_of(first) is Reason.DUPLICATE_REQUEST  # it gave up
             second.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_router_that_drains_holds_its_keys_to_the_end(cluster: LocalCluster) -> None:
+    request = inference_pb2.GenerateRequest(
+        text="hello", sampling=inference_pb2.SamplingParams(max_tokens=250, ignore_eos=True), idempotency_key="drained"
+    )
+
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            stubs = []
+            for address in cluster.routers:
+                channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
+                stubs.append(inference_pb2_grpc.InferenceServiceStub(channel))
+            running = stubs[0].Generate(request)
+            assert (await running.read()).HasField("started")
+            stopping = asyncio.create_task(asyncio.to_thread(cluster.members["router-1"].stop))
+            await asyncio.sleep(0.5)
+            assert await reason_of(stubs[1].Generate(request)) is Reason.DUPLICATE_REQUEST
+            while (event := await running.read()) is not grpc.aio.EOF:
+                last = event
+            assert last.HasField("finished") and await stopping == 0
 
     asyncio.run(main())
 

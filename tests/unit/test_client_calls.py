@@ -301,3 +301,20 @@ def test_assets_must_be_whole() -> None:
     ):
         with pytest.raises(OctavoError, match="PROTOCOL_VIOLATION"):
             assemble(chunks)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_whole_answer_is_asked_for_again_as_another_attempt(kind: str) -> None:
+    """Or a key that ran for an answer that was lost would be refused."""
+    with FakeRouter(unary_errors=[_error("LOST")]) as router:
+        if kind == "sync":
+            with Client(router.address, retry=FAST) as client:
+                client.complete("hi", idempotency_key="k")
+        else:
+
+            async def main() -> None:
+                async with AsyncClient(router.address, retry=FAST) as client:
+                    await client.complete("hi", idempotency_key="k")
+
+            asyncio.run(main())
+        assert len(router.unary) == 2 and router.unary[-1].request.attempt == 1

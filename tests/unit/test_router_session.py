@@ -616,3 +616,37 @@ def test_who_was_told_that_it_is_accepted_is_not_refused_by_a_full_scheduler_aft
     (third,) = bench.submits()
     bench.say("a", tokens(0, (third.handle, 0, [*HELLO, 1], STOP)))
     assert request.done and request.error is None
+
+
+@pytest.mark.parametrize("with_tokens", [True, False])
+def test_who_refused_a_newcomer_takes_it_once_it_was_accepted_elsewhere(with_tokens: bool) -> None:
+    bench = Bench("a", "b")
+    request = make_request()
+    bench.session.submit(request, bench.now)
+    ((first, submit),) = bench.sent("submit")
+    bench.fail(first, submit.handle, Reason.QUEUE_FULL, retry_after_ms=200)  # type: ignore[attr-defined]
+    ((second, again),) = bench.sent("submit")
+    assert second != first
+    handle = again.handle  # type: ignore[attr-defined]
+    bench.say(second, scheduler_pb2.AttachResponse(admitted=scheduler_pb2.Admitted(handle=handle)))
+    if with_tokens:
+        bench.say(second, tokens(0, (handle, 0, [10], 0)))
+    bench.session.link_closed(second, bench.now)
+    del bench.epochs[second]
+    bench.tick(0.5)
+    ((home, resumed),) = bench.sent("submit")
+    assert home == first and resumed.accepted  # type: ignore[attr-defined]
+
+
+def test_outputs_of_a_request_that_has_failed_are_not_submitted_again() -> None:
+    bench = Bench("a")
+    request = make_request(n=3)
+    bench.session.submit(request, bench.now)
+    for sequence in request.sequences:
+        sequence.tries = 20
+    bench.submits()
+    bench.session.link_closed("a", bench.now)
+    assert request.error is not None and request.error.reason is Reason.LOST
+    bench.attach("a")
+    bench.tick(bench.now + 2)
+    assert bench.submits() == []

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import pytest
 from octavo.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 from scheduler.hub import Hub, HubSettings
@@ -114,5 +115,18 @@ def test_a_handler_that_is_cancelled_while_it_ends_leaves_nothing_behind() -> No
         await asyncio.wait([handler], timeout=5)
         assert handler.cancelled()
         assert not hub.routers
+
+    asyncio.run(main())
+
+
+def test_a_scheduler_that_leaves_is_no_place_to_go() -> None:
+    async def main() -> None:
+        async with served() as (hub, stub):
+            assert not (await stub.ListWorkers(scheduler_pb2.ListWorkersRequest())).workers
+            hub.begin_drain(1000)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ListWorkers(scheduler_pb2.ListWorkersRequest())
+            error = from_rpc_error(caught.value)
+            assert error is not None and error.reason is Reason.DRAINING
 
     asyncio.run(main())

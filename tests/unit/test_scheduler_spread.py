@@ -101,3 +101,30 @@ def test_a_scheduler_that_does_not_answer_gets_no_worker() -> None:
         assert await spreader._ask() == {}
 
     asyncio.run(main())
+
+
+def test_an_operators_drain_outranks_a_move() -> None:
+    cluster = Cluster()
+    cluster.say(submit=submit(1, max_tokens=20))
+    cluster.hub.plan(0.0)
+    cluster.enlist(hello(2))
+    cluster.say(submit=submit(2, max_tokens=20))
+    cluster.hub.plan(0.0)
+    cluster.hub.redial(DIGEST, "other:1", 1.0)
+    (going,) = (w for w in cluster.hub.workers.values() if w.redial)
+    cluster.hub.drain_worker(going)
+    cluster.hub.core.cancel((cluster.router.peer_id, 1), 2.0)
+    cluster.hub.core.cancel((cluster.router.peer_id, 2), 2.0)
+    cluster.hub._release_if_drained(going)
+    messages = list(iter(lambda: going.take(2.0), None))
+    assert messages[-1].HasField("go_away") and not any(message.HasField("redial") for message in messages)
+
+
+def test_a_scheduler_that_leaves_says_nothing_against_requests() -> None:
+    cluster = Cluster()
+    cluster.say(submit=submit(1, max_tokens=20))
+    cluster.hub.plan(0.0)
+    cluster.hub.begin_drain(0)
+    cluster.hub.dismiss()
+    cluster.hub.worker_gone(cluster.worker, 1.0)
+    assert not cluster.hub.core._state.suspects

@@ -156,3 +156,18 @@ def test_a_frozen_scheduler_does_not_hold_up_the_choice_of_another(
 
     assert asyncio.run(main()) == ({"127.0.0.1:1", "127.0.0.1:2"} - {frozen}).pop()
     assert cancelled == [frozen]
+
+
+def test_a_worker_that_knows_no_scheduler_ends_at_once_when_told() -> None:
+    async def main() -> None:
+        engine = Engine(MockBackend(MockSettings()), lambda *_: None, lambda *_: None, lambda _: None)
+        identity = Identity(scheduler_pb2.WorkerHello(), INFO, {})
+        enlistment = Enlistment(WorkerSettings(redis="redis://127.0.0.1:1"), identity, engine)
+        running = asyncio.create_task(enlistment.run())
+        await asyncio.sleep(0.01)
+        enlistment.set_schedulers(())
+        enlistment.drain()
+        async with asyncio.timeout(10):
+            await running
+
+    asyncio.run(main())

@@ -240,3 +240,9 @@ def test_draining_is_said_again_in_a_new_epoch(enlisted: WorkerSession) -> None:
     enlisted.disconnected()
     enlisted.connected(0.0)
     assert [m.WhichOneof("message") for m in enlisted.on_message(welcome(9), 0.0)] == ["draining"]  # type: ignore[union-attr]
+
+
+def test_a_scheduler_that_never_welcomes_is_left(session: WorkerSession) -> None:
+    assert list(session.tick(4.9)) == []
+    (leave,) = session.tick(5.1)
+    assert isinstance(leave, Leave) and not leave.for_good

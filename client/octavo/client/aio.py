@@ -246,7 +246,13 @@ class AsyncClient:
         if len(self._connection.addresses) > 1:  # a stream goes on at another router, where an answer would start again
             async with self.stream(request.request, timeout=timeout) as stream:
                 return await stream.result()
-        return await self._unary(timeout, lambda stub, **call: stub.Complete(request, **call))
+        base = request.request.attempt
+
+        def invoke(stub: Any, count: int, **call: Any) -> Awaitable[pb.CompleteResponse]:
+            request.request.attempt = base + count  # so that a key that ran for an answer that was lost runs again
+            return cast(Awaitable[pb.CompleteResponse], stub.Complete(request, **call))
+
+        return await self._unary_counted(timeout, invoke)
 
     async def tokenize(
         self,
@@ -314,12 +320,18 @@ class AsyncClient:
         return InferenceServiceStub(self._channels[address])
 
     async def _unary(self, timeout: float | None, invoke: Callable[..., Awaitable[T]]) -> T:
+        return await self._unary_counted(timeout, lambda stub, count, **call: invoke(stub, **call))
+
+    async def _unary_counted(self, timeout: float | None, invoke: Callable[..., Awaitable[T]]) -> T:
+        """`invoke(stub, tries that failed so far, **call)` until one succeeds."""
         attempts = self._attempts(timeout)
         while True:
             remaining = attempts.remaining(time.monotonic())
             router = attempts.router
             try:
-                result = await invoke(self._stub(router), timeout=remaining, metadata=self._connection.metadata)
+                result = await invoke(
+                    self._stub(router), attempts.count, timeout=remaining, metadata=self._connection.metadata
+                )
             except grpc.RpcError as rpc_error:
                 error = decode(rpc_error)
             else:

@@ -247,8 +247,13 @@ class Client:
         if len(self._connection.addresses) > 1:  # a stream goes on at another router, where an answer would start again
             with self.stream(request.request, timeout=timeout) as stream:
                 return stream.result()
-        response: pb.CompleteResponse = self._call(timeout, lambda stub, **call: stub.Complete(request, **call))
-        return response
+        base = request.request.attempt
+
+        def invoke(stub: InferenceServiceStub, count: int, **call: Any) -> pb.CompleteResponse:
+            request.request.attempt = base + count  # so that a key that ran for an answer that was lost runs again
+            return stub.Complete(request, **call)
+
+        return self._call_counted(timeout, invoke)
 
     def tokenize(
         self,
@@ -315,12 +320,18 @@ class Client:
             return InferenceServiceStub(self._channels[address])
 
     def _call(self, timeout: float | None, invoke: Callable[..., T]) -> T:
+        return self._call_counted(timeout, lambda stub, count, **call: invoke(stub, **call))
+
+    def _call_counted(self, timeout: float | None, invoke: Callable[..., T]) -> T:
+        """`invoke(stub, tries that failed so far, **call)` until one succeeds."""
         attempts = self._attempts(timeout)
         while True:
             remaining = attempts.remaining(time.monotonic())
             router = attempts.router
             try:
-                result = invoke(self._stub(router), timeout=remaining, metadata=self._connection.metadata)
+                result = invoke(
+                    self._stub(router), attempts.count, timeout=remaining, metadata=self._connection.metadata
+                )
             except grpc.RpcError as rpc_error:
                 error = decode(rpc_error)
             else:
