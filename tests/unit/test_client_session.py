@@ -232,3 +232,23 @@ def test_exactly_one_input() -> None:
             call(None, None, *extra)  # type: ignore[operator]
         with pytest.raises(TypeError):
             call("a", [("user", "b")], *extra)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("routers", "error", "tries"),
+    [
+        (1, BROKEN, 3),
+        (2, BROKEN, 12),
+        (2, OctavoError(Reason.DRAINING, "leaving"), 12),
+        (2, QUEUE_FULL, 3),
+    ],
+)
+def test_a_new_request_is_patient_with_routers_that_are_restarted(routers: int, error: OctavoError, tries: int) -> None:
+    attempts = Attempts(RetryPolicy(), routers)
+    waited = 0.0
+    for _ in range(tries):
+        waited += attempts.failed(error, 0.0, may_repeat=True)
+    with pytest.raises(OctavoError):
+        attempts.failed(error, 0.0, may_repeat=True)
+    if tries == 12:
+        assert waited > 3.0  # a restart takes a second or two

@@ -12,7 +12,7 @@ from octavo.client.errors import OctavoError, Reason
 class RetryPolicy:
     """Limits on trying again; times in seconds."""
 
-    retries: int = 3  # of a request that has not begun
+    retries: int = 3  # of a request that has not begun, for what a router said
     resumes: int = 12  # of a stream that broke, in a row without anything new
     initial_backoff: float = 0.1  # doubles each time
     max_backoff: float = 2.0
@@ -58,7 +58,10 @@ class Attempts:
         """Seconds to wait before the next try, which goes to `router`. Raises the error where there should be none."""
         self._failures += 1
         self.count += 1
-        limit = self._policy.resumes if resuming else self._policy.retries
+        # A router that can't be reached, or that leaves, has not begun: while routers are restarted one after the other, some
+        # connection is always waiting to be dialled again.
+        moved = self.has_alternative and (error.broken or error.reason is Reason.DRAINING)
+        limit = self._policy.resumes if resuming or moved else self._policy.retries
         # A defect on the server's side is worth one more try, not a series.
         if error.reason is Reason.INTERNAL:
             limit = min(limit, 1)
