@@ -109,6 +109,11 @@ class Request:
         return any(sequence.admitted or sequence.done for sequence in self.sequences)
 
     @property
+    def placed(self) -> bool:
+        """Whether a scheduler has got it, or had before."""
+        return any(sequence.tries or sequence.accepted for sequence in self.sequences)
+
+    @property
     def num_buffered(self) -> int:
         """Tokens that the client has not taken yet."""
         buffered = 0

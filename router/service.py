@@ -63,7 +63,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         once it reads: gRPC takes no status while a message waits.
         """
         async with self._running(request, context, bounded=True) as (prepared, stream):
-            await _wait_for_plan(stream)
+            await _wait_for_plan(stream, context)
             started = _started(prepared)
             if request.heartbeats:
                 started.heartbeat.CopyFrom(heartbeat())
@@ -251,16 +251,23 @@ async def _write(context: Any, message: inference_pb2.GenerateResponse) -> None:
         raise asyncio.CancelledError from None
 
 
-async def _wait_for_plan(stream: ClientStream) -> None:
-    """Until the request is planned, or over, or it takes too long to wait with Started."""
-    try:
-        async with asyncio.timeout(_STARTED_AFTER):
-            while not (stream.request.done or stream.request.admitted or stream.request.num_buffered):
+async def _wait_for_plan(stream: ClientStream, context: Any) -> None:
+    """Until the request is planned, or over, or it takes too long to wait with Started: that is a promise, so not before a scheduler
+    has the request.
+    """
+    request = stream.request
+    while not (request.done or request.admitted or request.num_buffered):
+        try:
+            async with asyncio.timeout(_STARTED_AFTER):
                 await stream.wait()
-    except TimeoutError:
-        return
-    if stream.request.error is not None:
-        raise stream.request.error
+        except TimeoutError:
+            if request.placed:
+                return
+        if (terms := stream.beat) is not None:
+            stream.beat = None
+            await _write(context, inference_pb2.GenerateResponse(heartbeat=heartbeat(terms)))
+    if request.error is not None:
+        raise request.error
 
 
 def _started(prepared: Prepared) -> inference_pb2.Started:

@@ -478,3 +478,19 @@ def test_logprobs_travel_with_their_tokens() -> None:
             assert not first.HasField("token") and second.token.token_id == 300
 
     asyncio.run(main())
+
+
+def test_started_is_not_told_before_a_scheduler_has_the_request() -> None:
+    """It is a promise, and would keep a request waiting for the last worker's return that should soon be refused."""
+
+    async def main() -> None:
+        async with cluster(stay_silent) as (scheduler, router):
+            await scheduler.stop()
+            await eventually(lambda: router.session.num_attached == 0)
+            async with asyncio.timeout(3):  # it lingers for 0.2 s here; the patience of those who were promised is 5
+                call = router.stub.Generate(ask())
+                first = await refuse(call)
+            assert first.reason is Reason.NO_WORKER
+            assert router.session.num_requests == 0
+
+    asyncio.run(main())
