@@ -51,8 +51,9 @@ class Homes:
 
     # ---- who can take a request
 
-    def check_room(self, model: str, tenant: str, priority: int, now: float) -> None:
-        """Raises QUEUE_FULL where every scheduler of the model has just refused requests of this kind and wants none yet.
+    def check_room(self, model: str, tenant: str, priority: int, size: int, now: float) -> None:
+        """Raises QUEUE_FULL where every scheduler of the model has just refused such a request, no larger than this one in bytes,
+        and wants none yet.
 
         That costs microseconds; to ask costs tokenizing, two threads and a round trip, at a time when all are busy.
         """
@@ -60,7 +61,7 @@ class Homes:
             return
         digest = self.models.find(model).digest
         links = [link for link in self.links.values() if link.attached and not link.draining and link.serves(digest)]
-        waits = [link.full_for(tenant, priority, now) for link in links]
+        waits = [link.full_for(tenant, priority, size, now) for link in links]
         if waits and all(waits):
             raise OctavoError(
                 Reason.QUEUE_FULL,

@@ -154,9 +154,9 @@ class Hub:
 
     # ---- clients
 
-    def check_room(self, model: str, tenant: str, priority: int) -> None:
+    def check_room(self, model: str, tenant: str, priority: int, size: int) -> None:
         """Whether it is worth while to prepare a request of this kind. Raises QUEUE_FULL, or what an unknown model raises."""
-        self.session.check_room(model, tenant, priority, self.now())
+        self.session.check_room(model, tenant, priority, size, self.now())
 
     def submit(self, request: Request, *, bounded: bool, heartbeats: bool = False) -> ClientStream:
         """Start a request. `bounded`: its reader may be slow, so what it has not taken is limited. Raises OctavoError."""

@@ -15,6 +15,15 @@ _LONGEST_REFUSAL = 1.0
 _MAX_FULL = 256  # kinds of requests that are noted before those that are over are swept out
 
 
+@dataclass(frozen=True, slots=True)
+class _Full:
+    """Requests of `size` bytes and more are refused `until` then, and sent away for `retry_after` seconds."""
+
+    until: float
+    retry_after: float
+    size: int
+
+
 @dataclass(slots=True, eq=False)
 class Link:
     """A stream from Hello to its end. A new stream is a new link: nothing of an old one survives. Times in seconds."""
@@ -33,8 +42,8 @@ class Link:
     running: dict[int, Sequence] = field(default_factory=dict)
     # Cancelled, not acknowledged yet: these handles must not be used.
     cancelling: set[int] = field(default_factory=set)
-    # By tenant and priority: until when its new requests are refused here unasked, and for how long they are sent away.
-    full: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    # By tenant and priority: which new requests are refused here unasked.
+    full: dict[tuple[str, int], _Full] = field(default_factory=dict)
     _handles: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -50,22 +59,28 @@ class Link:
         """Whether a worker there holds it, be it one that is leaving."""
         return any(model.digest == digest for model in self.models)
 
-    def note_full(self, tenant: str, priority: int, retry_after: float, now: float) -> None:
-        """The scheduler has no room for requests of this kind. `retry_after` is what it says, in seconds."""
+    def note_full(self, tenant: str, priority: int, size: int, retry_after: float, now: float) -> None:
+        """The scheduler has no room for a request of this kind and size in bytes. `retry_after` is what it says, in seconds."""
         if len(self.full) >= _MAX_FULL:
-            self.full = {kind: times for kind, times in self.full.items() if times[0] > now}
-        self.full[tenant, priority] = (now + min(retry_after, _LONGEST_REFUSAL), retry_after)
+            self.full = {kind: full for kind, full in self.full.items() if full.until > now}
+        known = self.full.get((tenant, priority))
+        if known is not None and now < known.until:
+            size = min(size, known.size)
+        self.full[tenant, priority] = _Full(now + min(retry_after, _LONGEST_REFUSAL), retry_after, size)
 
-    def full_for(self, tenant: str, priority: int, now: float) -> float:
-        """Seconds after which a new request of this kind should come again; 0.0 if the scheduler may be asked now.
+    def full_for(self, tenant: str, priority: int, size: int, now: float) -> float:
+        """Seconds after which a new request of this kind and size should come again; 0.0 if the scheduler may be asked now.
 
         Counted from now, not from when the scheduler said it: or all that came meanwhile would come again at the same moment.
         """
-        until, retry_after = self.full.get((tenant, priority), (0.0, 0.0))
-        if now < until:
-            return retry_after
-        self.full.pop((tenant, priority), None)
-        return 0.0
+        full = self.full.get((tenant, priority))
+        if full is None:
+            return 0.0
+        if now >= full.until:
+            del self.full[tenant, priority]
+            return 0.0
+        # A queue that is full of long prompts may still have room for a short one.
+        return full.retry_after if size >= full.size else 0.0
 
     def new_handle(self) -> int:
         """A handle that nobody uses on this stream."""

@@ -114,6 +114,7 @@ class Preparation:
             arrival=now - max(0.0, wall - accepted),
             deadline=deadline,
             resumed=message.HasField("resume"),
+            message_size=message.ByteSize(),
         )
         request = _request(spec, spec_of, assets)
         if message.HasField("resume"):

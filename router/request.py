@@ -36,6 +36,8 @@ class RequestSpec:
     deadline: float | None
     # Was accepted by another router before: never refused for want of room.
     resumed: bool = False
+    # Bytes of the client's message: what is known of a request's size before anything is computed for it.
+    message_size: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -58,8 +60,8 @@ class Sequence:
     not_before: float = 0.0
     homeless_since: float = 0.0
     admitted: bool = False
-    # For the watch on stalls: when anything last came for it; whether this submission was planned, and whether it has given a token
-    # since it was submitted or migrated; stalls since the last new token.
+    # For the watch on stalls: when anything last came for it; whether it has a row now, as far as we were told, and whether it has
+    # given a token since it had none; stalls since the last new token.
     progress_at: float = 0.0
     planned: bool = False
     computed: bool = False
@@ -79,6 +81,11 @@ class Sequence:
         """Whether it has got anywhere: then it is carried on, not refused."""
         request = self.request
         return self.admitted or request.started_told or request.spec.resumed or len(self.output.token_ids) > 0
+
+    def waits_again(self, now: float) -> None:
+        """It has lost its row, and stands in its scheduler's queue."""
+        self.planned = self.computed = False
+        self.progress_at = now
 
 
 class Request:

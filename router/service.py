@@ -187,7 +187,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 raise OctavoError(Reason.DRAINING, "this router is shutting down")
             resumed = message.HasField("resume")
             if not resumed:
-                self._hub.check_room(message.model, tenant, message.priority)
+                self._hub.check_room(message.model, tenant, message.priority, message.ByteSize())
             self._gate.enter(tenant, self._hub.now(), resumed=resumed)
         except OctavoError as error:
             self._stats.refused(error.reason.name)

@@ -156,6 +156,8 @@ class RouterSession:
             self._admitted(link, message.admitted, now)
         elif kind == "migrated":
             self._migrated(link, message.migrated, now)
+        elif kind == "preempted":
+            self._preempted(link, message.preempted, now)
         elif kind == "failed":
             self._failed(link, message.failed, now)
         elif kind == "cancelled":
@@ -173,9 +175,12 @@ class RouterSession:
 
     # ---- requests
 
-    def check_room(self, model: str, tenant: str, priority: int, now: float) -> None:
-        """Raises QUEUE_FULL where every scheduler of the model has just refused requests of this kind and wants none yet."""
-        self._homes.check_room(model, tenant, priority, now)
+    def check_room(self, model: str, tenant: str, priority: int, size: int, now: float) -> None:
+        """Raises QUEUE_FULL where every scheduler of the model has just refused such a request and wants none yet.
+
+        `size`: bytes of the client's message.
+        """
+        self._homes.check_room(model, tenant, priority, size, now)
 
     def submit(self, request: Request, now: float) -> None:
         """Start a request.
@@ -265,11 +270,15 @@ class RouterSession:
         sequence.queue_ms = float(message.queue_ms)
         self._changed[sequence.request] = None
 
+    def _preempted(self, link: Link, message: scheduler_pb2.Preempted, now: float) -> None:
+        sequence = link.running.get(message.handle)
+        if sequence is not None:
+            sequence.waits_again(now)
+
     def _migrated(self, link: Link, message: scheduler_pb2.Migrated, now: float) -> None:
         sequence = link.running.get(message.handle)
         if sequence is not None:
-            sequence.planned = sequence.computed = False
-            sequence.progress_at = now
+            sequence.waits_again(now)
             sequence.migrations += 1
             sequence.suspect_group, sequence.failures_alone = message.suspect_group, message.failures_alone
 
@@ -324,7 +333,7 @@ class RouterSession:
         sequence.refused_by.add(link.address)
         if reason is Reason.QUEUE_FULL:
             spec = sequence.request.spec
-            link.note_full(spec.tenant, spec.priority, message.retry_after_ms / 1e3, now)
+            link.note_full(spec.tenant, spec.priority, spec.message_size, message.retry_after_ms / 1e3, now)
         elsewhere = bool(self._homes.candidates(sequence))
         # Whoever was accepted is never refused for want of room: its scheduler was lost, and this one is full of others.
         may_go_on = error.rule.resumable or reason is Reason.QUEUE_FULL

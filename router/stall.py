@@ -1,8 +1,8 @@
 """Which sequences get nothing though they should: the router's last word on a scheduler that forgets one. Sans I/O.
 
 A sequence that its scheduler has planned, or that can't be in its queue because nothing is, has to get tokens. To wait in the queue
-is no stall. A preempted sequence waits there again, at the head, and its router is not told: where something waits the limit is four
-times as long. A false alarm costs little: the sequence keeps its age, and what its scheduler has computed is in the prefix cache.
+is no stall, be it again, after a preemption or the loss of a worker: its scheduler says so. A false alarm costs little: the sequence
+keeps its age, and what its scheduler has computed is in the prefix cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from router.request import Sequence
 
 _LOOKS = 4  # in the time after which it is a stall
-_PERHAPS_QUEUED = 4.0
 _MAX_DOUBLINGS = 4
 # Tokens that even a slow CPU computes in a second: a long prompt has so much more time for its first token.
 _SLOWEST_PREFILL = 100.0
@@ -56,8 +55,6 @@ class StallWatch:
         if waiting and not sequence.planned:
             return 0.0
         limit = self._stall_s * 2.0 ** min(sequence.stalls, _MAX_DOUBLINGS)
-        if waiting:
-            limit *= _PERHAPS_QUEUED
         if not sequence.computed:
             known = sequence.request.spec.num_prompt_tokens + len(sequence.output.token_ids)
             limit += known / _SLOWEST_PREFILL

@@ -11,15 +11,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.v1 import common_pb2, scheduler_pb2, step_pb2
+from octavo.v1 import scheduler_pb2, step_pb2
 
 from scheduler.assets import AssetStore, Incoming
+from scheduler.catalogue import Catalogue
 from scheduler.codec import PROTOCOL, decode_hello, decode_result, decode_submit, encode_plan, summarise_plan
-from scheduler.core import Failed, InvalidField, QueueFull, Scheduler, SchedulerError, Settings, TokenColumns
-from scheduler.outbox import Tokens, select_logprobs
+from scheduler.core import InvalidField, QueueFull, Scheduler, SchedulerError, Settings
+from scheduler.leaving import Leaving
+from scheduler.news import News
 from scheduler.peers import Peer, RouterPeer, WorkerPeer
 from service.errors import OctavoError, Reason
-from service.logprobs import Logprobs
 
 log = logging.getLogger("octavo.hub")
 
@@ -55,9 +56,10 @@ class Hub:
         self._incarnation = incarnation
         self._epoch = first_epoch
         self._next_peer = 1
-        self._vocab_size: dict[bytes, int] = {}  # by model digest
-        self._admitted: dict[str, set[bytes]] = {}
         self._ticked_at = 0.0
+        self._catalogue = Catalogue(self.core, self.assets, self.workers)
+        self._news = News(self.core, self.routers)
+        self._leaving = Leaving(self.core, self.workers, settings.redial_patience_s, self._tell_models)
 
     # Routers -------------------------------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ class Hub:
             protocol=PROTOCOL,
             heartbeat_ms=self._settings.heartbeat_ms,
             lease_ms=self._settings.lease_ms,
-            models=self.served_models(),
+            models=self._catalogue.served(),
         )
         router.put(scheduler_pb2.AttachResponse(welcome=welcome))
         return router
@@ -115,8 +117,7 @@ class Hub:
             spec = decode_hello(hello, self._settings.run_ahead)
         except InvalidField as error:
             raise OctavoError(Reason.INVALID_ARGUMENT, f"Hello: {error}") from None
-        self._check_digest(hello.model, hello.model_digest)
-        self._check_vocabulary(hello)
+        self._catalogue.check(hello)
         self._replace_earlier_stream(hello.incarnation, now)
         worker = WorkerPeer(*self._identify(), heard_at=now, spoke_at=now, name=hello.name, hello=hello)
         try:
@@ -124,8 +125,7 @@ class Hub:
         except InvalidField as error:
             raise OctavoError(Reason.INVALID_ARGUMENT, f"Hello: {error}") from None
         self.workers[worker.peer_id] = worker
-        self._vocab_size[hello.model_digest] = hello.vocab_size
-        self._admitted.setdefault(hello.model, set()).add(hello.model_digest)
+        self._catalogue.note(hello)
         welcome = scheduler_pb2.WorkerWelcome(
             incarnation=self._incarnation,
             protocol=PROTOCOL,
@@ -170,20 +170,13 @@ class Hub:
         running = self.core.num_running(worker.peer_id)
         # One that leaves in peace says nothing against its requests.
         self.core.remove_worker(worker.peer_id, now, died=not (worker.draining or self.draining))
-        self._deliver_failures()
+        self._news.tell_lost()
         self._tell_models()
         log.info("worker %s left; %d requests go back to the queue", worker.name, running)
 
     def drain_worker(self, worker: WorkerPeer) -> None:
         """No new requests for it; it is let go for good when the running ones have ended."""
-        worker.redial = ""
-        self._drain(worker)
-
-    def _drain(self, worker: WorkerPeer) -> None:
-        worker.draining = True
-        self.core.drain_worker(worker.peer_id)
-        self._tell_models()
-        self._release_if_drained(worker)
+        self._leaving.drain(worker)
 
     def count_workers(self) -> Counter[bytes]:
         """Workers by model digest, those that are leaving not counted."""
@@ -194,15 +187,7 @@ class Hub:
 
         What runs on it may end first; what takes longer goes to the other workers here.
         """
-        if any(worker.redial for worker in self.workers.values()):
-            return
-        able = [w for w in self.workers.values() if w.hello.model_digest == digest and not w.draining]
-        if len(able) < 2:
-            return
-        worker = min(able, key=lambda w: (self.core.num_running(w.peer_id), w.peer_id))
-        worker.redial, worker.redial_by = address, now + self._settings.redial_patience_s
-        log.info("worker %s goes to the scheduler at %s, which has fewer", worker.name, address)
-        self._drain(worker)
+        self._leaving.redial(digest, address, now)
 
     # Steps ---------------------------------------------------------------------------------------------------------------
 
@@ -214,16 +199,9 @@ class Hub:
                 worker.last_plan = summarise_plan(plan)
                 worker.pace.planned(plan.step_id, worker.last_plan.num_tokens, now)
                 worker.put(scheduler_pb2.EnlistResponse(plan=encode_plan(plan, worker.epoch)))
-        for admitted in self.core.take_admitted():
-            message = scheduler_pb2.Admitted(
-                handle=admitted.handle,
-                cached_tokens=admitted.cached_tokens,
-                digest=admitted.digest,
-                queue_ms=int(admitted.queue_seconds * 1e3),
-            )
-            self._to_router(admitted.router_id, scheduler_pb2.AttachResponse(admitted=message))
+        self._news.tell_placed()
         self._note_recoveries()
-        self._deliver_failures()
+        self._news.tell_lost()
 
     # Time ----------------------------------------------------------------------------------------------------------------
 
@@ -241,8 +219,7 @@ class Hub:
             if not late:
                 self._judge(worker, now, lease)
                 self._judge_steps(worker, now)
-            if worker.redial and now >= worker.redial_by:
-                self._let_go(worker)
+            self._leaving.tick(worker, now)
         load = self.load()
         for router in list(self.routers.values()):
             # Whatever else was said: routers act on it.
@@ -254,13 +231,13 @@ class Hub:
         deadline = self.core.next_deadline()
         if deadline is not None and deadline <= now:
             self.core.expire(now)
-            self._deliver_failures()
+            self._news.tell_lost()
 
     def begin_drain(self, remaining_ms: int) -> None:
         """This scheduler leaves: nothing new is accepted, and everyone is told."""
         self.draining = True
-        for router in self.routers.values():
-            router.put(scheduler_pb2.AttachResponse(go_away=scheduler_pb2.GoAway(remaining_ms=remaining_ms)))
+        go_away = scheduler_pb2.GoAway(remaining_ms=remaining_ms)
+        self._news.tell_all(lambda: scheduler_pb2.AttachResponse(go_away=go_away))
 
     def dismiss(self) -> None:
         """End all streams in peace."""
@@ -279,22 +256,11 @@ class Hub:
 
     def served_models(self) -> list[scheduler_pb2.ServedModel]:
         """The models whose workers are here and whose assets have come; with 0 workers where all of them are leaving."""
-        models: dict[tuple[str, bytes], scheduler_pb2.ServedModel] = {}  # the same weights may have two names
-        for worker in self.workers.values():
-            hello = worker.hello
-            if hello.model_digest not in self.assets:
-                continue
-            model = models.setdefault(
-                (hello.model, hello.model_digest),
-                scheduler_pb2.ServedModel(name=hello.model, digest=hello.model_digest, vocab_size=hello.vocab_size),
-            )
-            model.max_model_len = max(model.max_model_len, hello.max_model_len)
-            model.workers += not worker.draining
-        return list(models.values())
+        return self._catalogue.served()
 
     def admit_digest(self, model: str, digest: bytes) -> None:
         """Allow a further digest under a model name."""
-        self._admitted.setdefault(model, set()).add(digest)
+        self._catalogue.admit(model, digest)
 
     # Inside --------------------------------------------------------------------------------------------------------------
 
@@ -309,25 +275,16 @@ class Hub:
                 raise OctavoError(Reason.DRAINING, "this scheduler is leaving")
             accepted = submit.accepted or bool(submit.output_token_ids)
             digest = self.core.digest_for(submit.model, submit.digest, accepted=accepted)
-            vocab_size = self._vocab_size.get(digest)
-            if vocab_size is None:
-                raise OctavoError(Reason.NO_WORKER, "no worker has held this digest yet", retry_after_ms=200)
+            vocab_size = self._catalogue.vocab_size(digest)
             self.core.submit(decode_submit(submit, router.peer_id, vocab_size, now), now)
         except OctavoError as error:
-            self._refuse(router, submit.handle, error.reason, error.message, error.retry_after_ms)
+            self._news.refuse(router, submit.handle, error.reason, error.message, error.retry_after_ms)
         except QueueFull as error:
-            self._refuse(router, submit.handle, Reason.QUEUE_FULL, str(error), max(1, int(error.retry_after * 1e3)))
+            self._news.refuse(
+                router, submit.handle, Reason.QUEUE_FULL, str(error), max(1, int(error.retry_after * 1e3))
+            )
         except SchedulerError as error:
-            self._refuse(router, submit.handle, Reason[error.reason.name], str(error))
-
-    def _refuse(self, router: RouterPeer, handle: int, reason: Reason, text: str, retry_after_ms: int = 0) -> None:
-        failed = scheduler_pb2.Failed(
-            handle=handle,
-            reason=common_pb2.ErrorReason.Name(int(reason)),
-            message=text,
-            retry_after_ms=retry_after_ms,
-        )
-        router.put(scheduler_pb2.AttachResponse(failed=failed))
+            self._news.refuse(router, submit.handle, Reason[error.reason.name], str(error))
 
     def _result(self, worker: WorkerPeer, result: step_pb2.StepResult, now: float) -> None:
         if result.epoch != worker.epoch:
@@ -345,24 +302,9 @@ class Hub:
         worker.last_step = result.step_id
         worker.pace.returned(result.step_id, now)
         for columns in events:
-            self._deliver(columns, logprobs)
-        self._deliver_failures()
-        self._release_if_drained(worker)
-
-    def _deliver(self, columns: TokenColumns, logprobs: Logprobs | None) -> None:
-        router = self.routers.get(columns.router_id)
-        if router is not None:
-            router.put_tokens(Tokens(columns, None if logprobs is None else select_logprobs(logprobs, columns)))
-
-    def _deliver_failures(self) -> None:
-        """Who lost a worker, and who is failed."""
-        for migrated in self.core.take_migrated():
-            message = scheduler_pb2.Migrated(
-                handle=migrated.handle, suspect_group=migrated.suspect_group, failures_alone=migrated.failures_alone
-            )
-            self._to_router(migrated.router_id, scheduler_pb2.AttachResponse(migrated=message))
-        for failed in self.core.take_failed():
-            self._fail(failed)
+            self._news.tell_tokens(columns, logprobs)
+        self._news.tell_lost()
+        self._leaving.release_if_done(worker)
 
     def _note_recoveries(self) -> None:
         recoveries = self.core.take_recoveries()
@@ -372,38 +314,9 @@ class Hub:
             first, count = min(recoveries) * 1e3, len(recoveries)
             log.info("%d requests that had lost their worker are planned again, the first after %.1f ms", count, first)
 
-    def _fail(self, failed: Failed) -> None:
-        router = self.routers.get(failed.router_id)
-        if router is not None:
-            self._refuse(router, failed.handle, Reason[failed.reason.name], failed.message)
-
-    def _to_router(self, router_id: int, message: scheduler_pb2.AttachResponse) -> None:
-        router = self.routers.get(router_id)
-        if router is not None:
-            router.put(message)
-
     def _tell_models(self) -> None:
-        models = scheduler_pb2.ModelList(models=self.served_models())
-        for router in self.routers.values():
-            router.put(scheduler_pb2.AttachResponse(models=models))
-
-    def _check_digest(self, model: str, digest: bytes) -> None:
-        others = {worker.hello.model_digest for worker in self.workers.values() if worker.hello.model == model}
-        if others and digest not in others and digest not in self._admitted.get(model, set()):
-            raise OctavoError(
-                Reason.MODEL_CHANGED,
-                f"model {model!r} is served with digest {min(others).hex()[:12]}…; "
-                f"{digest.hex()} was not admitted (octavo admit)",
-            )
-
-    def _check_vocabulary(self, hello: scheduler_pb2.WorkerHello) -> None:
-        """Requests that wait were checked against the vocabulary of their digest, which is the same wherever it is held."""
-        digest, known = hello.model_digest, self._vocab_size.get(hello.model_digest, hello.vocab_size)
-        if hello.vocab_size != known and self.core.is_in_use(digest):
-            raise OctavoError(
-                Reason.INVALID_ARGUMENT,
-                f"Hello: vocab_size is {hello.vocab_size}; this digest is served with a vocabulary of {known}",
-            )
+        models = scheduler_pb2.ModelList(models=self._catalogue.served())
+        self._news.tell_all(lambda: scheduler_pb2.AttachResponse(models=models))
 
     def _replace_earlier_stream(self, incarnation: int, now: float) -> None:
         """The same process comes again before its old stream was seen to end: the old one is fenced off now."""
@@ -411,19 +324,6 @@ class Hub:
             if worker.hello.incarnation == incarnation:
                 worker.cut_off(OctavoError(Reason.PROTOCOL_VIOLATION, "the worker enlisted again"))
                 self.worker_gone(worker, now)
-
-    def _release_if_drained(self, worker: WorkerPeer) -> None:
-        if worker.draining and self.core.num_running(worker.peer_id) == 0:
-            self._let_go(worker)
-
-    def _let_go(self, worker: WorkerPeer) -> None:
-        if worker.closing:
-            return
-        worker.closing = True
-        if worker.redial:
-            worker.put(scheduler_pb2.EnlistResponse(redial=scheduler_pb2.Redial(address=worker.redial)))
-        else:
-            worker.put(scheduler_pb2.EnlistResponse(go_away=scheduler_pb2.GoAway()))
 
     def _judge(self, peer: Peer, now: float, lease: float) -> None:
         if now - peer.heard_at > lease:

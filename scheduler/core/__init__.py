@@ -23,7 +23,8 @@ Use:
         plan = scheduler.plan(worker_id, now)          # StepPlan | None: columns named as in step.proto
     for columns in scheduler.apply(1, StepResult(...), now):
         ...                                            # TokenColumns: one TokenBatch per router
-    scheduler.take_admitted(); scheduler.take_migrated(); scheduler.take_failed() # after any call
+    scheduler.take_admitted(); scheduler.take_preempted()                       # after any call
+    scheduler.take_migrated(); scheduler.take_failed()
     scheduler.expire(now)                              # at scheduler.next_deadline()
 """
 
@@ -40,7 +41,17 @@ from scheduler.core.errors import (
     UnknownWorker,
     Unplaceable,
 )
-from scheduler.core.plan import Admitted, Failed, Migrated, NewRow, RowStatus, StepPlan, StepResult, TokenColumns
+from scheduler.core.plan import (
+    Admitted,
+    Failed,
+    Migrated,
+    NewRow,
+    Preempted,
+    RowStatus,
+    StepPlan,
+    StepResult,
+    TokenColumns,
+)
 from scheduler.core.request import FinishReason, Request, RequestKey, RequestState, SamplingParams
 from scheduler.core.scheduler import Scheduler
 from scheduler.core.settings import Settings, WorkerSpec
@@ -61,6 +72,7 @@ __all__ = [
     "ModelUnknown",
     "NewRow",
     "NoWorker",
+    "Preempted",
     "QueueFull",
     "QueueSnapshot",
     "Reason",

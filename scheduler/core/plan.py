@@ -111,13 +111,21 @@ class TokenColumns:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request got a row for the first time."""
+    """A request got a row, for the first time or again. The counts of the first time are what its client is told."""
 
     router_id: int
     handle: int
     cached_tokens: int
     digest: bytes
     queue_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """A request gave its row to others and waits to be recomputed."""
+
+    router_id: int
+    handle: int
 
 
 @dataclass(frozen=True, slots=True)

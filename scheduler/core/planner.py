@@ -88,7 +88,6 @@ def schedule_running(state: SchedulerState, worker: WorkerState, batch: Batch) -
         if num_needed <= worker.pool.num_available:
             break
         state.preempt(worker, int(rows.order()[-1]))
-        state.counters.preemptions += 1
         batch.preempted = True
     batch.rows, batch.counts = order, counts
     batch.chunks = (computed < rows.num_initial[order]).nonzero()[0]
@@ -258,7 +257,7 @@ def admit(state: SchedulerState, placement: Placement, request: Request, batch: 
 
 
 def count_admission(state: SchedulerState, request: Request, num_cached: int, now: float) -> None:
-    """Books, and the router's first news of its request."""
+    """Books, and news for the router of its request."""
     counters = state.counters
     counters.admitted += 1
     if request.lost_at is not None:
@@ -273,8 +272,8 @@ def count_admission(state: SchedulerState, request: Request, num_cached: int, no
         state.admission_gap += GAP_SMOOTHING * (now - state.queue_moved_at - state.admission_gap)
         state.queue_moved_at = now
         state.queues[request.digest].charge(request, request.num_prompt_tokens)
-        waited = max(0.0, now - request.submitted)
-        state.admitted.append(Admitted(request.router_id, request.handle, num_cached, request.digest, waited))
+    waited = max(0.0, now - request.submitted)
+    state.admitted.append(Admitted(request.router_id, request.handle, num_cached, request.digest, waited))
 
 
 # Commit ------------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,6 @@ def place_by_preemption(
     for row in victims:
         freed += batch.drop(row, worker.rows)
         batch.victim_priority = state.preempt(worker, row).priority  # ascending: the lowest go first
-    state.counters.preemptions += len(victims)
     state.counters.priority_preemptions += len(victims)
     batch.num_preempting += 1
     return place_on(state, worker, request, request.known_token_ids()), freed

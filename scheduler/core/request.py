@@ -131,6 +131,11 @@ class Request:
         return self.router_id, self.handle
 
     @property
+    def is_waiting(self) -> bool:
+        """In the queue, or to join it when the plans that name it have come back."""
+        return self.state in (RequestState.WAITING, RequestState.PARKED)
+
+    @property
     def is_finished(self) -> bool:
         """Gone from the scheduler, whatever the reason."""
         return self.state is RequestState.FINISHED

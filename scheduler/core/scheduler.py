@@ -1,8 +1,8 @@
 """The scheduler's face to the shell. Pure: `now` is passed in (seconds, any monotonic clock), nothing waits, nothing is sent.
 
 The shell's loop: feed what arrives (`submit`, `cancel`, `add_worker`, `apply`, …), then for each of `workers_to_plan()`
-send what `plan` gives, then deliver what `apply` returned and what `take_admitted`, `take_migrated` and `take_failed` hold. Call
-`expire` at `next_deadline()`. One thread at a time.
+send what `plan` gives, then deliver what `apply` returned and what `take_admitted`, `take_preempted`, `take_migrated` and
+`take_failed` hold. Call `expire` at `next_deadline()`. One thread at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scheduler.core.errors import (
 )
 from scheduler.core.integrity import check_integrity
 from scheduler.core.placement import fits
-from scheduler.core.plan import Admitted, Failed, Migrated, StepPlan, StepResult, TokenColumns
+from scheduler.core.plan import Admitted, Failed, Migrated, Preempted, StepPlan, StepResult, TokenColumns
 from scheduler.core.planner import plan_step
 from scheduler.core.request import Request, RequestKey
 from scheduler.core.settings import Settings, WorkerSpec
@@ -222,9 +222,15 @@ class Scheduler:
     # Events and views ----------------------------------------------------------------------------------------------------
 
     def take_admitted(self) -> list[Admitted]:
-        """Requests that got a row for the first time, since the last call."""
+        """Requests that got a row since the last call."""
         taken, self._state.admitted = self._state.admitted, []
         return taken
+
+    def take_preempted(self) -> list[Preempted]:
+        """Requests that gave their row to others since the last call, and wait. To be told after those that got a row."""
+        preempted, self._state.preempted = self._state.preempted, []
+        waiting = {request.key: request for request in preempted if request.is_waiting}
+        return [Preempted(request.router_id, request.handle) for request in waiting.values()]
 
     def take_migrated(self) -> list[Migrated]:
         """Requests that lost their worker since the last call and are still here."""

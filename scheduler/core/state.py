@@ -131,6 +131,8 @@ class SchedulerState:
     """Requests that left their row while plans in flight name them, with the last of these plans."""
     admitted: list[Admitted] = field(default_factory=list)
     failed: list[Failed] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    """Gave their row to others since the shell last asked."""
     migrated: list[Request] = field(default_factory=list)
     """Lost their worker since the shell last asked."""
     recoveries: list[float] = field(default_factory=list)
@@ -179,6 +181,13 @@ class SchedulerState:
         return request
 
     def preempt(self, worker: WorkerState, row: int) -> Request:
+        """Its row goes to others."""
+        request = self.send_back(worker, row)
+        self.counters.preemptions += 1
+        self.preempted.append(request)
+        return request
+
+    def send_back(self, worker: WorkerState, row: int) -> Request:
         """Back to the head of the queue, to be recomputed from prompt and confirmed tokens."""
         self.counters.recomputed_tokens += int(worker.rows.num_computed[row])
         request = self.leave_row(worker, row)
@@ -217,7 +226,7 @@ class SchedulerState:
         """
         suspects = [worker.rows.requests[row] for row in np.unique(rows_in_flight(worker)).tolist()]
         for row in worker.rows.order()[::-1].tolist():
-            request = self.preempt(worker, row)
+            request = self.send_back(worker, row)
             request.lost_at = now
             self.migrated.append(request)
         worker.pool.clear_cache()

@@ -36,6 +36,17 @@ def mutated(random: Random, message: M) -> M | None:
     return copy
 
 
+def other_number(random: Random, message: M, widths: dict[str, int]) -> M:
+    """A copy in which one number of one column is another. `widths` in bytes by column."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    columns = [name for name in widths if getattr(message, name)]
+    if columns:
+        name = random.choice(columns)
+        setattr(copy, name, values.other_number(random, getattr(message, name), widths[name]))
+    return copy
+
+
 def invented(random: Random, kind: type[M]) -> M | None:
     """A message out of nothing: random bytes, or random fields."""
     message = kind()

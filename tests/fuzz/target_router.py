@@ -23,6 +23,7 @@ from tests.fuzz.harness import EPISODE, Target, Verdict
 from tests.fuzz.peers import DIGEST, MAX_MODEL_LEN, MODEL, VOCAB
 from worker.backends.mock_assets import mock_assets
 
+_COLUMNS = {"handles": 4, "first_output_index": 4, "num_tokens": 4, "finish_reason": 1, "token_ids": 4}
 _EVIL, _GOOD = "evil:1", "good:1"
 _ENDS = (common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH, common_pb2.FINISH_REASON_ERROR)
 
@@ -103,7 +104,7 @@ class _Scheduler:
         """A message of another kind."""
         random = self.random
         handle = random.choice(list(self.running)) if self.running else random.randrange(4)
-        kind = random.randrange(5)
+        kind = random.randrange(6)
         if kind == 0:
             return self._say(load=scheduler_pb2.Load(waiting=1, running=1, workers=1, kv_used=0.5))
         if kind == 1:
@@ -114,6 +115,8 @@ class _Scheduler:
             self.running.pop(handle, None)
             reason = random.choice(common_pb2.ErrorReason.values())
             return self._say(failed=scheduler_pb2.Failed(handle=handle, reason=reason, message="because"))
+        if kind == 4:
+            return self._say(preempted=scheduler_pb2.Preempted(handle=handle))
         return self._say(go_away=scheduler_pb2.GoAway(remaining_ms=100))
 
     def _say(self, **message: object) -> scheduler_pb2.AttachResponse:
@@ -161,7 +164,10 @@ class _World:
         assert message is not None
         kind, mutated = random.random(), True
         if kind < 0.88 and kind > (0.7 if message.HasField("welcome") else 0.25):
-            message = messages.mutated(random, message)
+            if message.HasField("tokens") and random.random() < 0.3:
+                message.tokens.CopyFrom(messages.other_number(random, message.tokens, _COLUMNS))
+            else:
+                message = messages.mutated(random, message)
         elif kind >= 0.88:
             mutated = False
             message = messages.invented(random, scheduler_pb2.AttachResponse)

@@ -88,6 +88,12 @@ def column(random: Random, data: bytes) -> bytes:
     return b"".join(values)
 
 
+def other_number(random: Random, data: bytes, width: int) -> bytes:
+    """The column with one number in place of another: everything else fits."""
+    at = width * random.randrange(len(data) // width)
+    return data[:at] + _value(random, width) + data[at + width :]
+
+
 def _value(random: Random, width: int) -> bytes:
     if width == 1:
         return bytes((integer(random, 0, 255),))

@@ -551,17 +551,17 @@ def test_it_is_asked_again_after_a_second_at_the_latest_and_other_kinds_at_once(
     first = start(bench, make_request())
     bench.fail("a", first.handle, Reason.QUEUE_FULL, retry_after_ms=5_000)
     with pytest.raises(OctavoError) as caught:
-        bench.session.check_room("tiny", "t", 0, bench.now + 0.5)
+        bench.session.check_room("tiny", "t", 0, 100, bench.now + 0.5)
     assert (caught.value.reason, caught.value.retry_after_ms) == (
         Reason.QUEUE_FULL,
         5_000,
     )  # from now on, so that not all come at once
-    bench.session.check_room("tiny", "other", 0, bench.now + 0.5)
-    bench.session.check_room("tiny", "t", 1, bench.now + 0.5)
-    bench.session.check_room("tiny", "t", 0, bench.now + 1.0)
-    bench.session.check_room("tiny", "t", 0, bench.now + 0.5)  # once asked again it is not full until it says so
+    bench.session.check_room("tiny", "other", 0, 100, bench.now + 0.5)
+    bench.session.check_room("tiny", "t", 1, 100, bench.now + 0.5)
+    bench.session.check_room("tiny", "t", 0, 100, bench.now + 1.0)
+    bench.session.check_room("tiny", "t", 0, 100, bench.now + 0.5)  # once asked again it is not full until it says so
     bench.fail("a", start(bench, make_request()).handle, Reason.QUEUE_FULL, retry_after_ms=200)
-    bench.session.check_room("tiny", "t", 0, bench.now + 0.2)
+    bench.session.check_room("tiny", "t", 0, 100, bench.now + 0.2)
 
 
 def test_a_queue_that_has_emptied_is_full_for_nobody() -> None:
@@ -570,9 +570,27 @@ def test_a_queue_that_has_emptied_is_full_for_nobody() -> None:
     bench.fail("a", first.handle, Reason.QUEUE_FULL, retry_after_ms=900)
     bench.say("a", scheduler_pb2.AttachResponse(load=scheduler_pb2.Load(waiting=3)))
     with pytest.raises(OctavoError):
-        bench.session.check_room("tiny", "t", 0, bench.now)
+        bench.session.check_room("tiny", "t", 0, 100, bench.now)
     bench.say("a", scheduler_pb2.AttachResponse(load=scheduler_pb2.Load(waiting=0)))
-    bench.session.check_room("tiny", "t", 0, bench.now)
+    bench.session.check_room("tiny", "t", 0, 100, bench.now)
+
+
+def test_a_queue_full_of_long_prompts_may_have_room_for_a_short_one() -> None:
+    bench = Bench("a")
+    first, second, third = (make_request() for _ in range(3))
+    for request, size in ((first, 9_000), (second, 300), (third, 9_000)):
+        object.__setattr__(request.spec, "message_size", size)
+    bench.fail("a", start(bench, first).handle, Reason.QUEUE_FULL, retry_after_ms=900)
+    bench.session.check_room("tiny", "t", 0, 8_999, bench.now)
+    with pytest.raises(OctavoError):
+        bench.session.check_room("tiny", "t", 0, 9_000, bench.now)
+    bench.fail("a", start(bench, second).handle, Reason.QUEUE_FULL, retry_after_ms=900)  # nor for this one
+    bench.session.check_room("tiny", "t", 0, 299, bench.now)
+    with pytest.raises(OctavoError):
+        bench.session.check_room("tiny", "t", 0, 300, bench.now)
+    bench.fail("a", start(bench, third).handle, Reason.QUEUE_FULL, retry_after_ms=900)
+    with pytest.raises(OctavoError):  # what is known of short ones stays true
+        bench.session.check_room("tiny", "t", 0, 300, bench.now)
 
 
 def test_one_of_two_schedulers_with_room_is_enough() -> None:
@@ -581,19 +599,19 @@ def test_one_of_two_schedulers_with_room_is_enough() -> None:
     bench.session.submit(request, bench.now)
     ((home, submit),) = bench.sent("submit")
     bench.fail(home, submit.handle, Reason.QUEUE_FULL, retry_after_ms=900)  # type: ignore[attr-defined]
-    bench.session.check_room("tiny", "t", 0, bench.now)
+    bench.session.check_room("tiny", "t", 0, 100, bench.now)
     ((other, again),) = bench.sent("submit")
     assert other != home
     bench.fail(other, again.handle, Reason.QUEUE_FULL, retry_after_ms=400)  # type: ignore[attr-defined]
     with pytest.raises(OctavoError) as caught:
-        bench.session.check_room("tiny", "t", 0, bench.now)
+        bench.session.check_room("tiny", "t", 0, 100, bench.now)
     assert caught.value.retry_after_ms == 400
 
 
 def test_kinds_that_were_full_do_not_pile_up() -> None:
     link = Link("a", 0.0)
     for number in range(1000):
-        link.note_full(f"tenant-{number}", 0, 0.5, now=float(number))
+        link.note_full(f"tenant-{number}", 0, 100, 0.5, now=float(number))
     assert len(link.full) < 300
 
 

@@ -89,20 +89,26 @@ def test_to_wait_in_the_queue_is_no_stall() -> None:
     assert submit.attempt == 0
 
 
-def test_who_was_planned_may_have_been_preempted_where_others_wait() -> None:
+def test_others_that_wait_are_no_excuse_for_one_that_has_a_row() -> None:
     bench = Loaded("a", waiting=5)
     admit(bench, start(bench, make_request()).handle)
-    assert bench.pass_time(118.0) == []
-    assert len(bench.pass_time(12.0)) == 1
+    assert bench.pass_time(29.0) == []
+    assert len(bench.pass_time(9.0)) == 1
 
 
-def test_a_migrated_sequence_waits_again() -> None:
+@pytest.mark.parametrize("loss", ["migrated", "preempted"])
+def test_one_that_lost_its_row_waits_until_it_has_one_again(loss: str) -> None:
     bench = Loaded("a", waiting=1)
     handle = start(bench, make_request()).handle
     admit(bench, handle)
     bench.say("a", tokens(0, (handle, 0, [5], 0)))
-    bench.say("a", scheduler_pb2.AttachResponse(migrated=scheduler_pb2.Migrated(handle=handle)))
+    message = scheduler_pb2.AttachResponse()
+    getattr(message, loss).handle = handle
+    bench.say("a", message)
     assert bench.pass_time(400.0) == []
+    admit(bench, handle)
+    assert bench.pass_time(29.0) == []
+    assert len(bench.pass_time(9.0)) == 1
 
 
 def test_a_long_prompt_has_more_time_for_its_first_token_only() -> None:

@@ -220,6 +220,28 @@ def test_a_stream_of_important_ones_lets_the_least_important_finish_in_the_gaps(
     assert scheduler.counters.priority_preemptions > 3
 
 
+def test_the_router_is_told_who_gave_its_row_up_and_who_has_one_again() -> None:
+    scheduler = scheduler_with(replace(SPEC, max_rows=1))
+    submit(scheduler, 1, 0, max_tokens=8)
+    first = planned(scheduler)
+    assert ([a.handle for a in scheduler.take_admitted()], scheduler.take_preempted()) == ([1], [])
+    scheduler.apply(1, answer(first), 0.0)
+    submit(scheduler, 2, 1, max_tokens=1)
+    second = planned(scheduler)
+    assert [a.handle for a in scheduler.take_admitted()] == [2]
+    assert [p.handle for p in scheduler.take_preempted()] == [1]
+    assert scheduler.take_preempted() == []
+    scheduler.apply(1, answer(second), 0.0)
+    third = planned(scheduler)
+    assert new_handles(third) == [1]
+    assert [a.handle for a in scheduler.take_admitted()] == [1]
+    submit(scheduler, 3, 1, max_tokens=1)
+    scheduler.apply(1, answer(third), 0.0)
+    planned(scheduler)
+    scheduler.cancel((1, 1), 0.0)
+    assert scheduler.take_preempted() == []  # it is gone
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_request_preempted_while_its_step_is_in_flight_is_no_suspect_of_the_next(fails: bool) -> None:
     scheduler = scheduler_with(replace(SPEC, max_rows=1))

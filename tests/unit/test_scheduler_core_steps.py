@@ -422,7 +422,8 @@ def test_a_lost_worker_gives_back_prompt_and_outputs_apart() -> None:
     assert new.token_ids.tolist() == [1000, 1001, 1002, 1003, 7, 7]
     (columns,) = scheduler.apply(2, StepResult(1, np.ones(1, np.uint8), np.array([8], np.int32)), 0.0)
     assert columns.first_output_index.tolist() == [2]
-    assert len(scheduler.take_admitted()) == 1
+    assert len(scheduler.take_admitted()) == 2  # a row, and another one
+    assert scheduler.take_preempted() == []
 
 
 def test_a_cancelled_handle_waits_for_the_plans_that_name_it() -> None:

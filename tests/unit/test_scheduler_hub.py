@@ -133,6 +133,24 @@ def test_a_request_runs_from_submit_to_its_last_token(cluster: Cluster) -> None:
     cluster.hub.core.check_integrity()
 
 
+def test_a_router_hears_of_a_preemption_and_of_the_row_that_follows(cluster: Cluster) -> None:
+    cluster.hub.worker_gone(cluster.worker, 0.0)
+    cluster.worker = cluster.enlist(hello(incarnation=2, max_rows=1))
+    heard = []
+    for handle, priority in ((1, 0), (2, 1)):
+        cluster.say(submit=submit(handle, max_tokens=9 if handle == 1 else 1, priority=priority))
+        for plan in cluster.plans():
+            cluster.answer(plan)
+    while plans := cluster.plans():
+        for plan in plans:
+            cluster.answer(plan)
+    for message in cluster.from_router():
+        kind = message.WhichOneof("message")
+        if kind in ("admitted", "preempted"):
+            heard.append((kind, getattr(message, kind).handle))
+    assert heard == [("admitted", 1), ("admitted", 2), ("preempted", 1), ("admitted", 1)]
+
+
 def test_steps_that_wait_to_be_sent_become_one_batch(cluster: Cluster) -> None:
     cluster.say(submit=submit(1, length=8))
     cluster.say(submit=submit(2, length=6))

@@ -115,7 +115,7 @@ def test_an_operators_drain_outranks_a_move() -> None:
     cluster.hub.drain_worker(going)
     cluster.hub.core.cancel((cluster.router.peer_id, 1), 2.0)
     cluster.hub.core.cancel((cluster.router.peer_id, 2), 2.0)
-    cluster.hub._release_if_drained(going)
+    cluster.hub._leaving.release_if_done(going)
     messages = list(iter(lambda: going.take(2.0), None))
     assert messages[-1].HasField("go_away") and not any(message.HasField("redial") for message in messages)
 

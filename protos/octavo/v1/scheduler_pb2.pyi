@@ -138,7 +138,7 @@ class RouterHeartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("epoch", "welcome", "admitted", "tokens", "failed", "load", "go_away", "cancelled", "models", "migrated")
+    __slots__ = ("epoch", "welcome", "admitted", "tokens", "failed", "load", "go_away", "cancelled", "models", "migrated", "preempted")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +149,7 @@ class AttachResponse(_message.Message):
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     MIGRATED_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     welcome: RouterWelcome
     admitted: Admitted
@@ -159,7 +160,8 @@ class AttachResponse(_message.Message):
     cancelled: Cancelled
     models: ModelList
     migrated: Migrated
-    def __init__(self, epoch: _Optional[int] = ..., welcome: _Optional[_Union[RouterWelcome, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ..., models: _Optional[_Union[ModelList, _Mapping]] = ..., migrated: _Optional[_Union[Migrated, _Mapping]] = ...) -> None: ...
+    preempted: Preempted
+    def __init__(self, epoch: _Optional[int] = ..., welcome: _Optional[_Union[RouterWelcome, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ..., models: _Optional[_Union[ModelList, _Mapping]] = ..., migrated: _Optional[_Union[Migrated, _Mapping]] = ..., preempted: _Optional[_Union[Preempted, _Mapping]] = ...) -> None: ...
 
 class RouterWelcome(_message.Message):
     __slots__ = ("incarnation", "protocol", "heartbeat_ms", "lease_ms", "models")
@@ -216,6 +218,12 @@ class Migrated(_message.Message):
     suspect_group: int
     failures_alone: int
     def __init__(self, handle: _Optional[int] = ..., suspect_group: _Optional[int] = ..., failures_alone: _Optional[int] = ...) -> None: ...
+
+class Preempted(_message.Message):
+    __slots__ = ("handle",)
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class TokenBatch(_message.Message):
     __slots__ = ("handles", "first_output_index", "num_tokens", "finish_reason", "token_ids", "logprobs")
