@@ -1,4 +1,5 @@
 """Requests whose bytes are no message. gRPC's asyncio server answers UNKNOWN and logs a traceback; here they are refused by name.
+So are those whose parsing would keep the event loop from everyone else.
 
 Streams read their messages themselves: a read raises DecodeError, which their handlers answer.
 """
@@ -13,7 +14,13 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from service.errors import OctavoError, Reason, abort
+from service.errors import FieldViolation, OctavoError, Reason, abort
+from service.wire import find_excess
+
+# A message up to this size is parsed whatever it holds: some milliseconds.
+_SMALL_BYTES = 256 << 10
+# Twice what the largest request has that the router takes.
+_MAX_FIELDS = 1 << 17
 
 
 class DecodeInterceptor(grpc.aio.ServerInterceptor):
@@ -34,23 +41,31 @@ class DecodeInterceptor(grpc.aio.ServerInterceptor):
             wrapped = _awaited(behaviour)
         else:
             return handler
-        return make(wrapped, _or_none(handler.request_deserializer), handler.response_serializer)
+        return make(wrapped, _or_error(handler.request_deserializer), handler.response_serializer)
 
 
-def _or_none(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _or_error(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`decode` is FromString of a message class. An error is returned: gRPC would hide one that is raised."""
+    descriptor = decode.__self__.DESCRIPTOR  # type: ignore[attr-defined]
+
     def safe(data: bytes) -> Any:
+        excess = find_excess(_MAX_FIELDS, data, descriptor) if len(data) > _SMALL_BYTES else ""
+        if excess:
+            why = f"the request has more than {_MAX_FIELDS:,} fields and entries, and was not read beyond these"
+            violations = [FieldViolation(excess, why)]
+            return OctavoError(Reason.INVALID_ARGUMENT, f"{excess}: {why}", violations=violations)
         try:
             return decode(data)
         except DecodeError:
-            return None
+            return undecodable()
 
     return safe
 
 
 def _awaited(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
     async def run(request: Any, context: Any) -> Any:
-        if request is None:
-            await abort(context, undecodable())
+        if isinstance(request, OctavoError):
+            await abort(context, request)
         answer = behaviour(request, context)
         del request  # an error that ends the call keeps this frame (service/errors.py, answers_errors)
         return await answer
@@ -60,8 +75,8 @@ def _awaited(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, 
 
 def _generating(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def run(request: Any, context: Any) -> AsyncIterator[Any]:
-        if request is None:
-            await abort(context, undecodable())
+        if isinstance(request, OctavoError):
+            await abort(context, request)
         answer = behaviour(request, context)
         del request  # as above
         async with aclosing(answer) as messages:

@@ -333,7 +333,7 @@ ABSURD = {
         lambda: inference_pb2.GenerateRequest(text="a", idempotency_key="k" * 10_000_000),
         "idempotency_key",
     ),
-    "100,000 messages": (lambda: _chat(messages=[inference_pb2.ChatMessage(role="user")] * 100_000), "chat.messages:"),
+    "100,000 messages": (lambda: _chat(messages=[inference_pb2.ChatMessage(role="user")] * 100_000), "chat.messages"),
     "10,000 unknown roles": (
         lambda: _chat(messages=[inference_pb2.ChatMessage(role="r" * 200)] * 10_000),
         "chat.messages[0].role: must be one of",
@@ -342,16 +342,16 @@ ABSURD = {
         lambda: _chat(
             messages=[inference_pb2.ChatMessage(role="user", content=[inference_pb2.ContentPart()] * 500_000)]
         ),
-        "parts and tool calls",
+        "chat.messages.content",
     ),
-    "200,000 tools": (lambda: _chat(tools=[_nested(1)] * 200_000), "chat.tools:"),
+    "200,000 tools": (lambda: _chat(tools=[_nested(1)] * 200_000), "chat.tools"),
     "500,000 template arguments": (
         lambda: _chat(
             template_args=struct_pb2.Struct(
                 fields={str(i): struct_pb2.Value(null_value=struct_pb2.NULL_VALUE) for i in range(500_000)}
             )
         ),
-        "chat.template_args:",
+        "chat.template_args",
     ),
     "10 MB of template arguments": (
         lambda: _chat(template_args=struct_pb2.Struct(fields={"a": struct_pb2.Value(string_value="x" * 10_000_000)})),
