@@ -17,6 +17,7 @@ from router.attach import Attachments
 from router.gate import Gate
 from router.hub import Hub
 from router.idempotency import IdempotencyKeys
+from router.inference import Inference
 from router.prepare import Clocks, Preparation, TextPool
 from router.pulse import Terms
 from router.service import InferenceService
@@ -72,12 +73,13 @@ class Router:
         self.metrics = Metrics(life.watchdog)
         self._stats = Stats(self.metrics.registry, self.session)
         gate = Gate(settings.max_requests)
-        self.service = InferenceService(self.hub, self.assets, preparation, self.pool, self._stats, gate, authenticator)
+        self.inference = Inference(self.hub, self.assets, preparation, self.pool, self._stats, gate)
+        self.service = InferenceService(self.inference, authenticator)
 
     async def share_keys(self, url: str, me: Peer) -> None:
         """Idempotency keys hold for all routers from now on. Runs until cancelled."""
         shared = SharedKeys(url, me, self._stats.alone)
-        keys = self.service.keys = IdempotencyKeys(self.hub.now, shared)
+        keys = self.inference.keys = IdempotencyKeys(self.hub.now, shared)
         try:
             await shared.listen(keys.taken_over)
         finally:
@@ -106,7 +108,7 @@ class Router:
 
     async def drain(self) -> None:
         """Take nothing new, let what runs end in time; the rest is told to resume at another router."""
-        self.service.draining = True
+        self.inference.draining = True
         deadline = self.hub.now() + self._settings.drain_timeout
         while self.hub.now() < deadline:
             if not self.session.num_requests:

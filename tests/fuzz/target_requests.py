@@ -16,6 +16,7 @@ from google.protobuf import struct_pb2
 from octavo.v1 import inference_pb2, scheduler_pb2
 
 from router.gate import Gate
+from router.inference import Inference
 from router.models import ModelDirectory
 from router.prepare import Clocks, Preparation, Prepared, TextPool
 from router.service import InferenceService
@@ -78,7 +79,8 @@ class _World:
             Clocks(lambda: 100.0, lambda: 1_750_000_000.0),  # type: ignore[arg-type]
         )
         hub: Any = _Hub()
-        self.service = InferenceService(hub, _Assets(), self.preparation, pool, None, Gate(9), Authenticator())  # type: ignore[arg-type]
+        inference = Inference(hub, _Assets(), self.preparation, pool, None, Gate(9))  # type: ignore[arg-type]
+        self.service = InferenceService(inference, Authenticator())
         self.resumable: list[inference_pb2.GenerateRequest] = []
 
     def close(self) -> None:

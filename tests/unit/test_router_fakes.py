@@ -18,6 +18,7 @@ from router.assets import AssetStore, ModelAssets
 from router.attach import Attachments
 from router.gate import Gate
 from router.hub import Hub
+from router.inference import Inference
 from router.prepare import Clocks, Preparation, TextPool
 from router.service import InferenceService
 from router.session import RouterSession, SessionSettings
@@ -223,9 +224,8 @@ class RouterUnderTest:
         )
         stats = Stats(CollectorRegistry(), self.session)
         self.gate = Gate(max_requests)
-        self.service = InferenceService(
-            self.hub, self.store, self.preparation, self.pool, stats, self.gate, Authenticator()
-        )
+        self.inference = Inference(self.hub, self.store, self.preparation, self.pool, stats, self.gate)
+        self.service = InferenceService(self.inference, Authenticator())
         self._schedulers = schedulers
         self.stub: Any = None
 

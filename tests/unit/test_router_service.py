@@ -210,9 +210,9 @@ def test_each_refusal_has_its_reason() -> None:
 def test_no_worker_is_told_soon_and_a_draining_router_refuses() -> None:
     async def main() -> None:
         async with cluster(say_text) as (scheduler, router):
-            router.service.draining = True
+            router.inference.draining = True
             assert (await refuse(router.stub.Generate(ask()))).reason is Reason.DRAINING
-            router.service.draining = False
+            router.inference.draining = False
             await scheduler.stop()
             await eventually(lambda: router.session.num_attached == 0)
             assert (await refuse(router.stub.Generate(ask()))).reason is Reason.NO_WORKER
