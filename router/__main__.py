@@ -75,7 +75,16 @@ class Router:
         self.metrics = Metrics(life.watchdog)
         self._stats = Stats(self.metrics.registry, self.session)
         gate = Gate(settings.max_requests)
-        self.inference = Inference(self.hub, self.assets, preparation, self.pool, self._stats, gate)
+        self.inference = Inference(
+            self.hub,
+            self.assets,
+            preparation,
+            self.pool,
+            self._stats,
+            gate,
+            max_parked=settings.max_parked,
+            max_buffered_tokens=settings.max_buffered_tokens,
+        )
         self.service = InferenceService(self.inference, authenticator)
         self.gateway = Gateway(
             self.inference, self.pool, authenticator, self.metrics.registry, settings.http_keep_alive_seconds
@@ -118,6 +127,7 @@ class Router:
     async def drain(self) -> None:
         """Take nothing new, let what runs end in time; the rest is told to resume at another router."""
         self.inference.draining = True
+        self.inference.parking.close()
         deadline = self.hub.now() + self._settings.drain_timeout
         while self.hub.now() < deadline:
             if not self.session.num_requests:

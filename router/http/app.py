@@ -15,13 +15,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from router.http.ask import Ask, Options, check_text
-from router.http.body import Gone, Receive, Scope, Send, header, read_object
+from router.http.body import Gone, Receive, Scope, Send, header, read_body, read_object
 from router.http.chat import ChatView, read_chat
 from router.http.completions import CompletionView, read_completions
 from router.http.errors import HttpError, Names, Problem, problem_of
 from router.http.models import detokenize, model_list, one_model, tokenize
-from router.http.stream import Streams, View, headers_of
+from router.http.stream import Streams, headers_of
 from router.http.tasks import together, while_connected
+from router.http.view import View
 from router.inference import Inference
 from router.prepare import TextPool
 from service.errors import OctavoError, Reason
@@ -53,42 +54,66 @@ class Gateway:
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [
-            self._route("/v1/chat/completions", "POST", self._chat),
-            self._route("/v1/completions", "POST", self._completions),
-            self._route("/v1/models", "GET", self._models),
-            self._route("/v1/models/{name:path}", "GET", self._model),
-            self._route("/tokenize", "POST", self._tokenize),
-            self._route("/detokenize", "POST", self._detokenize),
-            self._route("/version", "GET", self._version),
-            self._route("/metrics", "GET", self._metrics, role=Role.ADMIN),
-            self._route("/health", "GET", self._health, role=None),
-            self._route("/ready", "GET", self._readiness, role=None),
+            self._route("/v1/chat/completions", ("GET", "POST"), self._chat),
+            self._route("/v1/completions", ("GET", "POST"), self._completions),
+            self._route("/v1/models", ("GET",), self._models),
+            self._route("/v1/models/{name:path}", ("GET",), self._model),
+            self._route("/tokenize", ("POST",), self._tokenize),
+            self._route("/detokenize", ("POST",), self._detokenize),
+            self._route("/version", ("GET",), self._version),
+            self._route("/metrics", ("GET",), self._metrics, role=Role.ADMIN),
+            self._route("/health", ("GET",), self._health, role=None),
+            self._route("/ready", ("GET",), self._readiness, role=None),
         ]
         handlers: dict[Any, Any] = {HTTPException: self._no_route, Exception: _defect}
         return Starlette(routes=routes, exception_handlers=handlers)
 
-    def _route(self, path: str, method: str, answer: Answer, role: Role | None = Role.CLIENT) -> Route:
+    def _route(self, path: str, methods: tuple[str, ...], answer: Answer, role: Role | None = Role.CLIENT) -> Route:
         """`role`: what a caller has to be at least; None lets everybody in."""
-        return Route(path, _Endpoint(answer, self._authenticator, role), methods=[method])
+        return Route(
+            path,
+            _Endpoint(answer, self._authenticator, role),
+            methods=[methods] if isinstance(methods, str) else list(methods),
+        )
 
     # ---- generation
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        if await self._resumed(scope, receive, send, caller):
+            return
         ask = read_chat(await read_object(scope, receive, self._pool), Options.read(scope))
         await self._answer(ask, ChatView(ask), caller, scope, receive, send)
 
     async def _completions(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        if await self._resumed(scope, receive, send, caller):
+            return
         body = await read_object(scope, receive, self._pool)
         ask = await read_completions(body, Options.read(scope), self.inference)
         await self._answer(ask, CompletionView(ask), caller, scope, receive, send)
+
+    async def _resumed(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> bool:
+        """Whether the client came again for a stream that it knows, and was served. What its body says was said before."""
+        event_id = header(scope, b"last-event-id")
+        if event_id is None:
+            if scope["method"] == "POST":
+                return False
+            raise HttpError(
+                Problem(405, "GET is for going on with a stream, by last-event-id", headers=(("allow", "POST"),))
+            )
+        await read_body(scope, receive)
+        if self.inference.draining:
+            raise OctavoError(Reason.DRAINING, "this router is shutting down")
+        job = self.streams.resume(event_id, self.inference, caller.tenant, scope, send)
+        await while_connected(scope, receive, job)
+        return True
 
     async def _answer(self, ask: Ask, view: View, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if ask.stream:
                 job = self.streams.run(ask, view, self.inference, caller.tenant, scope, send)
-                await while_connected(receive, job)
+                await while_connected(scope, receive, job)
             else:
-                answers = await while_connected(receive, self._complete(ask, caller.tenant))
+                answers = await while_connected(scope, receive, self._complete(ask, caller.tenant))
                 await _send(send, Response(view.answer(answers), media_type="application/json"), headers_of(answers[0]))
         except OctavoError as error:
             raise HttpError(problem_of(error, ask.names)) from None

@@ -81,6 +81,14 @@ def take_streaming(fields: Fields) -> tuple[bool, bool]:
     return stream, include_usage
 
 
+def check_grace(request: inference_pb2.GenerateRequest, stream: bool) -> None:
+    """Raises a 400 where the request could not be gone on with."""
+    if request.resume_grace_ms and not stream:
+        raise invalid("resume_grace_ms", "is for streams only")
+    if request.resume_grace_ms and request.sampling.HasField("logprobs"):
+        raise invalid("resume_grace_ms", "can't be combined with logprobs: those that were told are not kept")
+
+
 def check_text(error: UnicodeEncodeError) -> HttpError:
     """A lone surrogate, which JSON can write and UTF-8 can't."""
     return invalid(

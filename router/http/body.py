@@ -16,6 +16,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 MAX_BODY_BYTES = 16 << 20  # as gRPC's
 MAX_VALUES = 500_000  # a value takes fifty times its bytes once parsed, and Python's lock meanwhile
 _INLINE_BYTES = 32 << 10
+_DISCARDED_BYTES = 4 * MAX_BODY_BYTES
 
 
 class Gone(Exception):
@@ -44,6 +45,8 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
     """All of it. Raises HttpError 413 as soon as it is too much, and Gone."""
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
+        if header(scope, b"expect") is None:
+            await _discard(receive, 0)
         raise _too_large()
     chunks: list[bytes] = []
     size = 0
@@ -54,10 +57,22 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > MAX_BODY_BYTES:
+            chunks.clear()
+            if message.get("more_body", False):
+                await _discard(receive, size)
             raise _too_large()
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)
+
+
+async def _discard(receive: Receive, size: int) -> None:
+    """Let a client that sends on do so, within bounds: it reads no answer before, and closing on it would destroy the answer."""
+    while size < _DISCARDED_BYTES:
+        message = await receive()
+        size += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
 
 
 def parse(body: bytes) -> dict[str, Any]:

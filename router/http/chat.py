@@ -7,7 +7,7 @@ from typing import Any
 
 from octavo.v1 import inference_pb2
 
-from router.http.ask import Ask, Options, take_streaming
+from router.http.ask import Ask, Options, check_grace, take_streaming
 from router.http.errors import Names, invalid
 from router.http.fields import Fields
 from router.http.grammar import take_grammar
@@ -36,6 +36,7 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
     take_request(fields, request)
     fields.finish()
     options.apply(request)
+    check_grace(request, stream)
     names = Names(
         (
             ("sampling.max_tokens", limit),

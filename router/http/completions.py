@@ -7,7 +7,7 @@ from typing import Any
 
 from octavo.v1 import inference_pb2
 
-from router.http.ask import Ask, Options, take_streaming
+from router.http.ask import Ask, Options, check_grace, take_streaming
 from router.http.errors import Names, invalid
 from router.http.fields import Fields, integer
 from router.http.grammar import take_grammar
@@ -51,6 +51,7 @@ async def read_completions(body: dict[str, Any], options: Options, inference: In
     prompts = _take_prompts(fields)
     fields.finish()
     options.apply(common)
+    check_grace(common, stream)
     names = Names(
         (
             ("sampling.prompt_logprobs", "logprobs" if echo else "prompt_logprobs"),
@@ -132,7 +133,7 @@ async def _truncate(ask: Ask, keep_last: int, inference: Inference) -> None:
     if keep_last == 0:
         raise invalid("truncate_prompt_tokens", "must be -1 or at least 1")
     for request in ask.requests:
-        model, _ = await inference.model(request.model)
+        model, _ = await inference.texts.model(request.model)
         room = model.max_model_len - request.sampling.max_tokens
         most = max(1, room if keep_last < 0 else keep_last)
         ids = await _ids_of(request, inference)
@@ -143,14 +144,14 @@ async def _use_token_ids(request: inference_pb2.GenerateRequest, inference: Infe
     """The prompt as ids from now on. Returns the first one's text, which no log-probability tells."""
     ids = await _ids_of(request, inference)
     request.token_ids.ids[:] = ids
-    _, assets = await inference.model(request.model)
+    _, assets = await inference.texts.model(request.model)
     return assets.table.token_bytes(ids[0]).decode(errors="replace") if ids else ""
 
 
 async def _ids_of(request: inference_pb2.GenerateRequest, inference: Inference) -> list[int]:
     if request.WhichOneof("input") == "token_ids":
         return list(request.token_ids.ids)
-    answer = await inference.tokenize(inference_pb2.TokenizeRequest(model=request.model, text=request.text))
+    answer = await inference.texts.tokenize(inference_pb2.TokenizeRequest(model=request.model, text=request.text))
     return list(answer.token_ids)
 
 
@@ -161,7 +162,7 @@ async def _text_of(request: inference_pb2.GenerateRequest, inference: Inference)
     asked = inference_pb2.DetokenizeRequest(model=request.model, token_ids=request.token_ids.ids)
     if request.sampling.HasField("skip_special_tokens"):
         asked.skip_special_tokens = request.sampling.skip_special_tokens
-    return (await inference.detokenize(asked)).text
+    return (await inference.texts.detokenize(asked)).text
 
 
 class CompletionView:

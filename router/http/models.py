@@ -19,13 +19,13 @@ _NAMES = Names(
 
 def model_list(inference: Inference) -> dict[str, Any]:
     """All of them; a model of several versions once."""
-    found = {model.name: _shown(model) for model in inference.models().models}
+    found = {model.name: _shown(model) for model in inference.texts.list_models().models}
     return {"object": "list", "data": list(found.values())}
 
 
 def one_model(inference: Inference, name: str) -> dict[str, Any]:
     """The model of this name. Raises MODEL_UNKNOWN."""
-    for model in inference.models().models:
+    for model in inference.texts.list_models().models:
         if model.name == name:
             return _shown(model)
     raise OctavoError(Reason.MODEL_UNKNOWN, f"no model named {name[:200]!r}")
@@ -47,7 +47,7 @@ async def tokenize(body: dict[str, Any], inference: Inference) -> dict[str, Any]
     shown = fields.flag("return_token_strs")
     fields.finish()
     try:
-        answer = await inference.tokenize(request)
+        answer = await inference.texts.tokenize(request)
         texts = await _token_texts(inference, request.model, answer.token_ids) if shown else None
     except OctavoError as error:
         raise HttpError(problem_of(error, _NAMES)) from None
@@ -64,14 +64,14 @@ async def detokenize(body: dict[str, Any], inference: Inference) -> dict[str, An
         request.skip_special_tokens = skip
     fields.finish()
     try:
-        answer = await inference.detokenize(request)
+        answer = await inference.texts.detokenize(request)
     except OctavoError as error:
         raise HttpError(problem_of(error, _NAMES)) from None
     return {"prompt": answer.text}
 
 
 async def _token_texts(inference: Inference, name: str, token_ids: Any) -> list[str]:
-    _, assets = await inference.model(name)
+    _, assets = await inference.texts.model(name)
     return [assets.table.token_bytes(token_id).decode(errors="replace") for token_id in token_ids]
 
 

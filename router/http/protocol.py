@@ -12,6 +12,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from router.http.errors import Problem
 
+_LINGER_SECONDS = 1.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -37,6 +39,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_headers = True
         self._header_bytes = 0
         self._refusal: Problem | None = None
+        self._refused = False
 
     # ---- the connection
 
@@ -58,12 +61,12 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
+        super().data_received(data)
         if self._in_headers:
             self._header_bytes += len(data)
-        super().data_received(data)
-        if self._in_headers and self._header_bytes > self._limits.header_bytes and not self.transport.is_closing():
+        if self._header_bytes > self._limits.header_bytes:
             self._refuse(_headers_too_large(self._limits))
 
     def pause_writing(self) -> None:
@@ -87,17 +90,12 @@ class HttpProtocol(HttpToolsProtocol):
         if self._timer is None:
             self._arm(self._limits.header_seconds, self._too_slow)
 
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._count(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        self._count(len(name) + len(value))
-
     def on_headers_complete(self) -> None:
         self._in_headers = False
         self._header_bytes = 0
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._limits.header_bytes:
+            self._refusal = _headers_too_large(self._limits)
+            raise ValueError  # the parser passes it on as a bad request
         self._arm(self._limits.body_seconds, self._too_slow)
         super().on_headers_complete()
 
@@ -110,13 +108,6 @@ class HttpProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(self._refusal or Problem(400, "this is no valid HTTP request"))
 
-    def _count(self, size: int) -> None:
-        """Headers that came in one piece with what follows them."""
-        self._header_bytes += size
-        if self._header_bytes > 2 * self._limits.header_bytes:
-            self._refusal = _headers_too_large(self._limits)
-            raise ValueError  # the parser passes it on as a bad request
-
     def _too_slow(self) -> None:
         self._timer = None
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
@@ -125,8 +116,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, problem: Problem) -> None:
         """Answer past the application, which hears that the client is gone, and hang up."""
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
+        self._refused = True
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = problem.body()
             head = [STATUS_LINE[problem.status], b"content-type: application/json\r\nconnection: close\r\n"]
@@ -135,8 +127,14 @@ class HttpProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self._disarm()
-        self.transport.close()
+        if (
+            self.transport.can_write_eof()
+        ):  # closed at once, what the client still sends would destroy the answer on its way
+            self.transport.write_eof()
+            self._arm(_LINGER_SECONDS, self.transport.abort)
+        else:
+            self._disarm()
+            self.transport.close()
 
     def _arm(self, seconds: float, callback: Callable[[], None]) -> None:
         self._disarm()

@@ -6,17 +6,21 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Protocol
+from dataclasses import replace
 
 from octavo.v1 import inference_pb2
 
 from router.http.ask import Ask
 from router.http.body import Scope, Send
-from router.http.errors import problem_of
+from router.http.errors import HttpError, Problem, invalid, problem_of
+from router.http.journal import Journal
 from router.http.tasks import together
-from router.inference import Call, Inference
+from router.http.view import View
+from router.inference import Inference
+from router.parking import Call, Expired
 from service.errors import OctavoError
 
+_LAST_EVENT_ID = "last-event-id"
 KEEP_ALIVE = b": keep-alive\n\n"
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -25,23 +29,13 @@ _HEADERS = (
 )
 
 
-class View(Protocol):
-    """How one kind of request is answered. An event is the bytes of one whole server-sent event."""
-
-    def answer(self, answers: list[inference_pb2.CompleteResponse]) -> bytes: ...
-    def open(self, started: list[inference_pb2.Started]) -> list[bytes]: ...
-    def delta(self, prompt: int, delta: inference_pb2.Delta) -> bytes: ...
-    def finished(self, prompt: int, finished: inference_pb2.Finished) -> bytes: ...
-    def close(self) -> list[bytes]: ...
-
-
 class EventStream:
     """The events of one answer on their connection. Several writers may take turns: each write leaves as a whole."""
 
     def __init__(self, scope: Scope, send: Send, calls: Sequence[Call]) -> None:
         self._send = send
         self._abort: Callable[[], None] = scope.get("extensions", {}).get("octavo.abort", lambda: None)
-        self._calls = calls
+        self.calls = calls
         self._wrote_at = time.monotonic()
         self._blocked = 0
         self.silent = False  # a comment is due
@@ -63,11 +57,11 @@ class EventStream:
     def look(self, now: float, interval: float) -> None:
         """Called now and then: ask for a comment after a silence; hang up on a client whose request failed while it read nothing."""
         if self._blocked:
-            if any(call.request.error is not None for call in self._calls):
+            if any(call.request.error is not None for call in self.calls):
                 self._abort()
         elif now - self._wrote_at >= interval and not self.silent:
             self.silent = True
-            self._calls[0].stream.wake()
+            self.calls[0].stream.wake()
 
 
 class Streams:
@@ -96,33 +90,73 @@ class Streams:
                 for request in ask.requests
             ]
             started = [await inference.started(call) for call in calls]
+            journal = None
+            if calls[0].grace:
+                journal = calls[0].view = Journal(calls[0].request_id, ask, view)
             stream = EventStream(scope, send, calls)
             await stream.start(headers_of(started[0]))
-            self._open.add(stream)
-            try:
-                await stream.write(b"".join(view.open(started)))
-                if len(calls) == 1:
-                    await _feed(stream, view, inference, 0, calls[0])
-                else:
-                    await together(_feed(stream, view, inference, at, call) for at, call in enumerate(calls))
-                await stream.write(b"".join(view.close()), last=True)
-            except OctavoError as error:
-                event = b"data: " + problem_of(error, ask.names).body() + b"\n\n"
-                await stream.write(event, last=True)
-            finally:
-                self._open.discard(stream)
+            opening = view.open(started)
+            await stream.write(b"".join(opening) if journal is None else journal.opening(opening))
+            await self._go_on(stream, ask, view, inference, journal)
+
+    async def resume(self, event_id: str, inference: Inference, tenant: str, scope: Scope, send: Send) -> None:
+        """Go on after this event with a stream that is parked here, or whose connection has not broken yet. Raises HttpError."""
+        request_id, _, number = event_id.rpartition(":")
+        found = inference.parking.find(request_id, tenant)
+        if not (number.isascii() and number.isdigit() and len(number) <= 10):
+            raise invalid(_LAST_EVENT_ID, "must be the id of an event")
+        if found is not None and not isinstance(found.view, Journal):
+            raise _no_stream(Problem(404, "no stream of this id is kept here"))
+        if found is not None and not found.view.knows(int(number)):
+            raise invalid(_LAST_EVENT_ID, "this event was never sent, or came again under another id")
+        try:
+            async with inference.resuming(request_id, tenant) as call:
+                journal: Journal = call.view
+                await inference.rewind(call, journal.back_to(int(number)))
+                stream = EventStream(scope, send, [call])
+                started = call.started()
+                await stream.start(headers_of(started))
+                if opening := journal.opening([]):
+                    await stream.write(opening)
+                await self._go_on(stream, journal.ask, journal.view, inference, journal)
+        except Expired as error:
+            raise _no_stream(Problem(410, error.message)) from None
+        except OctavoError as error:
+            raise _no_stream(Problem(404, error.message)) from None
+
+    async def _go_on(
+        self, stream: EventStream, ask: Ask, view: View, inference: Inference, journal: Journal | None
+    ) -> None:
+        """From after the opening to the end."""
+        calls = stream.calls
+        self._open.add(stream)
+        try:
+            if len(calls) == 1:
+                await _feed(stream, view, inference, 0, calls[0], journal)
+            else:
+                await together(_feed(stream, view, inference, at, call, None) for at, call in enumerate(calls))
+            closing = view.close()
+            await stream.write(b"".join(closing) if journal is None else journal.closing(closing), last=True)
+        except OctavoError as error:
+            await stream.write(b"data: " + problem_of(error, ask.names).body() + b"\n\n", last=True)
+        finally:
+            self._open.discard(stream)
 
 
-async def _feed(stream: EventStream, view: View, inference: Inference, at: int, call: Call) -> None:
+async def _feed(
+    stream: EventStream, view: View, inference: Inference, at: int, call: Call, journal: Journal | None
+) -> None:
     """One call's events, to its end: all that is there at once in one write. Raises what it ends with."""
     request, outgoing = call.request, inference.hub.outgoing
     while True:
         events = b""
         for message in outgoing(call.stream):
             if message.HasField("delta"):
-                events += view.delta(at, message.delta)
+                event = view.delta(at, message.delta)
+                events += event if journal is None else journal.delta(message.delta, event)
             elif message.HasField("finished"):
-                events += view.finished(at, message.finished)
+                event = view.finished(at, message.finished)
+                events += event if journal is None else journal.finished(message.finished, event)
         if events:
             await stream.write(events)
         elif stream.silent:
@@ -132,6 +166,11 @@ async def _feed(stream: EventStream, view: View, inference: Inference, at: int, 
         if request.delivered:
             return
         await call.stream.wait()
+
+
+def _no_stream(problem: Problem) -> HttpError:
+    code = "stream_expired" if problem.status == 410 else "stream_not_found"
+    return HttpError(replace(problem, param=_LAST_EVENT_ID, code=code))
 
 
 def headers_of(started: inference_pb2.Started | inference_pb2.CompleteResponse) -> list[tuple[bytes, bytes]]:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
-from router.http.body import Gone, Receive
+from router.http.body import Gone, Receive, Scope
 from router.http.errors import HttpError
 from service.errors import OctavoError
 
@@ -26,15 +26,21 @@ async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns or raises; cancelled as soon as the client hangs up, which raises Gone. The body has been read."""
+async def while_connected(scope: Scope, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns or raises; cancelled as soon as the client hangs up, which raises Gone. The body has been read.
+
+    Work that is cancelled by others goes on for another connection: then this one is hung up on.
+    """
     running = asyncio.ensure_future(work)
     closed = asyncio.ensure_future(_closed(receive))
     try:
         await asyncio.wait((running, closed), return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            return running.result()
-        raise Gone
+        if running.cancelled():
+            scope["extensions"]["octavo.abort"]()
+            await closed
+        if not running.done() or running.cancelled():
+            raise Gone
+        return running.result()
     finally:
         for task in (running, closed):
             task.cancel()
