@@ -20,6 +20,7 @@ from router.http.chat import ChatView, read_chat
 from router.http.completions import CompletionView, read_completions
 from router.http.errors import HttpError, Names, Problem, problem_of
 from router.http.models import detokenize, model_list, one_model, tokenize
+from router.http.responses import ResponseView, read_responses
 from router.http.stream import Streams, headers_of
 from router.http.tasks import together, while_connected
 from router.http.view import View
@@ -56,6 +57,7 @@ class Gateway:
         routes = [
             self._route("/v1/chat/completions", ("GET", "POST"), self._chat),
             self._route("/v1/completions", ("GET", "POST"), self._completions),
+            self._route("/v1/responses", ("GET", "POST"), self._responses),
             self._route("/v1/models", ("GET",), self._models),
             self._route("/v1/models/{name:path}", ("GET",), self._model),
             self._route("/tokenize", ("POST",), self._tokenize),
@@ -73,7 +75,7 @@ class Gateway:
         return Route(
             path,
             _Endpoint(answer, self._authenticator, role),
-            methods=[methods] if isinstance(methods, str) else list(methods),
+            methods=list(methods),
         )
 
     # ---- generation
@@ -90,6 +92,13 @@ class Gateway:
         body = await read_object(scope, receive, self._pool)
         ask = await read_completions(body, Options.read(scope), self.inference)
         await self._answer(ask, CompletionView(ask), caller, scope, receive, send)
+
+    async def _responses(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        if await self._resumed(scope, receive, send, caller):
+            return
+        body = await read_object(scope, receive, self._pool)
+        ask = read_responses(body, Options.read(scope))
+        await self._answer(ask, ResponseView(body), caller, scope, receive, send)
 
     async def _resumed(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> bool:
         """Whether the client came again for a stream that it knows, and was served. What its body says was said before."""

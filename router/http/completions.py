@@ -8,7 +8,7 @@ from typing import Any
 from octavo.v1 import inference_pb2
 
 from router.http.ask import Ask, Options, check_grace, take_streaming
-from router.http.errors import Names, invalid
+from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields, integer
 from router.http.grammar import take_grammar
 from router.http.jsontext import FINISH_REASONS, completion_logprobs, dumps, prompt_logprobs, quoted, stop_reason, usage
@@ -247,6 +247,10 @@ class CompletionView:
         reason = quoted(FINISH_REASONS[finished.finish_reason])
         end = f'{reason},"stop_reason":{dumps(stop_reason(finished))}'
         return self._event(prompt * self._n + finished.index, "", end=end)
+
+    def fail(self, problem: Problem) -> bytes:
+        """The last event where it goes wrong: no [DONE] follows."""
+        return b"data: " + problem.body() + b"\n\n"
 
     def close(self) -> list[bytes]:
         """The last events."""

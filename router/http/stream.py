@@ -138,7 +138,7 @@ class Streams:
             closing = view.close()
             await stream.write(b"".join(closing) if journal is None else journal.closing(closing), last=True)
         except OctavoError as error:
-            await stream.write(b"data: " + problem_of(error, ask.names).body() + b"\n\n", last=True)
+            await stream.write(view.fail(problem_of(error, ask.names)), last=True)
         finally:
             self._open.discard(stream)
 

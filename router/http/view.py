@@ -6,6 +6,8 @@ from typing import Protocol
 
 from octavo.v1 import inference_pb2
 
+from router.http.errors import Problem
+
 
 class View(Protocol):
     """An event is the bytes of one whole server-sent event. `prompt` counts the prompts of a request."""
@@ -24,6 +26,10 @@ class View(Protocol):
 
     def finished(self, prompt: int, finished: inference_pb2.Finished) -> bytes:
         """The end of an output, as an event."""
+        ...
+
+    def fail(self, problem: Problem) -> bytes:
+        """The last event of a stream that goes wrong."""
         ...
 
     def close(self) -> list[bytes]:
