@@ -113,6 +113,11 @@ class LocalCluster:
         return self.addresses("router")
 
     @property
+    def gateways(self) -> list[str]:
+        """Where the routers speak HTTP, HOST:PORT, in the order of their numbers."""
+        return [member.ready.http for member in self.members.values() if member.command.service == "router"]
+
+    @property
     def schedulers(self) -> list[str]:
         """Addresses, in the order of their numbers."""
         return self.addresses("scheduler")
@@ -196,6 +201,8 @@ class LocalCluster:
     def _command(self, service: str, more: Mapping[str, Flag] | None = None) -> Command:
         number = 1 + sum(member.command.service == service for member in self.members.values())
         flags: dict[str, Flag] = {"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", "drain-timeout": 5}
+        if service == "router":
+            flags["http-listen"] = "127.0.0.1:0"
         if self.redis_url is not None:
             flags["redis"] = self.redis_url
         elif service != "scheduler":
@@ -247,7 +254,10 @@ def serve(model: str, options: ServeOptions | None = None) -> int:
             model=chosen.argument,
             redis=redis_binary() is not None,
             flags={
-                "router": {"listen": options.listen or free_address(DEFAULT_LISTEN["router"], set())},
+                "router": {
+                    "listen": options.listen or free_address(DEFAULT_LISTEN["router"], set()),
+                    "http-listen": free_address(DEFAULT_LISTEN["http"], set()),
+                },
                 "worker": {"served-name": chosen.served_name, **options.worker_flags},
             },
             root=options.root,
@@ -265,6 +275,7 @@ def _stay(cluster: LocalCluster, ended: queue.SimpleQueue[str], model: str) -> i
     """Until interrupted, start what dies again."""
     addresses = state.Cluster(
         router=tuple(cluster.routers),
+        http=tuple(cluster.gateways),
         scheduler=tuple(cluster.schedulers),
         redis=cluster.redis_url,
         metrics={member.name: member.ready.metrics for member in cluster.members.values() if member.name != "redis"},
@@ -272,7 +283,8 @@ def _stay(cluster: LocalCluster, ended: queue.SimpleQueue[str], model: str) -> i
     )
     recent: deque[float] = deque(maxlen=RESTARTS)
     with state.published(addresses):
-        print(f"{model} is served at {cluster.routers[0]}; Ctrl-C stops", flush=True)
+        http = f"http://{cluster.gateways[0]}/v1"
+        print(f"{model} is served at {cluster.routers[0]} and {http} (OpenAI's API); Ctrl-C stops", flush=True)
         try:
             while True:
                 member = cluster.members[ended.get()]

@@ -19,7 +19,12 @@ from deploy.environment import ROOT
 # A flag's value: a list repeats the flag, None leaves it out.
 Flag = str | int | float | Path | Sequence[str] | None
 
-DEFAULT_LISTEN = {"router": "127.0.0.1:50051", "scheduler": "127.0.0.1:50061", "redis": "127.0.0.1:6379"}
+DEFAULT_LISTEN = {
+    "router": "127.0.0.1:50051",
+    "http": "127.0.0.1:50080",  # of the router
+    "scheduler": "127.0.0.1:50061",
+    "redis": "127.0.0.1:6379",
+}
 SERVICE_ORDER = ("redis", "scheduler", "worker", "router")  # started in this order, stopped in the reverse
 
 

@@ -15,7 +15,7 @@ from deploy.model import DEFAULT_MODEL
 from deploy.readiness import ClusterError
 from deploy.state import RUN, Cluster
 
-ROUTER = "127.0.0.1:50051"  # as docker-compose.yml publishes it
+ROUTER, HTTP = "127.0.0.1:50051", "127.0.0.1:50080"  # as docker-compose.yml publishes them
 TOKEN_FILE = RUN / "cluster-token"
 
 
@@ -64,7 +64,9 @@ def up(model: str, workers: int) -> int:
     if code != 0:
         raise ClusterError(f"docker compose up failed with exit code {code}")
     token = TOKEN_FILE.relative_to(ROOT)
-    cluster = Cluster(router=(ROUTER,), scheduler=(), redis=None, model=model, runtime="docker", token_file=str(token))
+    cluster = Cluster(
+        router=(ROUTER,), http=(HTTP,), scheduler=(), redis=None, model=model, runtime="docker", token_file=str(token)
+    )
     state.write(cluster)
     show.summary(cluster)
     return 0

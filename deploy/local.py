@@ -101,7 +101,8 @@ def plan(model: Model, workers: int, directory: Path) -> list[Command]:
     for number in range(1, workers + 1):
         flags = worker_flags(model, threads) | where
         add("worker", f"worker-{number}", flags, worker_env(number, gpus, model.backend))
-    add("router", "router-1", {"listen": free_address(DEFAULT_LISTEN["router"], taken), **where})
+    listen, http = (free_address(DEFAULT_LISTEN[door], taken) for door in ("router", "http"))
+    add("router", "router-1", {"listen": listen, "http-listen": http, **where})
     return commands
 
 
@@ -118,6 +119,7 @@ def worker_flags(model: Model, threads: int | None) -> dict[str, Flag]:
 def describe(commands: Sequence[Command], model: Model) -> Cluster:
     """The addresses that the ready files tell. Raises ClusterError where one is missing."""
     addresses: dict[str, list[str]] = {"router": [], "scheduler": [], "worker": []}
+    http = []
     metrics = {}
     for command in commands:
         if command.ready_file is None:
@@ -126,9 +128,12 @@ def describe(commands: Sequence[Command], model: Model) -> Cluster:
         if ready is None:
             raise ClusterError(f"{command.name} has just ended; see make logs NAME={command.name}")
         addresses[command.service].append(ready.address)
+        if ready.http:
+            http.append(ready.http)
         metrics[command.name] = ready.metrics
     return Cluster(
         router=tuple(addresses["router"]),
+        http=tuple(http),
         scheduler=tuple(addresses["scheduler"]),
         redis=next((command.address for command in commands if command.service == "redis"), None),
         metrics=metrics,

@@ -128,8 +128,10 @@ class Member:
         """It serves: from now on it is started at the address it has, which others may know."""
         self.served = True
         argv = list(self.command.argv)
-        if self.command.ready_file is not None and "--listen" in argv:
-            argv[argv.index("--listen") + 1] = self.address
+        if self.command.ready_file is not None:
+            for flag, address in (("--listen", self.address), ("--http-listen", self.ready.http)):
+                if address and flag in argv:
+                    argv[argv.index(flag) + 1] = address
             self.command = dataclasses.replace(self.command, argv=tuple(argv))
 
     def death(self) -> ProcessDied | None:

@@ -44,6 +44,7 @@ class Ready:
     metrics: str
     pid: int
     incarnation: int
+    http: str = ""  # of a router that speaks it
 
 
 def read_ready(path: Path) -> Ready | None:
@@ -52,7 +53,7 @@ def read_ready(path: Path) -> Ready | None:
         facts = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    ready = Ready(**{key: facts[key] for key in Ready.__slots__})
+    ready = Ready(**{key: facts[key] for key in Ready.__slots__ if key in facts})
     return ready if _lives(ready.pid) else None
 
 

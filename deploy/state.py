@@ -24,6 +24,7 @@ class Cluster:
 
     router: tuple[str, ...]
     scheduler: tuple[str, ...]
+    http: tuple[str, ...] = ()  # of the routers
     redis: str | None
     metrics: Mapping[str, str] = field(default_factory=dict)  # by process name, HOST:PORT
     model: str = ""  # the name to ask for
@@ -38,7 +39,7 @@ def read() -> Cluster | None:
         facts = json.loads(CLUSTER_FILE.read_text())
     except FileNotFoundError:
         return None
-    return Cluster(**facts | {key: tuple(facts[key]) for key in ("router", "scheduler")})
+    return Cluster(**facts | {key: tuple(facts.get(key, ())) for key in ("router", "scheduler", "http")})
 
 
 def write(cluster: Cluster) -> None:

@@ -15,6 +15,8 @@ from octavo.v1 import inference_pb2_grpc
 from router.assets import AssetStore
 from router.attach import Attachments
 from router.gate import Gate
+from router.http.app import Gateway
+from router.http.server import HttpServer
 from router.hub import Hub
 from router.idempotency import IdempotencyKeys
 from router.inference import Inference
@@ -26,7 +28,7 @@ from router.settings import RouterSettings
 from router.shared_keys import SharedKeys
 from router.stats import Stats
 from router.ticket import TicketOffice, ticket_key
-from service.auth import credentials, read_token
+from service.auth import check_binding, credentials, read_token
 from service.discovery import Peer, Registry
 from service.errors import OctavoError, Reason
 from service.keys import ApiKeys, Authenticator
@@ -73,8 +75,20 @@ class Router:
         self.metrics = Metrics(life.watchdog)
         self._stats = Stats(self.metrics.registry, self.session)
         gate = Gate(settings.max_requests)
-        self.inference = Inference(self.hub, self.assets, preparation, self.pool, self._stats, gate)
+        self.inference = Inference(
+            self.hub,
+            self.assets,
+            preparation,
+            self.pool,
+            self._stats,
+            gate,
+            max_parked=settings.max_parked,
+            max_buffered_tokens=settings.max_buffered_tokens,
+        )
         self.service = InferenceService(self.inference, authenticator)
+        self.gateway = Gateway(
+            self.inference, self.pool, authenticator, self.metrics.registry, settings.http_keep_alive_seconds
+        )
 
     async def share_keys(self, url: str, me: Peer) -> None:
         """Idempotency keys hold for all routers from now on. Runs until cancelled."""
@@ -106,9 +120,14 @@ class Router:
                 return
             await asyncio.sleep(0.01)
 
+    def set_serving(self, serving: bool) -> None:
+        """Tell those who ask over HTTP whether to send requests here."""
+        self.gateway.ready = serving
+
     async def drain(self) -> None:
         """Take nothing new, let what runs end in time; the rest is told to resume at another router."""
         self.inference.draining = True
+        self.inference.parking.close()
         deadline = self.hub.now() + self._settings.drain_timeout
         while self.hub.now() < deadline:
             if not self.session.num_requests:
@@ -131,10 +150,12 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
     server = Server(settings, SERVICES, PUBLIC_MESSAGE_BYTES, keys)
     router = Router(life, settings, server.authenticator)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(router.service, server.grpc)
+    http = _http_server(router, settings, server.authenticator)
     registry = Registry(settings.redis, router.metrics.redis_up()) if settings.redis else None
     try:
         address = await server.start()
         router.metrics.start(settings.metrics)
+        http_address = "" if http is None else await http.start()
         me = Peer(address, str(life.incarnation), life.name)
         async with asyncio.TaskGroup() as tasks:
             background = [
@@ -144,6 +165,8 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
             ]
             if settings.api_keys is not None:
                 background.append(tasks.create_task(_follow_keys(server.authenticator, settings.api_keys)))
+            if http is not None:
+                background += [tasks.create_task(http.keep_time()), tasks.create_task(router.gateway.streams.watch())]
             router.attachments.set_addresses(settings.scheduler)
             lease: asyncio.Task[None] | None = None
             drained = asyncio.Event()  # until then the keys of what runs here are ours
@@ -153,11 +176,13 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
                 lease = tasks.create_task(registry.hold("router", me, drained))
             await router.attached(life.stopping)
             await server.set_serving(True)
-            life.announce(address, router.metrics.address)
+            router.set_serving(True)
+            life.announce(address, router.metrics.address, http=http_address)
             await life.stopping.wait()
             await server.set_serving(False)
+            router.set_serving(False)
             await router.drain()
-            await server.stop(grace=1.0)
+            await asyncio.gather(server.stop(grace=1.0), *([] if http is None else [http.stop(grace=1.0)]))
             drained.set()
             if lease is not None:
                 await lease
@@ -169,6 +194,17 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
             router.metrics.stop()
         if registry is not None:
             await registry.close()
+
+
+def _http_server(router: Router, settings: RouterSettings, authenticator: Authenticator) -> HttpServer | None:
+    """The second door, if it is wanted. Raises SettingsError for an unsafe binding."""
+    if settings.http_listen == "none":
+        return None
+    token = read_token(settings.cluster_token_file)
+    check_binding(
+        settings, token, has_keys=authenticator.keys is not None, flag="--http-listen", listen=settings.http_listen
+    )
+    return HttpServer(router.gateway.app(), settings, settings.http_listen)
 
 
 async def _follow_keys(authenticator: Authenticator, path: Path) -> None:

@@ -43,6 +43,10 @@ class Detokenizer(Protocol):
         """No more tokens come: the text of those still waiting, as a full decode would end, and their number."""
         ...
 
+    def fresh(self) -> Detokenizer:
+        """One of the same kind, at the beginning of an output."""
+        ...
+
 
 class TokenTable(Protocol):
     """A tokenizer's decoder, unrolled."""
@@ -123,6 +127,9 @@ class _ByteLevelDetokenizer:
                 pass
         return self._feed_slowly(pieces)
 
+    def fresh(self) -> Detokenizer:
+        return _ByteLevelDetokenizer(self._table)
+
     def finish(self) -> tuple[str, int]:
         if self._decoder is None:
             return "", 0
@@ -202,6 +209,9 @@ class _ByteFallbackDetokenizer:
                 count += self._waiting
                 self._waiting = 0
         return self._strip_start("".join(done)), count
+
+    def fresh(self) -> Detokenizer:
+        return _ByteFallbackDetokenizer(self._table, self._rules)
 
     def finish(self) -> tuple[str, int]:
         text, count = self._strip_start(self._end_run()), self._waiting

@@ -64,6 +64,7 @@ class ClientStream:
     bounded: bool
     ready: bool = False
     beat: Terms | None = None  # a heartbeat is due
+    excused: bool = False  # until it reads: what waits is no fault of its reader
     _waiter: asyncio.Future[None] | None = field(default=None)
 
     async def wait(self) -> None:
@@ -172,6 +173,7 @@ class Hub:
     def outgoing(self, stream: ClientStream) -> list[inference_pb2.GenerateResponse]:
         """What this stream has to write now, heartbeats among it. Writing counts as speaking."""
         messages = stream.request.take()
+        stream.excused = False
         terms, stream.beat = stream.beat, None
         now = self.now()
         if any(message.HasField("delta") for message in messages):
@@ -189,6 +191,16 @@ class Hub:
         self._flush.forget(stream)
         self.session.cancel(stream.request, reason, self.now())
         self._pump()
+
+    def pause(self, stream: ClientStream) -> None:
+        """The client is gone and may come again; the request runs on."""
+        self._pulse.leave(stream)
+        self._flush.forget(stream)
+
+    def resume(self, stream: ClientStream, *, heartbeats: bool) -> None:
+        """Its client is there again."""
+        if heartbeats:
+            self._pulse.join(stream, self.now())
 
     def fail(self, request: Request, error: OctavoError) -> None:
         """End a request with an error of the router's own."""
@@ -218,6 +230,8 @@ class Hub:
     def _bound(self, stream: ClientStream, now: float) -> None:
         """End a request of which more waits than may: for a client that does not read, or for an answer that fits into no message."""
         request, buffered = stream.request, stream.request.num_buffered
+        if stream.excused:
+            return
         if stream.bounded:
             if buffered > self._max_buffered:
                 message = f"{buffered} tokens wait for the client, which does not read them"

@@ -7,24 +7,23 @@ prepare.py, how it runs in session.py.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from octavo.v1 import inference_pb2, scheduler_pb2
 
-from router.assets import AssetStore, ModelAssets
+from router.assets import AssetStore
 from router.gate import Gate
-from router.hub import ClientStream, Hub
+from router.hub import Hub
 from router.idempotency import Claim, IdempotencyKeys
-from router.models import KnownModel
+from router.output import ReplayError
+from router.parking import Call, Mark, Parking, fingerprint, rewind
 from router.prepare import Preparation, Prepared, TextPool
 from router.pulse import Terms
 from router.request import Request
-from router.resolve import ModelLimits, check_vocabulary
 from router.stats import Stats
-from router.validate import MAX_DETOKENIZE_IDS, Violations, check_chat
+from router.texts import Texts
+from router.validate import Violations, check_request
 from service.errors import OctavoError, Reason
 
 # Started waits so long for the first plan, seconds: then it can tell the cached tokens, and a refusal comes as a plain status.
@@ -34,42 +33,31 @@ _STARTED_AFTER = 0.1
 Patience = Callable[[Awaitable[Prepared]], Awaitable[Prepared]]
 
 
-@dataclass(slots=True, eq=False)
-class Call:
-    """A request that runs for a client, from its submission to its last byte."""
-
-    prepared: Prepared
-    stream: ClientStream
-    tenant: str
-    claim: Claim
-
-    @property
-    def request(self) -> Request:
-        """How it runs."""
-        return self.stream.request
-
-    def started(self) -> inference_pb2.Started:
-        """The first thing that the client is told, and a promise: from now on the request is carried on, not refused."""
-        started = self.prepared.started
-        started.cached_tokens = self.request.sequences[0].cached_tokens
-        self.request.started_told = True
-        return started
-
-
 class Inference:
     """Runs requests of all doors. Owned by the event loop; every error is an OctavoError."""
 
     def __init__(
-        self, hub: Hub, assets: AssetStore, preparation: Preparation, pool: TextPool, stats: Stats, gate: Gate
+        self,
+        hub: Hub,
+        assets: AssetStore,
+        preparation: Preparation,
+        pool: TextPool,
+        stats: Stats,
+        gate: Gate,
+        *,
+        max_parked: int = 256,
+        max_buffered_tokens: int = 4_096,
     ) -> None:
+        """`max_parked`: requests that may wait for clients which are gone, with `max_buffered_tokens` each."""
         self.hub = hub
         self.keys = IdempotencyKeys(hub.now)
         self.draining = False
-        self._assets = assets
+        self.texts = Texts(hub.session.models, assets, preparation, pool)
         self._preparation = preparation
         self._pool = pool
         self._stats = stats
         self._gate = gate
+        self.parking = Parking(max_parked, max_buffered_tokens, self._end)
 
     @asynccontextmanager
     async def running(
@@ -81,32 +69,48 @@ class Inference:
         bounded: bool,
         patience: Patience | None = None,
     ) -> AsyncIterator[Call]:
-        """A request from the gate to its end; leaving it cancels what still runs.
+        """A request from the gate to its end; leaving it cancels what still runs, unless it is to be parked.
 
         `deadline` is on the hub's clock. `bounded`: its reader may be slow, so what it has not taken is limited.
         """
+        call = await self._enter(message, tenant, deadline, bounded=bounded, patience=patience)
+        async with self._held(call):
+            yield call
+
+    @asynccontextmanager
+    async def resuming(self, request_id: str, tenant: str) -> AsyncIterator[Call]:
+        """A parked request, for its client who came again and knows its id; `rewind` brings it to where that one stands.
+
+        Raises INVALID_ARGUMENT where there is none, and Expired where there was one.
+        """
+        call = await self.parking.take(request_id, tenant)
+        async with self._held(call):
+            self.hub.resume(call.stream, heartbeats=False)
+            yield call
+
+    async def rewind(self, call: Call, marks: Mapping[int, Mark]) -> None:
+        """Bring a resumed call to where its client stands, by output index. Raises ReplayError."""
+        await rewind(call, marks, self._pool)
+
+    @asynccontextmanager
+    async def _held(self, call: Call) -> AsyncIterator[None]:
+        """While a client is there. One that is gone may come again; so may one that has got everything, as far as we know."""
         try:
-            if self.draining:
-                raise OctavoError(Reason.DRAINING, "this router is shutting down")
-            resumed = message.HasField("resume")
-            if not resumed:
-                self.hub.check_room(message.model, tenant, message.priority, message.ByteSize())
-            self._gate.enter(tenant, self.hub.now(), resumed=resumed)
-        except OctavoError as error:
-            self._stats.refused(error.reason.name)
-            raise
-        try:
-            try:
-                call = await self._begin(message, tenant, deadline, bounded=bounded, patience=patience)
-            except OctavoError as error:
-                self._stats.refused(error.reason.name)
-                raise
-            try:
-                yield call
-            finally:
+            yield
+        except asyncio.CancelledError:
+            if call.grace and not self.draining and call.request.error is None and self.parking.park(call):
+                self.hub.pause(call.stream)
+            else:
                 self._end(call)
-        finally:
-            self._gate.leave(tenant, self.hub.now())
+            raise
+        except BaseException:
+            self._end(call)
+            raise
+        if call.grace and call.request.delivered and not self.draining:
+            self._release(call)
+            self.parking.park(call)
+        else:
+            self._end(call)
 
     async def started(
         self, call: Call, beat: Callable[[Terms], Awaitable[None]] | None = None
@@ -133,6 +137,10 @@ class Inference:
         self, message: inference_pb2.GenerateRequest, tenant: str, deadline: float | None
     ) -> inference_pb2.CompleteResponse:
         """Run a request and collect its outputs."""
+        if message.resume_grace_ms:
+            wrong = Violations()
+            wrong.add("resume_grace_ms", "is for streams only")
+            wrong.raise_if_any()
         async with self.running(message, tenant, deadline, bounded=False) as call:
             request = call.request
             outputs = [inference_pb2.Output(index=s.output.index) for s in request.sequences]
@@ -154,61 +162,33 @@ class Inference:
                 outputs=outputs,
             )
 
-    async def tokenize(self, request: inference_pb2.TokenizeRequest) -> inference_pb2.TokenizeResponse:
-        """Text or chat to ids, by the very code that requests are prepared with."""
-        kind = request.WhichOneof("input")
-        wrong = Violations()
-        if kind is None:
-            wrong.add("input", "one of text and chat must be set")
-        elif kind == "chat":
-            check_chat(request.chat, wrong)
-        wrong.raise_if_any()
-        model, assets = await self.model(request.model)
-        limits = ModelLimits(model.max_model_len, model.vocab_size)
-        prompt, now = "", time.time()
-        if kind == "chat":
-            prompt, ids = await self._preparation.tokenize_chat(request.chat, assets, limits, now)
-        else:
-            ids = await self._preparation.tokenize(request, assets, limits, now)
-        return inference_pb2.TokenizeResponse(token_ids=ids, prompt=prompt, max_model_len=model.max_model_len)
-
-    async def detokenize(self, request: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeResponse:
-        """Ids to text."""
-        count = len(request.token_ids)
-        wrong = Violations()
-        wrong.require(count <= MAX_DETOKENIZE_IDS, "token_ids", f"must have at most {MAX_DETOKENIZE_IDS} entries")
-        wrong.raise_if_any()
-        model, assets = await self.model(request.model)
-        skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
-
-        def work() -> str:
-            ids = list(request.token_ids)
-            check_vocabulary("token_ids", ids, model.vocab_size)
-            return assets.decode(ids, skip)
-
-        text = await self._pool.run(4 * count, work)
-        return inference_pb2.DetokenizeResponse(text=text)
-
-    def models(self) -> inference_pb2.ListModelsResponse:
-        """What some worker holds now."""
-        return inference_pb2.ListModelsResponse(
-            models=[
-                inference_pb2.Model(
-                    name=model.name,
-                    digest=model.digest.hex(),
-                    max_model_len=model.max_model_len,
-                    vocab_size=model.vocab_size,
-                    workers=model.workers,
-                    ready=self._assets.ready(model.digest),
-                )
-                for model in self.hub.session.models.all()
-            ]
-        )
-
-    async def model(self, name: str) -> tuple[KnownModel, ModelAssets]:
-        """The model of this name with its text side."""
-        model = self.hub.session.models.find(name)
-        return model, await self._assets.get(model.digest)
+    async def _enter(
+        self,
+        message: inference_pb2.GenerateRequest,
+        tenant: str,
+        deadline: float | None,
+        *,
+        bounded: bool,
+        patience: Patience | None,
+    ) -> Call:
+        """Past the gate and submitted, or adopted where it is parked here. Whoever called must let go of it."""
+        try:
+            if self.draining:
+                raise OctavoError(Reason.DRAINING, "this router is shutting down")
+            resumed = message.HasField("resume")
+            if resumed and (call := await self._adopt(message, tenant)) is not None:
+                return call
+            if not resumed:
+                self.hub.check_room(message.model, tenant, message.priority, message.ByteSize())
+            self._gate.enter(tenant, self.hub.now(), resumed=resumed)
+            try:
+                return await self._begin(message, tenant, deadline, bounded=bounded, patience=patience)
+            except BaseException:
+                self._gate.leave(tenant, self.hub.now())
+                raise
+        except OctavoError as error:
+            self._stats.refused(error.reason.name)
+            raise
 
     async def _begin(
         self,
@@ -222,9 +202,7 @@ class Inference:
         preparing = self._preparation.prepare(message, tenant, deadline)
         prepared = await (preparing if patience is None else patience(preparing))
         request = prepared.request
-        claim = await self.keys.claim(
-            tenant, message.idempotency_key, message.attempt, lambda error: self.hub.fail(request, error)
-        )
+        claim = await self._claim(message, tenant, request)
         try:
             if request.error is not None:  # another attempt was quicker
                 raise request.error
@@ -232,13 +210,77 @@ class Inference:
         except OctavoError:
             self.keys.release(claim, ran=False)
             raise
-        return Call(prepared, stream, tenant, claim)
+        call = Call(prepared, stream, tenant, claim)
+        if message.resume_grace_ms and bounded:
+            call.grace, call.fingerprint = message.resume_grace_ms / 1e3, fingerprint(message)
+            self.parking.join(call)
+        return call
+
+    async def _adopt(self, message: inference_pb2.GenerateRequest, tenant: str) -> Call | None:
+        """The call that this resume goes on with, where it is parked here and all that its client wants is still at hand.
+
+        Otherwise it is given up, and the resume is one as at any other router.
+        """
+        check_request(message)
+        ticket = self._preparation.check_ticket(message, tenant)
+        if self.parking.find(ticket.request_id, tenant) is None:
+            return None
+        try:
+            call = await self.parking.take(ticket.request_id, tenant)
+        except OctavoError:  # it has just ended
+            return None
+        try:
+            adopted = await self._try_adopt(call, message, tenant)
+        except BaseException:
+            self._end(call)
+            raise
+        if not adopted:
+            self._end(call)
+            return None
+        return call
+
+    async def _try_adopt(self, call: Call, message: inference_pb2.GenerateRequest, tenant: str) -> bool:
+        request = call.request
+        if call.view is not None or request.error is not None or call.fingerprint != fingerprint(message):
+            return False
+        if message.sampling.HasField("logprobs") or message.sampling.HasField("prompt_logprobs"):
+            return False  # those that were taken are gone
+        marks: dict[int, Mark] = {}
+        for state in message.resume.outputs:
+            known = request.sequences[state.index].output.token_ids[: len(state.token_ids)]
+            if list(state.token_ids) != list(known):
+                return False
+            marks[state.index] = Mark(len(known), state.text_bytes, state.finished)
+        try:
+            await self.rewind(call, marks)
+        except ReplayError:
+            return False
+        if call.claim.key or message.idempotency_key:
+            self.keys.release(call.claim, ran=False)
+            call.claim = await self._claim(message, tenant, request)
+        self.hub.resume(call.stream, heartbeats=message.heartbeats)
+        return True
+
+    async def _claim(self, message: inference_pb2.GenerateRequest, tenant: str, request: Request) -> Claim:
+        return await self.keys.claim(
+            tenant, message.idempotency_key, message.attempt, lambda error: self.hub.fail(request, error)
+        )
 
     def _end(self, call: Call) -> None:
-        request = call.request
+        """Nobody will ask for it any more."""
+        self.parking.leave(call)
+        self._release(call)
+
+    def _release(self, call: Call) -> None:
+        """It runs no more; what still does is cancelled."""
+        if call.ended:
+            return
+        call.ended = True
+        request, now = call.request, self.hub.now()
         self.hub.close(call.stream, scheduler_pb2.CANCEL_REASON_CLIENT)
         self.keys.release(call.claim, ran=request.delivered and request.error is None)
-        self._stats.ended(request, self.hub.now())
+        self._stats.ended(request, now)
+        self._gate.leave(call.tenant, now)
 
 
 def _collect(

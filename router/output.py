@@ -109,6 +109,21 @@ class Output:
         self._sent = len(self.token_ids)
         self.text_bytes = text_bytes
 
+    def rewound(self, token_ids: Sequence[int], num_tokens: int, text_bytes: int) -> Output:
+        """This output as it was for a client that got so many tokens and so much text; the rest of `token_ids`, which this one has,
+        is yet to be taken. Reads nothing that changes, so that a thread may do it. Raises ReplayError.
+        """
+        fresh = Output(self.index, self._rules, self._detokenizer.fresh())
+        fresh.replay(token_ids[:num_tokens], text_bytes)
+        fresh.append(token_ids[num_tokens:])
+        return fresh
+
+    def catch_up(self, other: Output) -> None:
+        """Take what `other` has got since this one was rewound from it: tokens, and its end."""
+        self.append(other.token_ids[len(self.token_ids) :])
+        if other.finish_reason:
+            self.end(other.finish_reason)
+
     def take(self, logprobs: dict[int, inference_pb2.TokenLogprobs] | None) -> inference_pb2.Delta | None:
         """All that may leave now, as one delta. `logprobs` maps output indices to entries; those that leave are removed from it."""
         self._decode()

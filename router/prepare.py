@@ -80,6 +80,10 @@ class Preparation:
         self._tickets = tickets
         self._clocks = clocks
 
+    def check_ticket(self, message: inference_pb2.GenerateRequest, tenant: str) -> Ticket:
+        """The ticket of a resume. Raises TICKET_INVALID."""
+        return self._tickets.check(message.resume.ticket, tenant)
+
     async def prepare(self, message: inference_pb2.GenerateRequest, tenant: str, deadline: float | None) -> Prepared:
         """Raises OctavoError for whatever is wrong with the request. `deadline` is on the steady clock."""
         now, wall = self._clocks.now(), self._clocks.wall()

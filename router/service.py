@@ -68,27 +68,27 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     @answers_errors
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:
         """Text or chat to ids, by the very code that Generate uses."""
-        return await self._inference.tokenize(request)
+        return await self._inference.texts.tokenize(request)
 
     @answers_errors
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Any
     ) -> inference_pb2.DetokenizeResponse:
         """Ids to text."""
-        return await self._inference.detokenize(request)
+        return await self._inference.texts.detokenize(request)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any
     ) -> inference_pb2.ListModelsResponse:
         """What some worker holds now."""
-        return self._inference.models()
+        return self._inference.texts.list_models()
 
     @answers_errors
     async def GetModelAssets(  # type: ignore[override]  # as above
         self, request: inference_pb2.GetModelAssetsRequest, context: Any
     ) -> None:
         """The files, in chunks."""
-        _, assets = await self._inference.model(request.model)
+        _, assets = await self._inference.texts.model(request.model)
         for name, data in assets.files.items():
             for at in range(0, max(len(data), 1), _CHUNK_BYTES):
                 chunk = common_pb2.AssetChunk(data=data[at : at + _CHUNK_BYTES])

@@ -13,9 +13,14 @@ class RouterSettings(CommonSettings):
     """The router: takes client requests, turns text into tokens and tokens into text, and streams."""
 
     listen: str = flag("address to serve gRPC on, HOST:PORT (port 0: any free one) or unix:PATH", "127.0.0.1:50051")
+    http_listen: str = flag(
+        "address to serve OpenAI's API over HTTP on, HOST:PORT (port 0: any free one), or none", "127.0.0.1:50080"
+    )
+    http_keep_alive_seconds: float = flag("seconds of silence after which an HTTP stream gets a comment", 15.0)
     scheduler: tuple[str, ...] = flag("address of a scheduler, HOST:PORT or unix:PATH; repeatable", ())
     flush_ms: float = flag("longest wait of a token under load, milliseconds", 8.0)
     max_buffered_tokens: int = flag("tokens that may wait for a client that reads slowly", 4_096)
+    max_parked: int = flag("requests with resume_grace_ms that may be kept after their clients are gone", 256)
     text_threads: int = flag("threads for templates and tokenizing", 2)
     max_requests: int = flag(
         "requests of a tenant that may be here (30 kB each) before new ones are refused; several share up to twice that",
@@ -39,10 +44,16 @@ class RouterSettings(CommonSettings):
             raise SettingsError("--flush-ms must be above 0 and at most 1000")
         if self.max_buffered_tokens < 1 or self.text_threads < 1 or self.patience < 0:
             raise SettingsError("--max-buffered-tokens and --text-threads must be at least 1, --patience not negative")
+        if self.max_parked < 0:
+            raise SettingsError("--max-parked must not be negative")
         if self.max_requests < 1:
             raise SettingsError("--max-requests must be at least 1")
         if self.request_stall_seconds < 0:
             raise SettingsError("--request-stall-seconds must not be negative")
+        if self.http_keep_alive_seconds <= 0:
+            raise SettingsError("--http-keep-alive-seconds must be above 0")
+        if self.http_listen != "none":
+            split_address(self.http_listen)
         if not self.scheduler and self.redis is None:
             raise SettingsError("--scheduler or --redis must say where schedulers are")
         for address in self.scheduler:

@@ -28,6 +28,7 @@ MAX_STRUCT_BYTES = 1 << 20  # tools, template arguments and arguments of tool ca
 MAX_DETOKENIZE_IDS = 1 << 20
 MAX_KEY_CHARACTERS = 256
 MAX_PRIORITY = 100
+MAX_GRACE_MS = 300_000
 _ROLES = frozenset(("system", "user", "assistant", "tool", "developer"))
 
 
@@ -65,6 +66,7 @@ def check_request(request: inference_pb2.GenerateRequest) -> None:
     _check_input(request, wrong)
     check_sampling(request.sampling, wrong)
     wrong.require(abs(request.priority) <= MAX_PRIORITY, "priority", "must be in [-100, 100]")
+    wrong.require(request.resume_grace_ms <= MAX_GRACE_MS, "resume_grace_ms", f"must be in [0, {MAX_GRACE_MS}]")
     wrong.require(
         len(request.idempotency_key) <= MAX_KEY_CHARACTERS, "idempotency_key", "must have at most 256 characters"
     )
@@ -75,8 +77,6 @@ def check_request(request: inference_pb2.GenerateRequest) -> None:
         raise _unsupported("grammar", "constrained decoding is not supported by this server")
     if request.adapter:
         raise _unsupported("adapter", "LoRA adapters are not supported by this server")
-    if request.resume_grace_ms:
-        raise _unsupported("resume_grace_ms", "parking a broken stream is not supported by this server; resume instead")
 
 
 def check_sampling(params: inference_pb2.SamplingParams, wrong: Violations) -> None:

@@ -37,16 +37,25 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
-def check_binding(settings: CommonSettings, token: str | None, *, has_keys: bool = False) -> None:
-    """Refuse to serve strangers: off loopback a cluster token or API keys are needed. Raises SettingsError."""
-    if token is not None or has_keys or is_loopback(settings.listen):
+def check_binding(
+    settings: CommonSettings,
+    token: str | None,
+    *,
+    has_keys: bool = False,
+    flag: str = "--listen",
+    listen: str | None = None,
+) -> None:
+    """Refuse to serve strangers: off loopback a cluster token or API keys are needed. Raises SettingsError.
+
+    `flag` with its value `listen`: of a further door; the process's own --listen if absent.
+    """
+    listen = settings.listen if listen is None else listen
+    if token is not None or has_keys or is_loopback(listen):
         return
     needed = "--cluster-token-file, or --api-keys at a router"
     if settings.tls_cert is None:
-        raise SettingsError(
-            f"--listen {settings.listen} is reachable from other machines: set {needed}; or bind 127.0.0.1"
-        )
-    raise SettingsError(f"--listen {settings.listen} with TLS alone would let anyone in: set {needed}")
+        raise SettingsError(f"{flag} {listen} is reachable from other machines: set {needed}; or bind 127.0.0.1")
+    raise SettingsError(f"{flag} {listen} with TLS alone would let anyone in: set {needed}")
 
 
 def credentials(token: str | None) -> tuple[tuple[str, str], ...]:

@@ -60,7 +60,8 @@ class Lifecycle:
                 "incarnation": self.incarnation,
             }
             _write_atomically(self.settings.ready_file, json.dumps(facts | more))
-        log.info("ready: %s at %s, metrics at http://%s/metrics", self.name, address, metrics)
+        at = "".join(f", {key} at {value}" for key, value in more.items() if value)
+        log.info("ready: %s at %s%s, metrics at http://%s/metrics", self.name, address, at, metrics)
 
     def withdraw(self) -> None:
         """Remove the ready file."""

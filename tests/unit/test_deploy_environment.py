@@ -162,4 +162,4 @@ def test_compose_file_and_images_name_what_exists() -> None:
     for name in ("router", "scheduler", "worker"):
         assert services[name]["build"]["args"]["SERVICE"] == name
         assert services[name]["secrets"][0]["source"] == "cluster_token"
-    assert [port["host_ip"] for port in services["router"]["ports"]] == ["127.0.0.1"]
+    assert [port["host_ip"] for port in services["router"]["ports"]] == ["127.0.0.1"] * 2

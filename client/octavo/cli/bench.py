@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from octavo.cli import load_report, options
+from octavo.cli.load_http import first_model
 from octavo.cli.load_run import LoadResult, run_load
 from octavo.cli.load_spec import LoadSpec
 from octavo.cli.problem import CommandProblem
@@ -48,19 +51,36 @@ def bench(
     timeout: Annotated[float, typer.Option(help="Seconds for one request.", min=0.001)] = 600.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
     keep_samples: Annotated[bool, typer.Option("--samples", help="Write every sample, too.")] = False,
+    openai: Annotated[
+        str | None,
+        typer.Option(
+            help="Base URL of any server that speaks OpenAI's API (http://HOST:PORT/v1), instead of our gRPC."
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int, typer.Option(help="With --openai: random prompts have token ids below it.", min=1)
+    ] = 10_000,
     address: options.Address = None,
     scheduler: options.Scheduler = None,
     token_file: options.TokenFile = None,
     tls: options.Tls = False,
     tls_ca: options.TlsCa = None,
 ) -> None:
-    """Measure TTFT, ITL, TPOT, end-to-end latency and tokens a second of a running cluster."""
+    """Measure TTFT, ITL, TPOT, end-to-end latency and tokens a second of a running cluster, or of another server (--openai).
+
+    A server that takes no token ids needs --prompt; one that knows no ignore_eos, --stop-at-eos.
+    """
     if prefix_len > input_len:
         raise typer.BadParameter("--prefix-len is above --input-len")
-    connection = options.router_connection(address, token_file, tls, tls_ca)
-    served = _choose_model(connection, model)
+    if openai is not None:
+        connection = _other_server(openai, token_file, tls_ca)
+        served = pb.Model(name=model or _first_model(connection), vocab_size=vocab_size)
+    else:
+        connection = options.router_connection(address, token_file, tls, tls_ca)
+        served = _choose_model(connection, model)
     spec = LoadSpec(
         addresses=connection.addresses,
+        openai=openai is not None,
         token=connection.token,
         tls=connection.tls,
         tls_ca=None if connection.tls_ca is None else connection.tls_ca.decode(),
@@ -88,6 +108,23 @@ def bench(
     _report(spec, summary, result, json_file, keep_samples)
     if summary["failed"] == summary["requests"]:
         raise CommandProblem(f"every request failed: {summary['first_error']}")
+
+
+def _other_server(url: str, token_file: Path | None, tls_ca: Path | None) -> Connection:
+    """The key comes from the file or $OPENAI_API_KEY: our own cluster's is nobody else's business."""
+    try:
+        token = token_file.read_text().strip() if token_file else os.environ.get("OPENAI_API_KEY")
+        return Connection((url,), token=token or None, tls_ca=None if tls_ca is None else tls_ca.read_bytes())
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandProblem(str(error)) from None
+
+
+def _first_model(connection: Connection) -> str:
+    ca = None if connection.tls_ca is None else connection.tls_ca.decode()
+    try:
+        return asyncio.run(first_model(connection.addresses[0], connection.token, ca))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CommandProblem(f"{connection.addresses[0]} names no model ({error}); name one with --model") from None
 
 
 def _choose_model(connection: Connection, name: str) -> pb.Model:

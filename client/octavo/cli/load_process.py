@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import grpc
 import grpc.aio
+from octavo.cli.load_http import HttpStreams
 from octavo.cli.load_spec import LoadSpec
 from octavo.client.connection import Connection
 from octavo.client.errors import OctavoError, decode
@@ -40,6 +41,7 @@ class Sample:
     reason: str = ""  # of a failure
     stamps: array[float] = field(default_factory=lambda: array("d"))  # of each message with tokens
     counts: array[int] = field(default_factory=lambda: array("L"))  # tokens in it
+    reported: int | None = None  # tokens by the server's own count, where a message does not tell
 
     def to_dict(self) -> dict[str, Any]:
         """As it travels: gaps in microseconds instead of times."""
@@ -52,7 +54,7 @@ class Sample:
             "reason": self.reason,
             "first": stamps[0] if stamps else None,
             "last": stamps[-1] if stamps else None,
-            "tokens": sum(self.counts),
+            "tokens": sum(self.counts) if self.reported is None else self.reported,
             "gaps_us": [round((after - before) * 1e6) for before, after in pairwise(stamps)],
         }
 
@@ -62,22 +64,29 @@ class Generator:
 
     def __init__(self, spec: LoadSpec) -> None:
         self._spec = spec
-        ca = None if spec.tls_ca is None else spec.tls_ca.encode()
-        connection = Connection(spec.addresses, token=spec.token, tls=spec.tls, tls_ca=ca)
-        self._metadata = connection.metadata
-        self._channels = [connection.open_aio(address) for address in spec.addresses]
-        # Requests are serialised before the clock starts, so they go out as they are.
-        self._methods: list[Any] = [
-            channel.unary_stream(_METHOD, response_deserializer=pb.GenerateResponse.FromString)
-            for channel in self._channels
-        ]
+        self._http = HttpStreams(spec) if spec.openai else None
+        self._channels: list[grpc.aio.Channel] = []
+        self._methods: list[Any] = []
+        self._metadata: Any = None
+        if not spec.openai:
+            ca = None if spec.tls_ca is None else spec.tls_ca.encode()
+            connection = Connection(spec.addresses, token=spec.token, tls=spec.tls, tls_ca=ca)
+            self._metadata = connection.metadata
+            self._channels = [connection.open_aio(address) for address in spec.addresses]
+            # Requests are serialised before the clock starts, so they go out as they are.
+            self._methods = [
+                channel.unary_stream(_METHOD, response_deserializer=pb.GenerateResponse.FromString)
+                for channel in self._channels
+            ]
         self.samples: list[Sample] = []
         self.cpu_seconds = 0.0  # of this process while the load ran
         self.done = 0
 
     async def connect(self) -> None:
-        """Wait for the routers. Raises TimeoutError."""
+        """Wait for the servers. Raises TimeoutError and OSError."""
         async with asyncio.timeout(_CONNECT_SECONDS):
+            if self._http is not None:
+                await self._http.connect()
             for channel in self._channels:
                 await channel.channel_ready()
 
@@ -105,6 +114,8 @@ class Generator:
         """Close the connections."""
         for channel in self._channels:
             await channel.close()
+        if self._http is not None:
+            await self._http.close()
 
     async def _closed_loop(self, payloads: Iterator[tuple[int, bytes]], abandon_after: int | None) -> list[Sample]:
         samples: list[Sample] = []
@@ -129,7 +140,28 @@ class Generator:
                 group.create_task(self._stream(index, payload, sample, self._spec.abandon_after))
         return samples
 
+    async def _stream_http(self, http: HttpStreams, payload: bytes, sample: Sample, abandon_after: int | None) -> None:
+        stamp, count, now = sample.stamps.append, sample.counts.append, time.monotonic
+
+        def on_tokens(size: int) -> bool:
+            stamp(now())
+            count(size)
+            if abandon_after is not None and len(sample.stamps) >= abandon_after:
+                sample.outcome = "abandoned"
+                return False
+            return True
+
+        sample.sent = now()
+        sample.reason, sample.reported = await http.stream(payload, on_tokens)
+        sample.end = now()
+        if not sample.reason and sample.outcome != "abandoned":
+            sample.outcome = "finished"
+        self.done += 1
+
     async def _stream(self, index: int, payload: bytes, sample: Sample, abandon_after: int | None) -> None:
+        if self._http is not None:
+            await self._stream_http(self._http, payload, sample, abandon_after)
+            return
         method = self._methods[index % len(self._methods)]
         stamp, count, now = sample.stamps.append, sample.counts.append, time.monotonic
         tokens = 0
@@ -161,12 +193,15 @@ class Generator:
 async def _serve_pipes() -> None:
     loop = asyncio.get_running_loop()
     spec = LoadSpec.from_json(await loop.run_in_executor(None, sys.stdin.readline))
-    generator = Generator(spec)
     try:
+        generator = Generator(spec)
         await generator.connect()
         await generator.warm_up()
     except TimeoutError:
         _say({"problem": f"no connection to {', '.join(spec.addresses)} within {_CONNECT_SECONDS:.0f} s"})
+        return
+    except (OSError, ValueError) as error:
+        _say({"problem": f"no connection to {', '.join(spec.addresses)}: {error}"})
         return
     except OctavoError as error:
         _say({"problem": error.message})

@@ -13,7 +13,8 @@ from octavo.v1 import inference_pb2 as pb
 class LoadSpec:
     """A load, or the share of it that one process generates. Lengths in tokens, times in seconds."""
 
-    addresses: tuple[str, ...]
+    addresses: tuple[str, ...]  # of routers; or the base URL of a server that speaks OpenAI's API
+    openai: bool = False
     token: str | None = None
     tls: bool = False
     tls_ca: str | None = None  # PEM
@@ -82,6 +83,8 @@ class LoadSpec:
 
     def request(self, index: int) -> bytes:
         """The serialised request of this index. Warm-up requests have negative indices."""
+        if self.openai:
+            return self._openai_request(index)
         message = pb.GenerateRequest(model=self.model)
         sampling = message.sampling
         sampling.max_tokens = self.output_len
@@ -94,6 +97,21 @@ class LoadSpec:
         else:
             message.token_ids.ids.extend(self._prompt_token_ids(index))
         return message.SerializeToString()
+
+    def _openai_request(self, index: int) -> bytes:
+        request: dict[str, object] = {
+            "model": self.model,
+            "prompt": self._prompt_token_ids(index) if self.prompt is None else self.prompt,
+            "max_tokens": self.output_len,
+            "seed": self.seed + max(0, index),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.ignore_eos:  # vLLM's and ours
+            request["ignore_eos"] = True
+        if self.temperature is not None:
+            request["temperature"] = self.temperature
+        return json.dumps(request).encode()
 
     def _prompt_token_ids(self, index: int) -> list[int]:
         vocabulary = range(self.vocab_size)

@@ -1,0 +1,235 @@
+"""The routes, and what they have in common: who may call them, and how their errors are told."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from router.http.ask import Ask, Options, check_text
+from router.http.body import Gone, Receive, Scope, Send, header, read_body, read_object
+from router.http.chat import ChatView, read_chat
+from router.http.completions import CompletionView, read_completions
+from router.http.errors import HttpError, Names, Problem, problem_of
+from router.http.models import detokenize, model_list, one_model, tokenize
+from router.http.responses import ResponseView, read_responses
+from router.http.stream import Streams, headers_of
+from router.http.tasks import together, while_connected
+from router.http.view import View
+from router.inference import Inference
+from router.prepare import TextPool
+from service.errors import OctavoError, Reason
+from service.keys import Authenticator, Caller, Role
+
+Answer = Callable[[Scope, Receive, Send, Caller], Awaitable[None]]
+_NOBODY = Caller("", Role.CLIENT)
+
+
+class Gateway:
+    """What the routes share. Owned by the event loop."""
+
+    def __init__(
+        self,
+        inference: Inference,
+        pool: TextPool,
+        authenticator: Authenticator,
+        registry: CollectorRegistry,
+        keep_alive: float = 15.0,
+    ) -> None:
+        """`keep_alive`: seconds of silence after which a stream gets a comment."""
+        self.inference = inference
+        self.streams = Streams(keep_alive)
+        self.ready = False
+        self._pool = pool
+        self._authenticator = authenticator
+        self._registry = registry
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            self._route("/v1/chat/completions", ("GET", "POST"), self._chat),
+            self._route("/v1/completions", ("GET", "POST"), self._completions),
+            self._route("/v1/responses", ("GET", "POST"), self._responses),
+            self._route("/v1/models", ("GET",), self._models),
+            self._route("/v1/models/{name:path}", ("GET",), self._model),
+            self._route("/tokenize", ("POST",), self._tokenize),
+            self._route("/detokenize", ("POST",), self._detokenize),
+            self._route("/version", ("GET",), self._version),
+            self._route("/metrics", ("GET",), self._metrics, role=Role.ADMIN),
+            self._route("/health", ("GET",), self._health, role=None),
+            self._route("/ready", ("GET",), self._readiness, role=None),
+        ]
+        handlers: dict[Any, Any] = {HTTPException: self._no_route, Exception: _defect}
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    def _route(self, path: str, methods: tuple[str, ...], answer: Answer, role: Role | None = Role.CLIENT) -> Route:
+        """`role`: what a caller has to be at least; None lets everybody in."""
+        return Route(
+            path,
+            _Endpoint(answer, self._authenticator, role),
+            methods=list(methods),
+        )
+
+    # ---- generation
+
+    async def _chat(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        if await self._resumed(scope, receive, send, caller):
+            return
+        ask = read_chat(await read_object(scope, receive, self._pool), Options.read(scope))
+        await self._answer(ask, ChatView(ask), caller, scope, receive, send)
+
+    async def _completions(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        if await self._resumed(scope, receive, send, caller):
+            return
+        body = await read_object(scope, receive, self._pool)
+        ask = await read_completions(body, Options.read(scope), self.inference)
+        await self._answer(ask, CompletionView(ask), caller, scope, receive, send)
+
+    async def _responses(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        if await self._resumed(scope, receive, send, caller):
+            return
+        body = await read_object(scope, receive, self._pool)
+        ask = read_responses(body, Options.read(scope))
+        await self._answer(ask, ResponseView(body), caller, scope, receive, send)
+
+    async def _resumed(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> bool:
+        """Whether the client came again for a stream that it knows, and was served. What its body says was said before."""
+        event_id = header(scope, b"last-event-id")
+        if event_id is None:
+            if scope["method"] == "POST":
+                return False
+            raise HttpError(
+                Problem(405, "GET is for going on with a stream, by last-event-id", headers=(("allow", "POST"),))
+            )
+        await read_body(scope, receive)
+        if self.inference.draining:
+            raise OctavoError(Reason.DRAINING, "this router is shutting down")
+        job = self.streams.resume(event_id, self.inference, caller.tenant, scope, send)
+        await while_connected(scope, receive, job)
+        return True
+
+    async def _answer(self, ask: Ask, view: View, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if ask.stream:
+                job = self.streams.run(ask, view, self.inference, caller.tenant, scope, send)
+                await while_connected(scope, receive, job)
+            else:
+                answers = await while_connected(scope, receive, self._complete(ask, caller.tenant))
+                await _send(send, Response(view.answer(answers), media_type="application/json"), headers_of(answers[0]))
+        except OctavoError as error:
+            raise HttpError(problem_of(error, ask.names)) from None
+
+    async def _complete(self, ask: Ask, tenant: str) -> list[Any]:
+        inference = self.inference
+        deadline = None if ask.timeout is None else inference.hub.now() + ask.timeout
+        return await together(inference.complete(request, tenant, deadline) for request in ask.requests)
+
+    # ---- the others
+
+    async def _models(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        await _send(send, JSONResponse(model_list(self.inference)))
+
+    async def _model(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        await _send(send, JSONResponse(one_model(self.inference, scope["path_params"]["name"])))
+
+    async def _tokenize(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        answer = await tokenize(await read_object(scope, receive, self._pool), self.inference)
+        await _send(send, JSONResponse(answer))
+
+    async def _detokenize(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        answer = await detokenize(await read_object(scope, receive, self._pool), self.inference)
+        await _send(send, JSONResponse(answer))
+
+    async def _version(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        await _send(send, JSONResponse({"version": _version()}))
+
+    async def _metrics(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        text = await asyncio.get_running_loop().run_in_executor(None, generate_latest, self._registry)
+        await _send(send, Response(text, headers={"content-type": CONTENT_TYPE_LATEST}))
+
+    async def _health(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        await _send(send, JSONResponse({"status": "ok"}))
+
+    async def _readiness(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        status = {"status": "ready" if self.ready else "not ready"}
+        await _send(send, JSONResponse(status, 200 if self.ready else 503))
+
+    async def _no_route(self, request: Request, error: Exception) -> Response:
+        """404 and 405; to strangers 401, so that they learn nothing of what there is."""
+        assert isinstance(error, HTTPException)
+        if self._authenticator.identify(header(request.scope, b"authorization")) is None:
+            return _response(_stranger())
+        text = {
+            404: f"there is no {request.url.path[:200]}",
+            405: f"{request.method} is not for {request.url.path[:200]}",
+        }
+        allow = tuple((error.headers or {}).items())
+        return _response(Problem(error.status_code, text.get(error.status_code, error.detail), headers=allow))
+
+
+class _Endpoint:
+    """An ASGI application for one route: it knows the caller, and its errors are told."""
+
+    def __init__(self, answer: Answer, authenticator: Authenticator, role: Role | None) -> None:
+        self._answer = answer
+        self._authenticator = authenticator
+        self._role = role
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._answer(scope, receive, send, self._caller(scope))
+            return
+        except Gone:
+            return
+        except HttpError as error:
+            problem = error.problem
+        except OctavoError as error:
+            problem = problem_of(error)
+        except UnicodeEncodeError as error:
+            problem = check_text(error).problem
+        await _send(send, _response(problem))
+
+    def _caller(self, scope: Scope) -> Caller:
+        if self._role is None:
+            return _NOBODY
+        caller = self._authenticator.identify(header(scope, b"authorization"))
+        if caller is None:
+            raise HttpError(_stranger())
+        if self._role is Role.ADMIN and caller.role is not Role.ADMIN:
+            raise OctavoError(Reason.PERMISSION_DENIED, "this is for admins")
+        return caller
+
+
+def _stranger() -> Problem:
+    text = "a key is needed, and this one is not known: authorization: Bearer KEY"
+    return problem_of(OctavoError(Reason.UNAUTHENTICATED, text), Names())
+
+
+def _response(problem: Problem) -> Response:
+    return Response(problem.body(), problem.status, dict(problem.headers), "application/json")
+
+
+async def _send(send: Send, response: Response, more: list[tuple[bytes, bytes]] | None = None) -> None:
+    headers = [*response.raw_headers, *(more or ())]
+    await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    """Starlette raises it again, for the log."""
+    return _response(Problem(500, "the request ended with an internal error"))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("octavo")
+    except importlib.metadata.PackageNotFoundError:  # from a checkout
+        return "unknown"

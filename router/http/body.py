@@ -1,0 +1,101 @@
+"""A request's body as a JSON object: bounded in size and in what it unfolds to, and the large ones parsed off the event loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, NoReturn
+
+from router.http.errors import HttpError, Problem, invalid
+from router.prepare import TextPool
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+MAX_BODY_BYTES = 16 << 20  # as gRPC's
+MAX_VALUES = 500_000  # a value takes fifty times its bytes once parsed, and Python's lock meanwhile
+_INLINE_BYTES = 32 << 10
+_DISCARDED_BYTES = 4 * MAX_BODY_BYTES
+
+
+class Gone(Exception):
+    """The client has hung up: nobody to answer."""
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first header of this name, in lower case."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+async def read_object(scope: Scope, receive: Receive, pool: TextPool) -> dict[str, Any]:
+    """The object in the body. Raises HttpError 400, 413 or 415, and Gone."""
+    kind = (header(scope, b"content-type") or "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # so that no page of another site can send one: browsers ask first
+        raise HttpError(Problem(415, "the request needs content-type: application/json", "content-type"))
+    if (header(scope, b"content-encoding") or "identity") != "identity":
+        raise HttpError(Problem(415, "a compressed body is not supported", "content-encoding"))
+    body = await read_body(scope, receive)
+    if len(body) <= _INLINE_BYTES:
+        return parse(body)
+    return await pool.run(len(body), lambda: parse(body))
+
+
+async def read_body(scope: Scope, receive: Receive) -> bytes:
+    """All of it. Raises HttpError 413 as soon as it is too much, and Gone."""
+    length = header(scope, b"content-length")
+    if length is not None and length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
+        if header(scope, b"expect") is None:
+            await _discard(receive, 0)
+        raise _too_large()
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            chunks.clear()
+            if message.get("more_body", False):
+                await _discard(receive, size)
+            raise _too_large()
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+async def _discard(receive: Receive, size: int) -> None:
+    """Let a client that sends on do so, within bounds: it reads no answer before, and closing on it would destroy the answer."""
+    while size < _DISCARDED_BYTES:
+        message = await receive()
+        size += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The object in these bytes. Raises HttpError 400 and 413."""
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
+        raise HttpError(Problem(413, f"the body holds more than {MAX_VALUES} values", code="body_too_large"))
+    try:
+        value = json.loads(body.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise invalid(None, "the body is not valid UTF-8", "invalid_json") from None
+    except RecursionError:
+        raise invalid(None, "the body is nested too deeply", "invalid_json") from None
+    except ValueError as error:
+        raise invalid(None, f"the body is not valid JSON: {error}", "invalid_json") from None
+    if not isinstance(value, dict):
+        raise invalid(None, "the body must be a JSON object", "invalid_json")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _too_large() -> HttpError:
+    text = f"the body may have {MAX_BODY_BYTES} bytes at most"
+    return HttpError(Problem(413, text, code="body_too_large", headers=(("connection", "close"),)))

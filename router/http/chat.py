@@ -1,0 +1,158 @@
+"""Chat completions: the request as messages of the contracts, and its answer, whole or in chunks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from octavo.v1 import inference_pb2
+
+from router.http.ask import Ask, Options, check_grace, take_streaming
+from router.http.errors import Names, Problem, invalid
+from router.http.fields import Fields
+from router.http.grammar import take_grammar
+from router.http.jsontext import FINISH_REASONS, chat_logprobs, dumps, prompt_logprobs, quoted, stop_reason, usage
+from router.http.messages import take_chat
+from router.http.sampling import take_request, take_sampling
+from router.validate import MAX_LOGPROBS
+
+DONE = b"data: [DONE]\n\n"
+_OPEN = b'},"logprobs":null,"finish_reason":null}]'
+
+
+def read_chat(body: dict[str, Any], options: Options) -> Ask:
+    """The request. Raises HttpError for what is wrong with it."""
+    fields = Fields(body)
+    request = inference_pb2.GenerateRequest()
+    stream, include_usage = take_streaming(fields)
+    take_chat(fields, request.chat)
+    take_sampling(fields, request.sampling)
+    limit = _take_max_tokens(fields, request.sampling)
+    _take_logprobs(fields, request.sampling)
+    if stream and request.sampling.HasField("prompt_logprobs"):
+        raise invalid("prompt_logprobs", "can't be combined with stream")
+    fields.refuse(("truncate_prompt_tokens", "echo", "best_of"))
+    grammar = take_grammar(fields, request.grammar)
+    take_request(fields, request)
+    fields.finish()
+    options.apply(request)
+    check_grace(request, stream)
+    names = Names(
+        (
+            ("sampling.max_tokens", limit),
+            ("sampling.logprobs", "top_logprobs"),
+            ("chat.template_args", "chat_template_kwargs"),
+            ("chat.", ""),
+            ("chat", "messages"),
+            ("input", "messages"),
+            ("grammar", grammar or "response_format"),
+        )
+    )
+    return Ask(requests=[request], names=names, stream=stream, include_usage=include_usage, timeout=options.timeout)
+
+
+def _take_max_tokens(fields: Fields, params: inference_pb2.SamplingParams) -> str:
+    """The newer name goes before the older one. Returns the one that was used."""
+    older, newer = fields.integer("max_tokens"), fields.integer("max_completion_tokens")
+    if older is not None and newer is not None and older != newer:
+        raise invalid("max_tokens", "must not differ from max_completion_tokens")
+    limit = older if newer is None else newer
+    if limit is not None:
+        params.max_tokens = limit
+    return "max_tokens" if newer is None else "max_completion_tokens"
+
+
+def _take_logprobs(fields: Fields, params: inference_pb2.SamplingParams) -> None:
+    wanted, count = fields.flag("logprobs"), fields.integer("top_logprobs")
+    if count and not wanted:
+        raise invalid("top_logprobs", "needs logprobs: true")
+    if count is not None and count > MAX_LOGPROBS:
+        raise invalid("top_logprobs", f"must be in [0, {MAX_LOGPROBS}]")
+    if wanted:
+        params.logprobs = count or 0
+
+
+class ChatView:
+    """How a chat completion is shown."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._logprobs = ask.requests[0].sampling.HasField("logprobs")
+        self._n = ask.n
+        self._include_usage = ask.include_usage
+        self._created = int(time.time())
+        self._head = b""
+        self._tail = b'],"usage":null}\n\n' if ask.include_usage else b"]}\n\n"
+        self._plain_tail = _OPEN[:-1] + self._tail
+        self._usages: dict[int, inference_pb2.Usage] = {}
+
+    def answer(self, answers: list[inference_pb2.CompleteResponse]) -> bytes:
+        """The whole."""
+        (answer,) = answers
+        outputs = answer.outputs
+        choices = [
+            {
+                "index": output.index,
+                "message": {"role": "assistant", "content": output.text, "refusal": None},
+                "logprobs": chat_logprobs(output.logprobs) if self._logprobs else None,
+                "finish_reason": FINISH_REASONS[output.finish_reason],
+                "stop_reason": stop_reason(output),
+            }
+            for output in outputs
+        ]
+        whole: dict[str, Any] = {
+            **self._opening(answer.request_id, answer.model, answer.digest, "chat.completion"),
+            "choices": choices,
+            "usage": usage((output.usage for output in outputs), (outputs[0].usage,)),
+        }
+        if outputs[0].prompt_logprobs:
+            whole["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs)
+        return dumps(whole).encode()
+
+    def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
+        """The first events of a stream: the role of each choice."""
+        (one,) = started
+        opening = dumps(self._opening(one.request_id, one.model, one.digest, "chat.completion.chunk"))
+        self._head = f'data: {opening[:-1]},"choices":[{{"index":'.encode()
+        role = b',"delta":{"role":"assistant","content":""' + self._plain_tail
+        return [b"%s%d%s" % (self._head, index, role) for index in range(self._n)]
+
+    def delta(self, prompt: int, delta: inference_pb2.Delta) -> bytes:
+        """More text, as an event; nothing where there is none."""
+        if self._logprobs:
+            shown = dumps(chat_logprobs(delta.logprobs))
+            text = f'{delta.index},"delta":{{"content":{quoted(delta.text)}}},"logprobs":{shown},"finish_reason":null}}'
+            return self._head + text.encode() + self._tail
+        text = delta.text
+        if not text:
+            return b""
+        return b'%s%d,"delta":{"content":%s%s' % (self._head, delta.index, quoted(text).encode(), self._plain_tail)
+
+    def finished(self, prompt: int, finished: inference_pb2.Finished) -> bytes:
+        """The end of a choice, as an event."""
+        self._usages[finished.index] = finished.usage
+        text = (
+            f'{finished.index},"delta":{{}},"logprobs":null,"finish_reason":{quoted(FINISH_REASONS[finished.finish_reason])},'
+            f'"stop_reason":{dumps(stop_reason(finished))}}}'
+        )
+        return self._head + text.encode() + self._tail
+
+    def fail(self, problem: Problem) -> bytes:
+        """The last event where it goes wrong: no [DONE] follows."""
+        return b"data: " + problem.body() + b"\n\n"
+
+    def close(self) -> list[bytes]:
+        """The last events."""
+        if not self._include_usage:
+            return [DONE]
+        total = dumps(usage(self._usages.values(), (self._usages[0],)))
+        head = self._head[: self._head.rindex(b'{"index"')]
+        return [b'%s],"usage":%s}\n\n' % (head, total.encode()), DONE]
+
+    def _opening(self, request_id: str, model: str, digest: str, kind: str) -> dict[str, Any]:
+        return {
+            "id": "chatcmpl-" + request_id.removeprefix("req-"),
+            "object": kind,
+            "created": self._created,
+            "model": model,
+            "system_fingerprint": "fp_" + digest[:12],
+        }

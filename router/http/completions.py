@@ -1,0 +1,275 @@
+"""Completions: one request of the contracts for each prompt, and the answer, whole or in chunks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from octavo.v1 import inference_pb2
+
+from router.http.ask import Ask, Options, check_grace, take_streaming
+from router.http.errors import Names, Problem, invalid
+from router.http.fields import Fields, integer
+from router.http.grammar import take_grammar
+from router.http.jsontext import FINISH_REASONS, completion_logprobs, dumps, prompt_logprobs, quoted, stop_reason, usage
+from router.http.sampling import take_request, take_sampling
+from router.inference import Inference
+
+DONE = b"data: [DONE]\n\n"
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_PROMPTS = 128
+MAX_CHOICES = 1_024
+
+
+async def read_completions(body: dict[str, Any], options: Options, inference: Inference) -> Ask:
+    """The request. `inference` tokenizes and detokenizes where the prompt itself is asked for. Raises HttpError and OctavoError."""
+    fields = Fields(body)
+    common = inference_pb2.GenerateRequest()
+    stream, include_usage = take_streaming(fields)
+    params = common.sampling
+    take_sampling(fields, params)
+    _take_max_tokens(fields, params)
+    echo = bool(fields.flag("echo"))
+    if (logprobs := fields.integer("logprobs")) is not None:
+        params.logprobs = logprobs
+        if echo:
+            params.prompt_logprobs = logprobs
+    prompt_only = echo and params.max_tokens == 0
+    if prompt_only:
+        params.max_tokens = 1
+    if stream and (prompt_only or params.HasField("prompt_logprobs")):
+        raise invalid(
+            "echo" if echo else "prompt_logprobs",
+            "can't be combined with stream where no output or prompt log-probabilities are wanted",
+        )
+    keep_last = fields.integer("truncate_prompt_tokens", -1)
+    fields.only("best_of", params.n if params.HasField("n") else 1)
+    fields.only("add_special_tokens", True)
+    fields.only("suffix", "")
+    grammar = take_grammar(fields, common.grammar)
+    take_request(fields, common)
+    prompts = _take_prompts(fields)
+    fields.finish()
+    options.apply(common)
+    check_grace(common, stream)
+    names = Names(
+        (
+            ("sampling.prompt_logprobs", "logprobs" if echo else "prompt_logprobs"),
+            ("token_ids.ids", "prompt"),
+            ("token_ids", "prompt"),
+            ("text", "prompt"),
+            ("input", "prompt"),
+            ("grammar", grammar or "response_format"),
+        )
+    )
+    ask = Ask(
+        requests=[
+            _request(common, prompt, index if len(prompts) > 1 else None) for index, prompt in enumerate(prompts)
+        ],
+        names=names,
+        stream=stream,
+        include_usage=include_usage,
+        timeout=options.timeout,
+        prompt_only=prompt_only,
+    )
+    if len(ask.requests) * ask.n > MAX_CHOICES:
+        raise invalid("n", f"{len(ask.requests)} prompts of {ask.n} outputs are more than {MAX_CHOICES} choices")
+    if len(ask.requests) > 1 and common.resume_grace_ms:
+        raise invalid("resume_grace_ms", "is for one prompt only")
+    if keep_last is not None:
+        await _truncate(ask, keep_last, inference)
+    if echo:
+        ask.echoes = [await _text_of(request, inference) for request in ask.requests]
+        if params.HasField("logprobs"):
+            ask.first_tokens = [await _use_token_ids(request, inference) for request in ask.requests]
+    return ask
+
+
+def _take_max_tokens(fields: Fields, params: inference_pb2.SamplingParams) -> None:
+    limit = fields.integer("max_tokens")
+    params.max_tokens = DEFAULT_MAX_TOKENS if limit is None else limit
+
+
+def _take_prompts(fields: Fields) -> list[str | list[int]]:
+    """A text, token ids, or a list of either."""
+    given = fields.take("prompt")
+    path = fields.path("prompt")
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list) or not given:
+        raise invalid(path, "must be a string, a list of token ids, or a list of either")
+    if not isinstance(given[0], str | list):
+        return [[integer(token_id, f"{path}[{at}]") for at, token_id in enumerate(given)]]
+    if len(given) > MAX_PROMPTS:
+        raise invalid(path, f"must have at most {MAX_PROMPTS} prompts, has {len(given)}")
+    prompts: list[str | list[int]] = []
+    for index, one in enumerate(given):
+        if isinstance(one, str):
+            prompts.append(one)
+        elif isinstance(one, list):
+            prompts.append([integer(token_id, f"{path}[{index}][{at}]") for at, token_id in enumerate(one)])
+        else:
+            raise invalid(f"{path}[{index}]", "must be a string or a list of token ids")
+    return prompts
+
+
+def _request(
+    common: inference_pb2.GenerateRequest, prompt: str | list[int], index: int | None
+) -> inference_pb2.GenerateRequest:
+    request = inference_pb2.GenerateRequest()
+    request.CopyFrom(common)
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
+        request.token_ids.SetInParent()
+    if request.idempotency_key and index is not None:
+        request.idempotency_key += f"/{index}"
+    return request
+
+
+async def _truncate(ask: Ask, keep_last: int, inference: Inference) -> None:
+    """Keep the last tokens of each prompt; -1: as many as the context takes beside the output."""
+    if keep_last == 0:
+        raise invalid("truncate_prompt_tokens", "must be -1 or at least 1")
+    for request in ask.requests:
+        model, _ = await inference.texts.model(request.model)
+        room = model.max_model_len - request.sampling.max_tokens
+        most = max(1, room if keep_last < 0 else keep_last)
+        ids = await _ids_of(request, inference)
+        request.token_ids.ids[:] = ids[-most:]
+
+
+async def _use_token_ids(request: inference_pb2.GenerateRequest, inference: Inference) -> str:
+    """The prompt as ids from now on. Returns the first one's text, which no log-probability tells."""
+    ids = await _ids_of(request, inference)
+    request.token_ids.ids[:] = ids
+    _, assets = await inference.texts.model(request.model)
+    return assets.table.token_bytes(ids[0]).decode(errors="replace") if ids else ""
+
+
+async def _ids_of(request: inference_pb2.GenerateRequest, inference: Inference) -> list[int]:
+    if request.WhichOneof("input") == "token_ids":
+        return list(request.token_ids.ids)
+    answer = await inference.texts.tokenize(inference_pb2.TokenizeRequest(model=request.model, text=request.text))
+    return list(answer.token_ids)
+
+
+async def _text_of(request: inference_pb2.GenerateRequest, inference: Inference) -> str:
+    """The prompt as text: as it was given, or what its tokens stand for."""
+    if request.WhichOneof("input") == "text":
+        return request.text
+    asked = inference_pb2.DetokenizeRequest(model=request.model, token_ids=request.token_ids.ids)
+    if request.sampling.HasField("skip_special_tokens"):
+        asked.skip_special_tokens = request.sampling.skip_special_tokens
+    return (await inference.texts.detokenize(asked)).text
+
+
+class CompletionView:
+    """How a completion is shown. Choice p·n + i is output i of prompt p."""
+
+    def __init__(self, ask: Ask) -> None:
+        params = ask.requests[0].sampling
+        self._logprobs = params.HasField("logprobs")
+        self._prompt_logprobs = params.HasField("prompt_logprobs") and not ask.echoes
+        self._n = ask.n
+        self._echoes = ask.echoes or [""] * len(ask.requests)
+        self._asked = ask
+        self._created = int(time.time())
+        self._head = b""
+        self._tail = b'],"usage":null}\n\n' if ask.include_usage else b"]}\n\n"
+        self._usages: dict[tuple[int, int], inference_pb2.Usage] = {}
+        self._offsets: dict[int, int] = {}  # characters shown of each choice
+
+    def answer(self, answers: list[inference_pb2.CompleteResponse]) -> bytes:
+        """The whole."""
+        first = answers[0]
+        if self._asked.prompt_only:
+            for answer in answers:
+                for output in answer.outputs:
+                    output.usage.completion_tokens = 0
+        whole: dict[str, Any] = {
+            **self._opening(first.request_id, first.model, first.digest),
+            "choices": [
+                self._choice(prompt, answer.outputs[0], output)
+                for prompt, answer in enumerate(answers)
+                for output in answer.outputs
+            ],
+            "usage": usage(
+                (output.usage for answer in answers for output in answer.outputs),
+                (answer.outputs[0].usage for answer in answers),
+            ),
+        }
+        return dumps(whole).encode()
+
+    def _choice(self, prompt: int, first: inference_pb2.Output, output: inference_pb2.Output) -> dict[str, Any]:
+        text, entries = self._echoes[prompt] + output.text, list(output.logprobs)
+        if self._asked.prompt_only:
+            text, entries = self._echoes[prompt], []
+        if self._asked.first_tokens:
+            entries = [*first.prompt_logprobs, *entries]
+            entries[0].token.text = self._asked.first_tokens[prompt]
+        choice = {
+            "index": prompt * self._n + output.index,
+            "text": text,
+            "logprobs": completion_logprobs(entries, text) if self._logprobs else None,
+            "finish_reason": FINISH_REASONS[output.finish_reason],
+            "stop_reason": stop_reason(output),
+        }
+        if self._prompt_logprobs:
+            choice["prompt_logprobs"] = prompt_logprobs(first.prompt_logprobs)
+        return choice
+
+    def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
+        """The first events of a stream: the prompts, where they are echoed."""
+        first = started[0]
+        opening = dumps(self._opening(first.request_id, first.model, first.digest))
+        self._head = f'data: {opening[:-1]},"choices":[{{"index":'.encode()
+        return [
+            self._event(prompt * self._n + index, echo)
+            for prompt, echo in enumerate(self._echoes)
+            for index in range(self._n)
+            if echo
+        ]
+
+    def delta(self, prompt: int, delta: inference_pb2.Delta) -> bytes:
+        """More text, as an event; nothing where there is none."""
+        if not self._logprobs:
+            return self._event(prompt * self._n + delta.index, delta.text) if delta.text else b""
+        choice = prompt * self._n + delta.index
+        offset = self._offsets.get(choice, len(self._echoes[prompt]))
+        self._offsets[choice] = offset + len(delta.text)
+        return self._event(choice, delta.text, dumps(completion_logprobs(delta.logprobs, delta.text, offset)))
+
+    def finished(self, prompt: int, finished: inference_pb2.Finished) -> bytes:
+        """The end of a choice, as an event."""
+        self._usages[prompt, finished.index] = finished.usage
+        reason = quoted(FINISH_REASONS[finished.finish_reason])
+        end = f'{reason},"stop_reason":{dumps(stop_reason(finished))}'
+        return self._event(prompt * self._n + finished.index, "", end=end)
+
+    def fail(self, problem: Problem) -> bytes:
+        """The last event where it goes wrong: no [DONE] follows."""
+        return b"data: " + problem.body() + b"\n\n"
+
+    def close(self) -> list[bytes]:
+        """The last events."""
+        if not self._asked.include_usage:
+            return [DONE]
+        firsts = (one for (_, index), one in self._usages.items() if index == 0)
+        total = dumps(usage(self._usages.values(), firsts))
+        head = self._head[: self._head.rindex(b'{"index"')]
+        return [b'%s],"usage":%s}\n\n' % (head, total.encode()), DONE]
+
+    def _event(self, choice: int, text: str, logprobs: str = "null", end: str = "null") -> bytes:
+        shown = f'{choice},"text":{quoted(text)},"logprobs":{logprobs},"finish_reason":{end}}}'
+        return self._head + shown.encode() + self._tail
+
+    def _opening(self, request_id: str, model: str, digest: str) -> dict[str, Any]:
+        return {
+            "id": "cmpl-" + request_id.removeprefix("req-"),
+            "object": "text_completion",
+            "created": self._created,
+            "model": model,
+            "system_fingerprint": "fp_" + digest[:12],
+        }

@@ -1,0 +1,98 @@
+"""Pieces of JSON that are written token by token. Text is written as it is: only quotes, backslashes and controls are escaped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from json.encoder import encode_basestring as quoted
+from typing import Any
+
+from octavo.v1 import common_pb2, inference_pb2
+
+FINISH_REASONS = {
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+    common_pb2.FINISH_REASON_ABORT: "abort",
+    common_pb2.FINISH_REASON_ERROR: "error",
+}
+
+__all__ = ["FINISH_REASONS", "chat_logprobs", "completion_logprobs", "dumps", "quoted", "stop_reason", "usage"]
+
+
+def dumps(value: Any) -> str:
+    """Compact."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def stop_reason(finished: inference_pb2.Finished | inference_pb2.Output) -> str | int | None:
+    """The stop string or token id that ended the output, as vLLM tells it."""
+    if not finished.HasField("stop_match"):
+        return None
+    match = finished.stop_match
+    return match.text if match.HasField("text") else match.token_id
+
+
+def usage(answers: Iterable[inference_pb2.Usage], firsts: Iterable[inference_pb2.Usage]) -> dict[str, Any]:
+    """`answers`: of all outputs; `firsts`: of the first output of each prompt, since n outputs share one."""
+    completion = sum(one.completion_tokens for one in answers)
+    prompt = cached = 0
+    for one in firsts:
+        prompt += one.prompt_tokens
+        cached += one.cached_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def chat_logprobs(entries: Sequence[inference_pb2.TokenLogprobs]) -> dict[str, Any]:
+    """Of chat completions."""
+    return {
+        "content": [
+            {**_chat_token(entry.token), "top_logprobs": [_chat_token(token) for token in entry.top]}
+            for entry in entries
+        ],
+        "refusal": None,
+    }
+
+
+def completion_logprobs(
+    entries: Iterable[inference_pb2.TokenLogprobs], text: str, first_offset: int = 0
+) -> dict[str, Any]:
+    """Of completions. `text`: what the tokens made, `first_offset` characters after the beginning."""
+    tokens: list[str] = []
+    values: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
+    offsets: list[int] = []
+    offset = 0
+    for entry in entries:
+        token = entry.token
+        tokens.append(token.text)
+        # The first token of a prompt has no probability: nothing stands before it.
+        values.append(token.logprob if token.rank else None)
+        tops.append({top.text: top.logprob for top in reversed((token, *entry.top))} if token.rank else None)
+        offsets.append(first_offset + offset)
+        if text.startswith(
+            token.text, offset
+        ):  # special tokens have no text there, and pieces of a character none of their own
+            offset += len(token.text)
+    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+
+def prompt_logprobs(entries: Iterable[inference_pb2.TokenLogprobs]) -> list[dict[str, Any] | None]:
+    """Of each prompt token, as vLLM tells them; null for the first."""
+    return [
+        {
+            str(one.token_id): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.text}
+            for one in (entry.token, *entry.top)
+        }
+        if entry.token.rank
+        else None
+        for entry in entries
+    ]
+
+
+def _chat_token(token: inference_pb2.TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}

@@ -1,0 +1,161 @@
+"""uvicorn's HTTP protocol with the bounds it lacks: on headers, on how long a request takes to come, on clients that read nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from router.http.errors import Problem
+
+_LINGER_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Of one connection; times in seconds."""
+
+    header_bytes: int = 32 << 10
+    header_seconds: float = 10.0  # from the connection, or a request's first byte, to the end of its headers
+    body_seconds: float = 60.0
+    idle_seconds: float = 75.0  # between requests
+    write_seconds: float = 30.0  # in which a client has to take anything at all
+    max_connections: int = 4_096
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self.timeout_keep_alive = int(limits.idle_seconds)
+        self._timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._in_headers = True
+        self._header_bytes = 0
+        self._refusal: Problem | None = None
+        self._refused = False
+
+    # ---- the connection
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.max_connections:
+            self._refuse(
+                Problem(503, "this server has as many connections as it takes", headers=(("retry-after", "1"),))
+            )
+            return
+        _find_dead_peers(transport.get_extra_info("socket"))
+        self._arm(self._limits.header_seconds, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        self._unset_keepalive_if_required()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused or self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._in_headers:
+            self._header_bytes += len(data)
+        if self._header_bytes > self._limits.header_bytes:
+            self._refuse(_headers_too_large(self._limits))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self._limits.write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        super().resume_writing()
+
+    # ---- a request
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {"octavo.abort": self.transport.abort}  # type: ignore[dict-item]
+        self._in_headers = True
+        self._header_bytes = 0
+        if self._timer is None:
+            self._arm(self._limits.header_seconds, self._too_slow)
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        self._header_bytes = 0
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._limits.header_bytes:
+            self._refusal = _headers_too_large(self._limits)
+            raise ValueError  # the parser passes it on as a bad request
+        self._arm(self._limits.body_seconds, self._too_slow)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._disarm()
+        super().on_message_complete()
+
+    # ---- refusals
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(self._refusal or Problem(400, "this is no valid HTTP request"))
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            return  # an answer that did not wait for the body
+        self._refuse(Problem(408, "the request did not come in time"))
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer past the application, which hears that the client is gone, and hang up."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            body = problem.body()
+            head = [STATUS_LINE[problem.status], b"content-type: application/json\r\nconnection: close\r\n"]
+            head += [f"{name}: {value}\r\n".encode() for name, value in problem.headers]
+            self.transport.write(b"".join(head) + b"content-length: %d\r\n\r\n" % len(body) + body)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if (
+            self.transport.can_write_eof()
+        ):  # closed at once, what the client still sends would destroy the answer on its way
+            self.transport.write_eof()
+            self._arm(_LINGER_SECONDS, self.transport.abort)
+        else:
+            self._disarm()
+            self.transport.close()
+
+    def _arm(self, seconds: float, callback: Callable[[], None]) -> None:
+        self._disarm()
+        self._timer = self.loop.call_later(seconds, callback)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _headers_too_large(limits: Limits) -> Problem:
+    return Problem(431, f"the headers may have {limits.header_bytes} bytes at most")
+
+
+def _find_dead_peers(sock: Any) -> None:
+    """As gRPC's keepalive does: a peer that vanished is found after some 20 s."""
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000)

@@ -1,0 +1,315 @@
+"""Streams that break and are gone on with at the same router: no character lost, none twice, over HTTP and over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
+
+from service.errors import Reason
+from tests.unit.http_door import Connection, Door, Reply, data_of, door, text_of
+from tests.unit.test_router_fakes import Say, cluster, eventually, tokens
+from tests.unit.test_router_service import EOS, IDS, TEXT, Message, ask, collect, refuse, say_text, stay_silent
+from tests.unit.test_router_service import text_of as grpc_text_of
+
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "resume_grace_ms": 60_000}
+KEYS = "key-of-somebody-0123 team-a\nkey-of-another-01234 team-b\n"
+A, B = {"authorization": "Bearer key-of-somebody-0123"}, {"authorization": "Bearer key-of-another-01234"}
+
+
+class Slowly:
+    """A scheduler's script: each token waits for `more`, so that a test decides when it comes."""
+
+    def __init__(self) -> None:
+        self.steps = asyncio.Queue[None]()
+        self.said = 0
+
+    def more(self, count: int) -> None:
+        for _ in range(count):
+            self.steps.put_nowait(None)
+
+    async def until(self, events: Any) -> str:
+        """The next event, with as many tokens as that takes."""
+        following = asyncio.create_task(anext(events))
+        while not following.done():
+            self.more(1)
+            said = self.said
+            await eventually(lambda said=said: self.said > said)  # type: ignore[misc]
+            await asyncio.wait([following], timeout=0.1)
+        return await following
+
+    async def __call__(self, message: Message, say: Say) -> None:
+        if message.HasField("submit"):
+            self.task = asyncio.create_task(self._say(message.submit, say))
+
+    async def _say(self, submit: scheduler_pb2.Submit, say: Say) -> None:
+        ids = [*IDS, EOS]
+        for index in range(len(submit.output_token_ids) // 4, len(ids)):
+            await self.steps.get()
+            final = common_pb2.FINISH_REASON_STOP if index == len(IDS) else 0
+            await say(tokens(0, (submit.handle, index, [ids[index]], final)))
+            self.said += 1
+
+
+async def begin(at: Door, body: dict[str, Any] | None = None, **headers: str) -> tuple[Connection, Any]:
+    connection = await at.connect()
+    await connection.send("POST", CHAT, BODY if body is None else body, **headers)
+    status, _ = await connection.head()
+    assert status == 200
+    return connection, connection.events()
+
+
+async def resume(at: Door, event_id: str, method: str = "POST", **headers: str) -> Reply:
+    body = BODY if method == "POST" else None
+    return await at.ask(method, CHAT, body, last_event_id=event_id, **headers)
+
+
+def id_of(event: str) -> str:
+    return event.splitlines()[0].removeprefix("id: ")
+
+
+def events_of(reply: Reply) -> list[str]:
+    assert reply.status == 200, reply.body
+    return reply.body.decode().split("\n\n")[:-1]
+
+
+@pytest.mark.parametrize("seen", range(1, len(IDS) + 1))  # two tokens are one character, so one event
+def test_a_stream_goes_on_after_the_event_that_was_seen_last(seen: int) -> None:
+    """Event 1 is the role; then comes one for each token with text."""
+
+    async def main() -> None:
+        script = Slowly()
+        async with door(script) as (scheduler, at):
+            connection, events = await begin(at, BODY | {"stream_options": {"include_usage": True}})
+            got = [await anext(events)]
+            for _ in range(seen - 1):
+                got.append(await script.until(events))
+            assert [id_of(event).rpartition(":")[2] for event in got] == [str(number + 1) for number in range(seen)]
+            await connection.close()
+            await eventually(lambda: at.router.inference.parking.num_parked == 1)
+            script.more(100)  # it runs on
+            await eventually(lambda: script.said == len(IDS) + 1)
+            rest = events_of(await resume(at, id_of(got[-1]), method="GET" if seen % 2 else "POST"))
+            assert text_of(got + rest) == TEXT
+            assert rest[-1].endswith("data: [DONE]") and data_of(rest[-2])["usage"]["completion_tokens"] == len(IDS) + 1
+            numbers = [int(id_of(event).rpartition(":")[2]) for event in got + rest]
+            assert numbers == sorted(set(numbers))
+            assert data_of(rest[0])["id"] == data_of(got[0])["id"]
+            assert len(scheduler.submits()) == 1 and scheduler.cancels() == []
+
+    asyncio.run(main())
+
+
+def test_what_was_written_but_never_arrived_comes_again() -> None:
+    """The server had written more, or all, when the connection broke; it can be gone on with from any event, again and again."""
+
+    async def main() -> None:
+        async with door(say_text) as (scheduler, at):
+            connection, events = await begin(at)
+            got = [event async for event in events]
+            assert text_of(got) == TEXT
+            await connection.close()
+            assert at.router.gate.num_inside == 0  # it is over, but for its memory
+            for seen in reversed(range(1, len(got))):
+                rest = events_of(await resume(at, id_of(got[seen - 1])))
+                assert text_of(got[:seen] + rest) == TEXT and rest[-1].endswith("[DONE]")
+            for event in got[1:]:  # all after the first came again, perhaps cut otherwise
+                assert (await resume(at, id_of(event))).status == 400
+            whole = events_of(await resume(at, id_of(got[-1]).rpartition(":")[0] + ":0"))
+            assert text_of(whole) == TEXT and "role" in data_of(whole[0])["choices"][0]["delta"]
+            assert len(scheduler.submits()) == 1
+
+    asyncio.run(main())
+
+
+def test_two_outputs_go_on_each_where_it_stood() -> None:
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            connection, events = await begin(at, BODY | {"n": 2})
+            got = [event async for event in events]
+            await connection.close()
+            for seen in reversed(range(1, len(got))):
+                rest = events_of(await resume(at, id_of(got[seen - 1])))
+                texts = {0: "", 1: ""}
+                ends: list[int] = []
+                for event in [*got[:seen], *rest]:
+                    if "[DONE]" not in event:
+                        (choice,) = data_of(event)["choices"]
+                        texts[choice["index"]] += choice["delta"].get("content", "")
+                        ends += [choice["index"]] if choice["finish_reason"] else []
+                assert texts == {0: TEXT, 1: TEXT} and sorted(ends) == [0, 1]
+
+    asyncio.run(main())
+
+
+def test_a_connection_that_is_dead_and_does_not_know_it_is_taken_over() -> None:
+    async def main() -> None:
+        script = Slowly()
+        async with door(script) as (scheduler, at):
+            old, events = await begin(at)
+            got = [await anext(events)]
+            script.more(2)
+            got += [await anext(events), await anext(events)]
+            task = asyncio.create_task(resume(at, id_of(got[-1])))
+            async with asyncio.timeout(5):
+                await old.reader.read()  # hung up on
+            script.more(100)
+            rest = events_of(await task)
+            assert text_of(got + rest) == TEXT
+            assert len(scheduler.submits()) == 1 and scheduler.cancels() == []
+            await old.close()
+
+    asyncio.run(main())
+
+
+def test_only_its_own_tenant_goes_on_and_strange_ids_are_told_apart() -> None:
+    async def main() -> None:
+        async with door(stay_silent, keys=KEYS) as (_, at):
+            connection, events = await begin(at, BODY | {"resume_grace_ms": 200}, **A)
+            event_id = id_of(await anext(events))
+            await connection.close()
+            await eventually(lambda: at.router.inference.parking.num_parked == 1)
+            for wrong, headers, status in (
+                (event_id, B, 404),
+                (event_id, {}, 401),
+                ("req-unknown:1", A, 404),
+                ("", A, 400),
+                ("x", A, 400),
+                (event_id.rpartition(":")[0] + ":99", A, 400),
+                (event_id + "9" * 30, A, 400),
+            ):
+                reply = await resume(at, wrong, **headers)
+                assert reply.status == status, (wrong, reply.body)
+            await eventually(lambda: at.router.inference.parking.num_parked == 0)
+            assert (await resume(at, event_id, **A)).status == 410
+            assert (await resume(at, event_id, **B)).status == 404
+            assert (await at.ask("GET", CHAT, **A)).status == 405
+
+    asyncio.run(main())
+
+
+def test_when_nobody_comes_again_all_is_given_up() -> None:
+    async def main() -> None:
+        async with door(stay_silent) as (scheduler, at):
+            connection, _ = await begin(at, BODY | {"resume_grace_ms": 100})
+            await connection.close()
+            await eventually(lambda: at.router.inference.parking.num_parked == 1)
+            assert scheduler.cancels() == [] and at.router.gate.num_inside == 1
+            await eventually(lambda: len(scheduler.cancels()) == 1)
+            await eventually(lambda: at.router.session.num_requests == 0 and at.router.gate.num_inside == 0)
+            assert not at.router.hub._streams
+
+    asyncio.run(main())
+
+
+def test_there_is_room_for_so_many_and_those_that_ended_make_room() -> None:
+    async def main() -> None:
+        async with door(say_text) as (scheduler, at):
+            parking = at.router.inference.parking
+            parking._max_parked = 2
+            for _ in range(3):
+                connection, events = await begin(at)
+                assert [event async for event in events]
+                await connection.close()
+            assert parking.num_parked == 2  # the newest
+            scheduler.script = stay_silent
+            for count in range(1, 5):
+                connection, _ = await begin(at)
+                await connection.close()
+                await eventually(lambda count=count: at.router.session.num_requests == min(2, count))  # type: ignore[misc]
+            assert parking.num_parked == 2
+            await eventually(lambda: len(scheduler.cancels()) == 2)
+            at.router.inference.parking.close()
+            assert parking.num_parked == 0 and at.router.session.num_requests == 0
+
+    asyncio.run(main())
+
+
+def test_one_that_made_too_much_meanwhile_ends_with_what_it_has() -> None:
+    async def main() -> None:
+        script = Slowly()
+        async with door(script, max_buffered_tokens=3) as (_, at):
+            connection, events = await begin(at)
+            got = [await anext(events)]
+            await connection.close()
+            await eventually(lambda: at.router.inference.parking.num_parked == 1)
+            script.more(100)
+            await eventually(lambda: at.router.session.num_requests == 0)
+            rest = events_of(await resume(at, id_of(got[-1])))
+            text = text_of([event for event in rest if "error" not in event])
+            assert text and TEXT.startswith(text)
+            assert data_of(rest[-1])["error"]["code"] == "slow_consumer"
+
+    asyncio.run(main())
+
+
+def test_a_drain_keeps_nobody_waiting_for_those_who_are_gone() -> None:
+    async def main() -> None:
+        async with door(stay_silent) as (_, at):
+            connection, events = await begin(at)
+            event_id = id_of(await anext(events))
+            await connection.close()
+            await eventually(lambda: at.router.inference.parking.num_parked == 1)
+            at.router.inference.draining = True
+            at.router.inference.parking.close()
+            assert at.router.session.num_requests == 0
+            assert (await resume(at, event_id)).status == 503
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("delivered", [0, 1, 3, 5])
+def test_grpc_goes_on_at_the_same_router_without_a_new_submission(delivered: int) -> None:
+    async def main() -> None:
+        script = Slowly()
+        async with cluster(script) as (scheduler, router):
+            request = ask(seed=11)
+            request.resume_grace_ms = 60_000
+            request.idempotency_key = "k"
+            call = router.stub.Generate(request)
+            started = (await call.read()).started
+            deltas: list[inference_pb2.Delta] = []
+            while len(deltas) < delivered:
+                script.more(1)
+                deltas.append((await call.read()).delta)
+            call.cancel()
+            await eventually(lambda: router.inference.parking.num_parked == 1)
+            script.more(100)
+            state = inference_pb2.ResumeState(
+                token_ids=[i for d in deltas for i in d.token_ids], text_bytes=deltas[-1].text_bytes if deltas else 0
+            )
+            request.resume.CopyFrom(inference_pb2.Resume(ticket=started.ticket, outputs=[state], seed=11))
+            request.attempt = 1
+            again = await collect(router.stub.Generate(request))
+            assert again[0].started.request_id == started.request_id
+            assert "".join(d.text for d in deltas) + grpc_text_of(again) == TEXT
+            assert again[-1].finished.usage.completion_tokens == len(IDS) + 1
+            assert len(scheduler.submits()) == 1 and scheduler.cancels() == []
+            await eventually(lambda: router.gate.num_inside == 0)
+
+    asyncio.run(main())
+
+
+def test_grpc_falls_back_to_an_ordinary_resume_and_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        async with cluster(say_text) as (scheduler, router):
+            request = ask(seed=11, logprobs=1)
+            request.resume_grace_ms = 60_000
+            whole = await collect(router.stub.Generate(request))
+            assert router.inference.parking.num_parked == 1
+            delta = next(m.delta for m in whole if m.HasField("delta"))
+            state = inference_pb2.ResumeState(token_ids=delta.token_ids, text_bytes=delta.text_bytes)
+            request.resume.CopyFrom(inference_pb2.Resume(ticket=whole[0].started.ticket, outputs=[state], seed=11))
+            again = await collect(router.stub.Generate(request))
+            assert delta.text + grpc_text_of(again) == TEXT and len(scheduler.submits()) == 2
+            request.resume.ticket = b"forged"
+            assert (await refuse(router.stub.Generate(request))).reason is Reason.TICKET_INVALID
+            unary = inference_pb2.CompleteRequest(request=ask())
+            unary.request.resume_grace_ms = 5
+            assert (await refuse(router.stub.Complete(unary))).violations[0].field == "resume_grace_ms"
+            await eventually(lambda: router.session.num_requests == 0 and router.gate.num_inside == 0)
+
+    asyncio.run(main())
