@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from octavo.doctor.findings import Finding, note, ok, problem
 
 SERVING = "SERVING"
+_AGAIN = "Start it again: make down; make up. Or name where it runs: --address HOST:PORT --scheduler HOST:PORT"
 _LOGS = "See why: make logs NAME={name}"
 
 
@@ -75,7 +76,7 @@ def check_cluster(cluster: Cluster) -> list[Finding]:
             return [ok("cluster", "None runs here; `make up` starts one.")]
         asked = ", ".join(service.shown for service in services)
         first = services[0].health if services else "no address"
-        return [problem("cluster", f"Nobody answers at {asked}: {first}.", "Start it again: make down; make up")]
+        return [problem("cluster", f"Nobody answers at {asked}: {first}.", _AGAIN)]
     findings = [_check_service(service) for service in services]
     findings += [_contracts(service) for service in services if service.same_contracts is False]
     if any(answered(service) and not service.refused for service in cluster.schedulers):
@@ -92,7 +93,7 @@ def answered(service: Service) -> bool:
 def _check_service(service: Service) -> Finding:
     name = f"{service.kind}-1"
     if not answered(service):
-        remedy = "Start it again: make down; make up. Where it runs elsewhere, name its address: --address, --scheduler"
+        remedy = _AGAIN
         return problem(service.kind, f"{service.address} does not answer: {service.health}.", remedy)
     if service.health != SERVING:
         return problem(service.kind, f"{service.address} is there and does not serve.", _LOGS.format(name=name))

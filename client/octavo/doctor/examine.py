@@ -110,7 +110,7 @@ def _gpu(wishes: Wishes, probes: Probes, gpus: gpu.Gpus, config: object | None) 
     try:
         judge = probes.module("deploy.doctor_model")
     except ModuleNotFoundError as error:
-        return [*findings, _missing("kernels", error)]
+        return [*findings, _missing(wishes, "kernels", error)]
     everything = bool(gpus.devices) or wishes.architecture is not None
     return [*findings, *judge.check_kernels(able or [_NO_GPU_ARCHITECTURE], config, probes.run, everything)]
 
@@ -128,7 +128,7 @@ def _network(wishes: Wishes, probes: Probes) -> list[Finding]:
     try:
         return [*findings, *redis_server.check_redis(url, probes.redis(url))]
     except ModuleNotFoundError as error:
-        return [*findings, _missing("Redis", error)]
+        return [*findings, _missing(wishes, "Redis", error)]
 
 
 def _model(wishes: Wishes, probes: Probes, facts: host.Host, gpus: gpu.Gpus) -> tuple[list[Finding], object | None]:
@@ -145,7 +145,7 @@ def _model(wishes: Wishes, probes: Probes, facts: host.Host, gpus: gpu.Gpus) -> 
     try:
         judge = probes.module("deploy.doctor_model")
     except ModuleNotFoundError as error:
-        return [*findings, _missing("config", error)], None
+        return [*findings, _missing(wishes, "config", error)], None
     judged, config = judge.check_config(directory)
     findings += judged
     if config is not None:
@@ -162,14 +162,13 @@ def _cluster(wishes: Wishes, probes: Probes) -> list[Finding]:
             findings += probes.module("deploy.doctor").check_versions()
         return findings
     except ModuleNotFoundError as error:
-        return [_missing("versions", error)]
+        return [_missing(wishes, "versions", error)]
     except ConnectionProblem as error:
         return [
             problem("cluster", f"{error}.", "Name it yourself: octavo doctor --address HOST:PORT --scheduler HOST:PORT")
         ]
 
 
-def _missing(check: str, error: ModuleNotFoundError) -> Finding:
-    return note(
-        check, f"Left out, since {error.name} is not installed here.", "Install what the services need: make env"
-    )
+def _missing(wishes: Wishes, check: str, error: ModuleNotFoundError) -> Finding:
+    remedy = f"pip install {error.name}" if wishes.checkout is None else "Install what the services need: make env"
+    return note(check, f"Left out, since {error.name} is not installed here.", remedy)
