@@ -32,6 +32,9 @@ def check_environment(prefix: Path, installed: Installed) -> list[Finding]:
     made = [name for name in _SET_ORDER if name in SETS and (prefix / f".octavo-{name}").is_file()]
     wanted = made[0] if made else "local"
     file = f"deploy/requirements/{wanted}.txt"
+    if not made and installed("torch") is None and installed("numpy") is None:
+        found = f"{prefix} holds the client alone; `make up` makes an environment for the services in .venv."
+        return [note("environment", found, "Look at that one: .venv/bin/octavo doctor")]
     remedy = f"{sys.executable} -m pip install -r {file}" if not made else _remake(prefix, wanted)
     findings = [_check_stamp(prefix, wanted, made)]
     findings += check_packages(

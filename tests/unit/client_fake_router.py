@@ -86,8 +86,11 @@ class FakeRouter(inference_pb2_grpc.InferenceServiceServicer, scheduler_pb2_grpc
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
 
+    def _make_server(self) -> grpc.aio.Server:
+        return grpc.aio.server()
+
     async def _start(self) -> None:
-        self._server = grpc.aio.server()
+        self._server = self._make_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"

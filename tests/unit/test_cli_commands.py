@@ -105,6 +105,7 @@ def test_every_command_has_help() -> None:
         "inspect",
         "drain",
         "admit",
+        "doctor",
     ):
         assert name in result.stdout
         assert run(name, "--help").exit_code == 0

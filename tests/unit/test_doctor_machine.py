@@ -12,28 +12,7 @@ from octavo.doctor import clock, gpu, host, packages, ports, redis_server
 from octavo.doctor.findings import Finding, Ran, State, run, size_of
 
 from deploy.commands import redis_binary
-
-HOST = host.Host(
-    python=(3, 11, 7),
-    executable="/bin/python",
-    system="Linux",
-    machine="x86_64",
-    libc="glibc",
-    cpu_name="CPU",
-    cpu_flags=frozenset({"avx2", "avx512f", "avx512_vnni", "amx_int8"}),
-    cores=8,
-    quota=None,
-    memory_total=64 << 30,
-    memory_available=32 << 30,
-    open_files=(65_536, 65_536),
-)
-GPU = gpu.Gpu(index=0, name="H100", driver="580.65.06", memory_total=80 << 30, memory_free=79 << 30, capability=(9, 0))
-
-
-def only(findings: Sequence[Finding]) -> Finding:
-    (finding,) = findings
-    assert finding.state is not State.PROBLEM or finding.remedy, "a problem says what to do"
-    return finding
+from tests.unit.doctor_facts import GPU, HOST, only
 
 
 def answers(code: int | None, out: str = "", error: str = "") -> Any:

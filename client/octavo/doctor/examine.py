@@ -158,15 +158,15 @@ def _model(wishes: Wishes, probes: Probes, facts: host.Host, gpus: gpu.Gpus) -> 
 def _cluster(wishes: Wishes, probes: Probes) -> list[Finding]:
     try:
         findings = cluster.check_cluster(probes.ask())
-        if wishes.checkout is not None:
-            findings += probes.module("deploy.doctor").check_versions()
-        return findings
-    except ModuleNotFoundError as error:
-        return [_missing(wishes, "versions", error)]
     except ConnectionProblem as error:
-        return [
-            problem("cluster", f"{error}.", "Name it yourself: octavo doctor --address HOST:PORT --scheduler HOST:PORT")
-        ]
+        remedy = "Name it yourself: octavo doctor --address HOST:PORT --scheduler HOST:PORT"
+        findings = [problem("cluster", f"{error}.", remedy)]
+    if wishes.checkout is None:
+        return findings
+    try:
+        return findings + probes.module("deploy.doctor").check_versions()
+    except ModuleNotFoundError as error:
+        return [*findings, _missing(wishes, "versions", error)]
 
 
 def _missing(wishes: Wishes, check: str, error: ModuleNotFoundError) -> Finding:

@@ -48,13 +48,22 @@ def check_cached(model: str, asked: bool, cache: Path) -> tuple[list[Finding], P
 
 def total_bytes(directory: Path) -> int:
     """Bytes of all tensors. Raises Incomplete for files that are missing, cut short or no Safetensors."""
+    return sum(_tensor_bytes(directory / name) for name in _weight_files(directory))
+
+
+def _weight_files(directory: Path) -> list[str]:
+    """Names of the files that hold the weights; those of the index, if there is one."""
     index = directory / _INDEX
-    names = [_SINGLE]
-    if index.exists():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
+    if not index.exists():
+        return [_SINGLE]
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in names.values()
+    ):
+        raise Incomplete(f"{index} has no weight_map of file names")
     if not names:
         raise Incomplete(f"{index} names no file")
-    return sum(_tensor_bytes(directory / name) for name in names)
+    return sorted(set(names.values()))
 
 
 def _tensor_bytes(path: Path) -> int:
@@ -65,14 +74,14 @@ def _tensor_bytes(path: Path) -> int:
             if size < 8 or length > min(_MAX_HEADER, size - 8):
                 raise Incomplete(f"{path} is cut short or no Safetensors file")
             header = json.loads(file.read(length))
-        end = max((item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"), default=0)
+        end = int(max((item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"), default=0))
     except OSError as error:
         raise Incomplete(f"{path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise Incomplete(f"{path} is no Safetensors file") from None
     if 8 + length + end > size:
         raise Incomplete(f"{path} is cut short: {size_of(size)} instead of {size_of(8 + length + end)}")
-    return int(end)
+    return end
 
 
 def _missing(directory: Path) -> list[str]:
