@@ -59,7 +59,9 @@ SOUND = Cluster(
         ({"routers": (service(refused="UNAUTHENTICATED: no key"),)}, State.PROBLEM, "refuses this client"),
         ({"workers": ()}, State.PROBLEM, "No worker is enlisted"),
         ({"workers": (dataclasses.replace(WORKER, draining=True),)}, State.NOTE, "draining"),
-        ({"workers": (dataclasses.replace(WORKER, health="NOT_SERVING"),)}, State.PROBLEM, "NOT_SERVING"),
+        ({"workers": (dataclasses.replace(WORKER, health="NOT_SERVING"),)}, State.PROBLEM, "does not serve"),
+        ({"workers": (dataclasses.replace(WORKER, health="UNAVAILABLE: x"),)}, State.NOTE, "can't be asked from here"),
+        ({"schedulers": (), "workers": ()}, State.NOTE, "containers' network"),
         ({"workers": (WORKER, dataclasses.replace(WORKER, digest="bb"))}, State.NOTE, "2 versions"),
         ({"models": (Model(name="m", workers=1, ready=False),)}, State.PROBLEM, "tokenizer"),
     ],
@@ -203,6 +205,23 @@ def test_what_is_not_installed_is_left_out_by_name(model: Path) -> None:
     cluster, versions = findings(sections, "cluster")
     assert cluster.state is State.PROBLEM and "cluster.json" in cluster.found
     assert versions.state is State.NOTE and "grpc_health is not installed" in versions.found
+
+
+@pytest.mark.parametrize("told", [[], ["127.0.0.1:1"]])
+def test_a_scheduler_inside_containers_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("OCTAVO_ADDRESS", "OCTAVO_SCHEDULER", "OCTAVO_CLUSTER_TOKEN_FILE", "OCTAVO_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    asked: list[Cluster] = []
+    monkeypatch.setattr(command, "examine", lambda wishes, probes: asked.append(probes.ask()) or [])  # type: ignore[func-returns-value]
+    (tmp_path / ".run").mkdir()
+    with HealthyRouter() as router:
+        (tmp_path / ".run" / "cluster.json").write_text(json.dumps({"router": [router.address], "scheduler": told}))
+        assert CliRunner().invoke(app, ["doctor", "--json"]).exit_code == 0
+    assert [item.address for item in asked[0].schedulers] == told
+    assert asked[0].expected and asked[0].routers[0].health == "SERVING"
 
 
 @pytest.mark.parametrize(("last", "code"), [(note("c", "so", "x"), 0), (problem("c", "[bold]no[/]", "do: this"), 1)])

@@ -150,7 +150,7 @@ def test_the_client_s_own_packages() -> None:
 
 
 def test_nvidia_smi_is_read(tmp_path: Path) -> None:
-    out = "0, NVIDIA H100 80GB HBM3, 580.65.06, 81559, 81079, 9.0\n1, NVIDIA L4, 580.65.06, 23034, 10000, 8.9\n"
+    out = "0, NVIDIA H100 80GB HBM3, 580.159.04, 81559, 81079, 9.0\n1, NVIDIA L4, 580.65.06, 23034, 10000, 8.9\n"
     asked: list[Sequence[str]] = []
 
     def smi(argv: Sequence[str], timeout: float, directory: Path | None = None) -> Ran:
@@ -161,6 +161,9 @@ def test_nvidia_smi_is_read(tmp_path: Path) -> None:
     assert [device.architecture for device in found.devices] == ["sm_90a", "sm_89"]
     assert (found.devices[0].memory_total, found.devices[1].memory_free) == (81_559 << 20, 10_000 << 20)
     assert asked[0][0] == "/usr/bin/nvidia-smi"
+    shared = gpu.read_gpus(answers(0, "0, NVIDIA GB10, 580.95.05, [N/A], [N/A], 12.1\n"), "nvidia-smi", tmp_path)
+    assert "in the main memory" in gpu.check_gpus(shared, {})[1].found
+    assert gpu.check_gpus(shared, {})[1].state is State.OK
     driver, first, second = gpu.check_gpus(found, {})
     assert (driver.state, first.state, second.state) == (State.OK, State.OK, State.NOTE)
     assert "others use the rest" in second.found

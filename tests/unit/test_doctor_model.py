@@ -81,7 +81,9 @@ def test_a_model_that_is_not_in_the_cache(tmp_path: Path) -> None:
     assert "octavo pull ORG/NAME" in asked.remedy
     (tmp_path / "models" / ".ORG--NAME.partial").mkdir(parents=True)
     assert "interrupted" in only(model_files.check_cached("ORG/NAME", True, tmp_path)[0]).found
-    assert only(model_files.check_cached("no-name", True, tmp_path)[0]).state is State.PROBLEM
+    assert "ORG/NAME, or one of smollm2" in only(model_files.check_cached("no-name", True, tmp_path)[0]).remedy
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert "octavo convert" in only(model_files.check_cached(str(tmp_path / "a.gguf"), True, tmp_path)[0]).remedy
 
 
 def test_configs(model: Path) -> None:

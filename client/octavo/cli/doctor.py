@@ -57,11 +57,11 @@ def doctor(
 
     def ask() -> Cluster:
         named = (address, scheduler, os.environ.get("OCTAVO_ADDRESS"), os.environ.get("OCTAVO_SCHEDULER"))
-        return read_cluster(
-            connect_to(address, token_file=token_file, tls=tls, tls_ca=tls_ca),
-            connect_to(scheduler, service="scheduler", token_file=token_file, tls=tls, tls_ca=tls_ca),
-            expected=any(named) or CLUSTER_FILE.is_file(),
-        )
+        told = CLUSTER_FILE.is_file()
+        routers = connect_to(address, token_file=token_file, tls=tls, tls_ca=tls_ca)
+        schedulers = connect_to(scheduler, service="scheduler", token_file=token_file, tls=tls, tls_ca=tls_ca)
+        hidden = told and not any(named) and _tells_no_scheduler()
+        return read_cluster(routers, None if hidden else schedulers, expected=any(named) or told)
 
     wishes = Wishes(checkout=_find_checkout(), model=model, redis=redis, architecture=architecture)
     with stderr_console().status("examining; kernels that were never compiled take a minute"):
@@ -110,6 +110,11 @@ def as_document(sections: Sequence[Section]) -> dict[str, Any]:
             for finding in section.findings
         ],
     }
+
+
+def _tells_no_scheduler() -> bool:
+    """Whether the cluster of .run/cluster.json keeps its scheduler to itself, as the one in containers does."""
+    return not json.loads(CLUSTER_FILE.read_text()).get("scheduler")
 
 
 def _find_checkout() -> Path | None:

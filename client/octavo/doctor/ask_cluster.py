@@ -22,8 +22,8 @@ _FILES = {"router": inference_pb2.DESCRIPTOR, "scheduler": scheduler_pb2.DESCRIP
 _NAMES = {"router": "octavo.v1.InferenceService", "scheduler": "octavo.v1.SchedulerService"}
 
 
-def read_cluster(routers: Connection, schedulers: Connection, expected: bool) -> Cluster:
-    """Ask every router and scheduler, and the workers that they tell of."""
+def read_cluster(routers: Connection, schedulers: Connection | None, expected: bool) -> Cluster:
+    """Ask every router and scheduler, and the workers that they tell of. `schedulers`: None where they can't be reached."""
     asked_routers: list[Service] = []
     models: dict[str, Model] = {}
     for address in routers.addresses:
@@ -35,7 +35,8 @@ def read_cluster(routers: Connection, schedulers: Connection, expected: bool) ->
             asked_routers.append(service)
     asked_schedulers: list[Service] = []
     workers: list[Worker] = []
-    for address in schedulers.addresses:
+    for address in () if schedulers is None else schedulers.addresses:
+        assert schedulers is not None
         with schedulers.open_sync(address) as channel:
             service = _service("scheduler", channel, address, schedulers)
             if answered(service):

