@@ -133,8 +133,9 @@ def _compile(architecture: str, extra: list[str], run: Run, everything: bool) ->
         return problem(check, f"NVRTC can't be used: {ran.last_words}", _CUDA_REMEDY)
     if "error" in answer:
         first = str(answer["error"]).strip().splitlines()[0]
+        remedy = f"In the checkout, to see all of it: {' '.join(argv[:4])} --all"
         return problem(
-            check, f"They do not compile: {first}", f"See all of it: {' '.join(argv[:4])} --all. {_CUDA_REMEDY}"
+            check, f"They do not compile: {first}", f"{remedy}\nInstall NVRTC as it is pinned: {_CUDA_REMEDY}"
         )
     what = "all of the model's compile" if everything else "the smallest one compiles"
     return ok(check, f"NVRTC {answer['nvrtc']}: {what} ({answer['cached']} of {answer['modules']} were in the cache)")

@@ -161,13 +161,14 @@ def _cluster(wishes: Wishes, probes: Probes) -> list[Finding]:
         findings = cluster.check_cluster(probes.ask())
     except ConnectionProblem as error:
         remedy = "Name it yourself: octavo doctor --address HOST:PORT --scheduler HOST:PORT"
-        findings = [problem("cluster", f"{error}.", remedy)]
+        findings = [problem("cluster", f"{str(error).rstrip('.')}.", remedy)]
     if wishes.checkout is None:
         return findings
     try:
-        return findings + probes.module("deploy.doctor").check_versions()
+        versions: list[Finding] = probes.module("deploy.doctor").check_versions()
     except ModuleNotFoundError as error:
-        return [*findings, _missing(wishes, "versions", error)]
+        versions = [_missing(wishes, "versions", error)]
+    return findings + versions
 
 
 def _missing(wishes: Wishes, check: str, error: ModuleNotFoundError) -> Finding:

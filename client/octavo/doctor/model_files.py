@@ -40,7 +40,12 @@ def check_cached(model: str, asked: bool, cache: Path) -> tuple[list[Finding], P
         return [problem("model", f"{error}.", _again(model, directory))], None
     if missing:
         return [problem("model", f"{directory} has no {' and no '.join(missing)}.", _again(model, directory))], None
-    findings = [ok("model", f"{model}, {size_of(size)} of weights, all files whole ({directory})")]
+    findings = [
+        ok(
+            "model",
+            f"{model if Path(model).is_dir() else f'{model} in {directory}'}: {size_of(size)} of weights, all files whole",
+        )
+    ]
     if not _has_template(directory):
         found = "It has no chat template: `octavo generate` works, `octavo chat` does not."
         findings.append(note("chat template", found, "Take the model's instruct version."))

@@ -62,7 +62,7 @@ def check_redis(url: str, answer: Answer) -> list[Finding]:
     shown = without_password(url)
     if answer.error:
         remedy = f"Start one (`make up` does), or name another: octavo doctor --redis URL. To look closer: redis-cli -u {shown} ping"
-        return [problem("Redis", f"No answer from {shown}: {answer.error}.", remedy)]
+        return [problem("Redis", f"No answer from {shown}: {answer.error.rstrip('.')}.", remedy)]
     return [ok("Redis", f"{answer.version} answers at {shown}"), *check_clock_of_redis(answer.ahead)]
 
 
