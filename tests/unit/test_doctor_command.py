@@ -109,6 +109,12 @@ def test_a_cluster_is_asked() -> None:
     assert only(check_cluster(found)).state is State.PROBLEM
 
 
+def test_a_router_that_has_just_started_is_given_a_moment() -> None:
+    with HealthyRouter(unready=3) as router:
+        found = ask_cluster.read_cluster(Connection((router.address,)), None, expected=True)
+    assert found.models == (Model(name="fake", workers=1, ready=True),)
+
+
 def test_a_cluster_that_wants_a_key_and_one_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     other = types.SimpleNamespace(name=scheduler_pb2.DESCRIPTOR.name, serialized_pb=b"other")
     monkeypatch.setitem(ask_cluster._FILES, "scheduler", other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,7 @@ from octavo.v1.inference_pb2_grpc import InferenceServiceStub
 from octavo.v1.scheduler_pb2_grpc import SchedulerServiceStub
 
 _TIMEOUT = 5.0
+_PAUSE = 0.2
 _AT_ONCE = 16  # workers asked, so that many that hang take little longer than one
 # grpc.health.v1.HealthCheckResponse with its one field; the wheel does without grpcio-health-checking.
 _HEALTH = {b"\x08\x01": "SERVING", b"\x08\x02": "NOT_SERVING"}
@@ -69,13 +71,19 @@ def _health(channel: grpc.Channel) -> str:
 
 
 def _models(service: Service, channel: grpc.Channel, connection: Connection) -> tuple[Service, list[Model]]:
-    try:
-        answer = InferenceServiceStub(channel).ListModels(
-            inference_pb2.ListModelsRequest(), timeout=_TIMEOUT, metadata=connection.metadata
-        )
-    except grpc.RpcError as error:
-        return _refused(service, error), []
-    return service, [Model(name=model.name, workers=model.workers, ready=model.ready) for model in answer.models]
+    """A router that has just started may still be fetching a tokenizer: it is given a moment."""
+    deadline = time.monotonic() + _TIMEOUT
+    while True:
+        try:
+            answer = InferenceServiceStub(channel).ListModels(
+                inference_pb2.ListModelsRequest(), timeout=_TIMEOUT, metadata=connection.metadata
+            )
+        except grpc.RpcError as error:
+            return _refused(service, error), []
+        if all(model.ready for model in answer.models) or time.monotonic() > deadline:
+            found = [Model(name=model.name, workers=model.workers, ready=model.ready) for model in answer.models]
+            return service, found
+        time.sleep(_PAUSE)
 
 
 def _workers(
