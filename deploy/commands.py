@@ -25,6 +25,7 @@ DEFAULT_LISTEN = {
     "scheduler": "127.0.0.1:50061",
     "redis": "127.0.0.1:6379",
 }
+METRICS_LISTEN = "127.0.0.1:9101"  # of the first process; the others take the ports after it
 SERVICE_ORDER = ("redis", "scheduler", "worker", "router")  # started in this order, stopped in the reverse
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from deploy import docker, show, state
 from deploy.commands import (
     DEFAULT_LISTEN,
+    METRICS_LISTEN,
     Command,
     Flag,
     redis_binary,
@@ -31,7 +32,6 @@ from deploy.readiness import ClusterError, read_ready
 from deploy.state import RUN, Cluster
 from deploy.supervise import Supervisor
 
-METRICS_LISTEN = "127.0.0.1:9101"
 PORT_TRIES = 3
 
 

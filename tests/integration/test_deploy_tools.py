@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from octavo.client.connection import Connection
+from octavo.doctor.ask_cluster import read_cluster
+from octavo.doctor.cluster import check_cluster
+from octavo.doctor.findings import State
 
 from deploy.cluster import LocalCluster
 from deploy.environment import ROOT
@@ -135,3 +139,17 @@ def test_buf_curl_calls_over_grpc(cluster: LocalCluster) -> None:
     done = call("buf", *base, "--data", unknown, f"{router}/{INFERENCE}/Generate")
     assert done.returncode != 0
     assert json.loads(done.stderr)["code"] == "not_found"
+
+
+def test_the_doctor_tells_a_sound_cluster_from_one_whose_scheduler_is_away(cluster: LocalCluster) -> None:
+    routers, schedulers = Connection(tuple(cluster.routers)), Connection(tuple(cluster.schedulers))
+    found = check_cluster(read_cluster(routers, schedulers, expected=True))
+    assert [(item.check, item.state) for item in found] == [
+        (check, State.OK) for check in ("router", "scheduler", "worker", "model served")
+    ]
+    assert all("same contracts" in item.found for item in found[:2])
+    elsewhere = Connection(("127.0.0.1:1",))
+    (scheduler,) = [
+        item for item in check_cluster(read_cluster(routers, elsewhere, expected=True)) if item.state is State.PROBLEM
+    ]
+    assert scheduler.check == "scheduler"

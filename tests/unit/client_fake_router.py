@@ -58,6 +58,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServiceServicer, scheduler_pb2_grpc
     unary_errors: list[OctavoError] = field(default_factory=list)  # of Complete, Tokenize and so on, one a call
     workers: list[scheduler_pb2.WorkerStatus] = field(default_factory=list)
     inspections: list[scheduler_pb2.InspectResponse] = field(default_factory=list)
+    unready: int = 0  # calls of ListModels until the model is ready
 
     def __post_init__(self) -> None:
         self.requests: list[pb.GenerateRequest] = []
@@ -86,8 +87,11 @@ class FakeRouter(inference_pb2_grpc.InferenceServiceServicer, scheduler_pb2_grpc
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
 
+    def _make_server(self) -> grpc.aio.Server:
+        return grpc.aio.server()
+
     async def _start(self) -> None:
-        self._server = grpc.aio.server()
+        self._server = self._make_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -177,7 +181,9 @@ class FakeRouter(inference_pb2_grpc.InferenceServiceServicer, scheduler_pb2_grpc
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         await self._answer(request, context)
-        model = pb.Model(name=self.model, digest=DIGEST, max_model_len=64, vocab_size=500, workers=1, ready=True)
+        self.unready -= self.unready > 0
+        ready = not self.unready
+        model = pb.Model(name=self.model, digest=DIGEST, max_model_len=64, vocab_size=500, workers=1, ready=ready)
         return pb.ListModelsResponse(models=[model])
 
     async def GetModelAssets(

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from octavo.cli import chat, inspect, serve, terminal
+from octavo.cli.conversation import Conversation
 from octavo.cli.main import app
+from octavo.client import Client
 from octavo.client.admin import Snapshot
 from octavo.v1 import inference_pb2 as pb
 from octavo.v1 import scheduler_pb2
@@ -103,6 +105,7 @@ def test_every_command_has_help() -> None:
         "inspect",
         "drain",
         "admit",
+        "doctor",
     ):
         assert name in result.stdout
         assert run(name, "--help").exit_code == 0
@@ -163,11 +166,11 @@ def test_chat_goes_on_after_an_error_and_ctrl_c(
         raise KeyboardInterrupt
 
     plays = [Play(refuse=OctavoError(Reason.POISON, "no")), Play(), Play()]
-    with FakeRouter(plays) as router, chat.Client(router.address) as client:
-        conversation = chat.Conversation(client, {})
+    with FakeRouter(plays) as router, Client(router.address) as client:
+        conversation = Conversation(client, {})
         monkeypatch.setattr("builtins.input", type_next)
         monkeypatch.setattr(terminal, "printable", lambda text: interrupted(text) if len(typed) == 2 else text)
-        chat._converse(conversation, interactive=True)
+        chat.converse(conversation, interactive=True)
         asked = [[turn.content[0].text for turn in request.chat.messages] for request in router.requests]
     # "one" failed and is forgotten; the answer to "two" was stopped by Ctrl-C after its first piece, which is kept.
     assert asked == [["one"], ["two"], ["two", whole_text(2), "three"]]

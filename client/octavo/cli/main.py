@@ -6,7 +6,7 @@ import importlib.metadata
 from typing import Annotated, Any
 
 import typer
-from octavo.cli import bench, chaos, chat, generate, inspect, model_files, operate, serve
+from octavo.cli import bench, chaos, chat, doctor, generate, inspect, model_files, operate, serve
 from octavo.cli.problem import CommandProblem, sentence
 from octavo.cli.terminal import stderr_console
 from octavo.client import ConnectionProblem, OctavoError
@@ -66,6 +66,7 @@ for _panel, _commands in {
         operate.admit,
         bench.bench,
         chaos.chaos,
+        doctor.doctor,
     ),
 }.items():
     for _command in _commands:
