@@ -64,8 +64,9 @@ def check_default_ports(found: Iterable[Listener]) -> list[Finding]:
         from deploy.ports import is_free
     except ModuleNotFoundError as error:
         return [note("ports", f"Left out, since {error.name} is not installed.")]
-    wanted = {"the router": DEFAULT_LISTEN["router"], "the scheduler": DEFAULT_LISTEN["scheduler"]}
-    wanted |= {"Redis": DEFAULT_LISTEN["redis"], "the first metrics page": METRICS_LISTEN}
+    wanted = {"the router": DEFAULT_LISTEN["router"], "its HTTP door": DEFAULT_LISTEN["http"]}
+    wanted |= {"the scheduler": DEFAULT_LISTEN["scheduler"], "Redis": DEFAULT_LISTEN["redis"]}
+    wanted |= {"the first metrics page": METRICS_LISTEN}
     return check_ports(wanted, is_free, found, own_addresses())
 
 
