@@ -63,6 +63,7 @@ class Router:
             brisk=Terms(settings.heartbeat_ms / 1e3, settings.lease_ms / 1e3),
             on_models=self.load_assets,
         )
+        self.hub.trace = life.trace
         self.pool = TextPool(settings.text_threads)
         self.attachments = Attachments(self.hub, lambda address: open_channel(settings, address), credentials(token))
         self.assets = AssetStore(self.attachments.fetch_assets, self.pool.executor)

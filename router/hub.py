@@ -15,6 +15,7 @@ from router.pulse import BRISK, CALM, Pulse, Terms
 from router.request import Request
 from router.session import RouterSession
 from service.errors import OctavoError, Reason
+from service.trace import Trace
 
 _MAX_OUTBOUND = 65_536
 _MAX_COLLECTED_BYTES = 16 << 20  # what clients take as one message
@@ -110,6 +111,7 @@ class Hub:
         self._max_buffered = max_buffered_tokens
         self._on_models = on_models
         self._loop = asyncio.get_running_loop()
+        self.trace: Trace | None = None
 
     def now(self) -> float:
         """Seconds on the session's clock. Not the loop's: uvloop's stands still, in whole milliseconds, during an iteration."""
@@ -136,10 +138,13 @@ class Hub:
 
     def receive(self, address: str, message: scheduler_pb2.AttachResponse) -> None:
         """A message came from a scheduler."""
+        began = self.trace.now() if self.trace is not None else 0
         self.session.receive(address, message, self.now())
         if message.HasField("models") or message.HasField("welcome"):
             self._on_models()
         self._pump()
+        if self.trace is not None and message.HasField("tokens"):
+            self.trace.add("receive tokens", 0, began)
 
     async def run_clock(self, interval: float) -> None:
         """Tick for ever. `interval` in seconds: a few in each heartbeat."""

@@ -70,9 +70,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             running = stream.request
             running.started_told = True
             await _write(context, inference_pb2.GenerateResponse(started=started))
+            trace = self._hub.trace
             while True:
-                for message in self._hub.outgoing(stream):
+                began = trace.now() if trace is not None else 0
+                messages = self._hub.outgoing(stream)
+                encoded = trace.now() if trace is not None else 0
+                for message in messages:
                     await _write(context, message)
+                if trace is not None and any(message.HasField("delta") for message in messages):
+                    trace.add("detokenize", running.spec.seed, began, encoded)
+                    trace.add("send", running.spec.seed, encoded)
                 if running.error is not None:
                     raise running.error
                 if running.delivered:
