@@ -16,7 +16,8 @@ no run finds its prompts in the prefix cache.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 VOCABULARY = 128_000  # special tokens left out
 NAMES = ("w1", "w2-64", "w2-256", "w3", "w4-8192", "w4-32768", "w5", "w6-one", "w6-256", "w6-32")
@@ -32,6 +33,10 @@ class Workload:
     concurrency: int
     rate: float | None = None  # requests a second in an open loop
     temperature: float = 0.0
+
+    def first(self, count: int) -> Self:
+        """So many of its requests only."""
+        return replace(self, prompts=self.prompts[:count], output_lens=self.output_lens[:count])
 
 
 @dataclass(frozen=True, slots=True)
