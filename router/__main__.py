@@ -38,6 +38,9 @@ log = logging.getLogger("octavo.router")
 
 SERVICES = ("octavo.v1.InferenceService",)
 _SECOND_SCHEDULER_SECONDS = 1.0
+# Of tokens towards a router that is behind: a few steps of 256 rows. The rest waits at the scheduler, which merges it, so that a busy
+# router gets fewer and larger batches and not a queue of old ones.
+_ATTACH_WINDOW_BYTES = 16 << 10
 
 
 class Router:
@@ -65,7 +68,9 @@ class Router:
         )
         self.hub.trace = life.trace
         self.pool = TextPool(settings.text_threads)
-        self.attachments = Attachments(self.hub, lambda address: open_channel(settings, address), credentials(token))
+        self.attachments = Attachments(
+            self.hub, lambda address: open_channel(settings, address, _ATTACH_WINDOW_BYTES), credentials(token)
+        )
         self.assets = AssetStore(self.attachments.fetch_assets, self.pool.executor)
         tickets = TicketOffice(ticket_key(settings.ticket_key_file, token))
         clocks = Clocks(self.hub.now, time.time)
