@@ -20,6 +20,7 @@ from service.trace import Trace
 _MAX_OUTBOUND = 65_536
 _WAKES_A_TURN = 16  # each writes a message: half a millisecond together
 _MAX_COLLECTED_BYTES = 16 << 20  # what clients take as one message
+_MOST_BYTES_A_TOKEN = 1_024  # of an answer, with all log-probabilities that may be asked for
 
 
 class Outbound:
@@ -64,6 +65,7 @@ class ClientStream:
 
     request: Request
     bounded: bool
+    beating: bool = False  # its client asked for heartbeats
     ready: bool = False
     beat: Terms | None = None  # a heartbeat is due
     _waiter: asyncio.Future[None] | None = field(default=None)
@@ -110,6 +112,7 @@ class Hub:
         self._streams: dict[Request, ClientStream] = {}
         self._outbound: dict[str, Outbound] = {}
         self._max_buffered = max_buffered_tokens
+        self._surely_allowed = min(max_buffered_tokens, _MAX_COLLECTED_BYTES // _MOST_BYTES_A_TOKEN)
         self._on_models = on_models
         self._loop = asyncio.get_running_loop()
         self.trace: Trace | None = None
@@ -168,7 +171,7 @@ class Hub:
         """Start a request. `bounded`: its reader may be slow, so what it has not taken is limited. Raises OctavoError."""
         now = self.now()
         self.session.submit(request, now)
-        stream = ClientStream(request, bounded)
+        stream = ClientStream(request, bounded, heartbeats)
         self._streams[request] = stream
         if heartbeats:
             self._pulse.join(stream, now)
@@ -178,6 +181,8 @@ class Hub:
     def outgoing(self, stream: ClientStream) -> list[inference_pb2.GenerateResponse]:
         """What this stream has to write now, heartbeats among it. Writing counts as speaking."""
         messages = stream.request.take()
+        if not stream.beating:
+            return messages
         terms, stream.beat = stream.beat, None
         now = self.now()
         if any(message.HasField("delta") for message in messages):
@@ -214,16 +219,16 @@ class Hub:
             stream = self._streams.get(request)
             if stream is None:
                 continue
-            if request.error is None:
-                self._bound(stream, now)
+            if request.error is None and (buffered := request.num_buffered) > self._surely_allowed:
+                self._bound(stream, buffered, now)
             if request.error is not None or self._flush.mark(stream, now):
                 stream.wake()
         self._arm()
         self._perform()
 
-    def _bound(self, stream: ClientStream, now: float) -> None:
+    def _bound(self, stream: ClientStream, buffered: int, now: float) -> None:
         """End a request of which more waits than may: for a client that does not read, or for an answer that fits into no message."""
-        request, buffered = stream.request, stream.request.num_buffered
+        request = stream.request
         if stream.bounded:
             if buffered > self._max_buffered:
                 message = f"{buffered} tokens wait for the client, which does not read them"
