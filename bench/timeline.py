@@ -154,16 +154,19 @@ def _stages(of_step: Mapping[str, Span], batch: _Batch, delivery: _Delivery) -> 
     """One after the other, without holes: what stands between two pieces of work is waiting."""
     encoded, sent, received = batch
     made, message, arrival = delivery
+    launch, device = of_step["launch"], of_step["device"]
+    # The device may begin while its step is still being launched; then it waits for nothing.
+    computes = max(device.begin, launch.begin)
     marks = [
         ("scheduler", "plan", of_step["plan"].begin),
         ("scheduler", "encode", of_step["encode"].begin),
         ("wire", "plan to worker", of_step["encode"].end),
         ("worker", "decode", of_step["receive plan"].begin),
         ("worker", "to the launch thread", of_step["receive plan"].end),
-        ("worker", "launch", of_step["launch"].begin),
-        ("device", "waits its turn", of_step["launch"].end),
-        ("device", "computes", of_step["device"].begin),
-        ("worker", "to the event loop", of_step["device"].end),
+        ("worker", "launch", launch.begin),
+        ("device", "waits its turn", min(launch.end, computes)),
+        ("device", "computes", computes),
+        ("worker", "to the event loop", device.end),
         ("worker", "encode result", of_step["report"].begin),
         ("wire", "result to scheduler", of_step["report"].end),
         ("scheduler", "apply", of_step["apply"].begin),
@@ -176,7 +179,6 @@ def _stages(of_step: Mapping[str, Span], batch: _Batch, delivery: _Delivery) -> 
         ("wire", "message to client", message.begin),
     ]
     ends = [begin for _, _, begin in marks[1:]] + [arrival]
-    # The device may begin while the launch still goes on; then it waited for nothing.
     return tuple(
         Stage(where, what, begin, max(begin, end)) for (where, what, begin), end in zip(marks, ends, strict=True)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from bench import profile
@@ -63,6 +64,13 @@ def test_a_step_is_followed_from_its_plan_to_the_client() -> None:
         40, 20, 100, 40, 10, 50, 40, 990, 10, 10, 90, 50, 5, 5, 40, 20, 30, 5, 65,
     ]  # fmt: skip
     assert all(one.end == other.begin for one, other in zip(step.stages, step.stages[1:], strict=False))
+
+
+def test_a_device_that_begins_while_its_step_is_launched_waits_for_nothing() -> None:
+    spans = [replace(s, begin=s.end - 1_060_000) if s.what == "device" else s for s in _spans()]
+    stages = {stage.what: stage for stage in find_steps(spans, _arrivals())[0].stages}
+    assert (stages["launch"].us, stages["waits its turn"].us, stages["computes"].us) == (20, 0, 1_060)
+    assert stages["launch"].end == stages["computes"].begin
 
 
 def test_a_batch_of_two_steps_and_a_message_of_two_tokens_belong_to_both() -> None:
