@@ -4,8 +4,8 @@
 
 For each number of rows so many streams of 128 + `--tokens` tokens run on a cluster of one scheduler, one worker and one router, whose
 processes note where their time goes (--trace-dir). Shown is the step of the median total, the median of each stage over all steps in
-which every stream ran, and how long the device was idle between steps. On the cuda backend the device's part is shown by kernel, from
-a run of bench.gpu_profile before. `--trace` writes the middle steps of the last number of rows.
+which half of the streams or more ran, and how long the device was idle between steps. On the cuda backend the device's part is shown
+by kernel, from a run of bench.gpu_profile before. `--trace` writes the middle steps of the last number of rows.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def read_spans(directory: Path) -> list[Span]:
 
 
 def find_steps(spans: Iterable[Span], arrivals: Mapping[int, Sequence[int]]) -> list[Step]:
-    """Steps of one scheduler, worker and router in which every stream of `arrivals` ran, in order.
+    """Steps of one scheduler, worker and router in which at least half of the streams of `arrivals` ran, in order.
 
     `arrivals`: when each message with tokens reached the client, nanoseconds, by the seed of its request.
     """
@@ -81,8 +81,6 @@ def find_steps(spans: Iterable[Span], arrivals: Mapping[int, Sequence[int]]) -> 
             by_name[span.what].append(span)
     for group in by_name.values():
         group.sort(key=lambda span: span.begin)
-    begin = max(times[0] for times in arrivals.values())
-    end = min(times[-1] for times in arrivals.values())
     batches = _Batches(by_name)
     deliveries = [
         _Deliveries(
@@ -93,15 +91,14 @@ def find_steps(spans: Iterable[Span], arrivals: Mapping[int, Sequence[int]]) -> 
     steps = []
     for step_id, of_step in sorted(by_step.items()):
         before = by_step.get(step_id - 1, {}).get("device")
-        if len(of_step) < len(_OF_A_STEP) or before is None or of_step["plan"].begin < begin:
+        if len(of_step) < len(_OF_A_STEP) or before is None:
             continue
         batch = batches.after(of_step["apply"])
         delivered = [] if batch is None else [d.after(batch[2]) for d in deliveries]
-        whole = [delivery for delivery in delivered if delivery is not None]
-        if batch is None or len(whole) < len(deliveries) or min(arrival for _, _, arrival in whole) > end:
+        known = sorted((d for d in delivered if d is not None), key=lambda delivery: delivery[2])
+        if batch is None or 2 * len(known) < len(deliveries):
             continue
-        whole.sort(key=lambda delivery: delivery[2])
-        stages = _stages(of_step, batch, whole[len(whole) // 2])
+        stages = _stages(of_step, batch, known[len(known) // 2])
         steps.append(Step(step_id, stages, (of_step["device"].begin - before.end) / 1e3))
     return steps
 
@@ -145,9 +142,9 @@ class _Deliveries:
         self._begins = [span.begin for span in self._made]
 
     def after(self, received: Span) -> _Delivery | None:
-        """The first that was made since this batch came."""
+        """The first that was made since this batch came; None where the stream began with it, or had ended before."""
         at = bisect.bisect_left(self._begins, received.begin)
-        return (self._made[at], self._sent[at], self._arrivals[at]) if at < len(self._made) else None
+        return (self._made[at], self._sent[at], self._arrivals[at]) if 0 < at < len(self._made) else None
 
 
 def _stages(of_step: Mapping[str, Span], batch: _Batch, delivery: _Delivery) -> tuple[Stage, ...]:

@@ -55,9 +55,9 @@ def _arrivals() -> dict[int, list[int]]:
 
 def test_a_step_is_followed_from_its_plan_to_the_client() -> None:
     steps = find_steps(_spans(), _arrivals())
-    # The first is planned before anything has arrived; none is known before it for the second.
-    assert [step.step_id for step in steps] == [3, 4, 5, 6]
-    step = steps[0]
+    # The streams begin with the first: which of its messages was theirs is not known.
+    assert [step.step_id for step in steps] == [2, 3, 4, 5, 6]
+    step = steps[1]
     assert step.total_us == 1_620.0
     assert step.idle_us == 10.0
     assert [stage.us for stage in step.stages] == [
@@ -147,3 +147,16 @@ def test_a_directory_that_cannot_be_written_is_logged(tmp_path: Path, caplog: ob
     (tmp_path / "file").write_text("")
     Trace(tmp_path / "file", "x").write()
     assert "can't be written" in caplog.text  # type: ignore[attr-defined]
+
+
+def test_streams_that_come_and_go_count_while_they_run() -> None:
+    late, gone = {"detokenize": 9, "send": 9}, 3
+    spans = _spans()
+    for step in (5, 6):  # a third stream, of the last steps only
+        begin = step * PERIOD + 1_600_000
+        spans += [Span("router", what, seed, begin, begin + 5_000, "MainThread") for what, seed in late.items()]
+    spans = [s for s in spans if s.key != SEEDS[1] or s.what not in late or s.begin // PERIOD - 1 <= gone]
+    arrivals = _arrivals() | {9: [step * PERIOD + 1_700_000 for step in (5, 6)]}
+    arrivals[SEEDS[1]] = arrivals[SEEDS[1]][:gone]
+    # In 4 and 5 one of three runs of which anything is known.
+    assert [step.step_id for step in find_steps(spans, arrivals)] == [2, 3, 6]
