@@ -20,7 +20,7 @@ from octavo.cli.load_report import machine, summarise, versions
 from octavo.cli.load_run import run_load
 from octavo.cli.load_spec import LoadSpec
 
-from bench.serving import LEASE
+from bench.running import LEASE
 from deploy.cluster import LocalCluster
 
 _DOORS = ("http", "grpc")

@@ -4,7 +4,7 @@
     prefix      TTFT of a first and a second request that share a prompt of 1,000 tokens
     waste       share of KV slots that are allocated but unused while 16 requests of 300 to 1,000 tokens run
     abandoned   time until no block is owned after the last of 200 hang-ups
-    mock        tokens/s of one router process at 256 streams; the workers are mock ones
+    mock        tokens/s through one and through two routers at 256 streams on mock, and the processor time of a token in each process
 
 Each starts a cluster of its own on free ports. Timings are for comparison within the run.
 """
@@ -18,35 +18,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
-from octavo.cli.load_report import machine, summarise, versions
-from octavo.cli.load_run import run_load
-from octavo.cli.load_spec import LoadSpec
 from octavo.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
-from deploy.cluster import LocalCluster
-
-LEASE = {"lease-ms": 5000}  # everything shares two cores here: a busy neighbour is no dead one
-
-
-def cluster(model: str, backend: str, worker: Mapping[str, Any] | None = None) -> LocalCluster:
-    """One scheduler, one router, one worker."""
-    flags = {"scheduler": LEASE, "router": LEASE, "worker": {**LEASE, "served-name": "m", **(worker or {})}}
-    return LocalCluster(redis=False, backend=backend, model=model, flags=flags, timeout=120)
-
-
-def load(running: LocalCluster, processes: int = 1, **shape: Any) -> dict[str, Any]:
-    """The figures of one closed loop."""
-    shape = {"vocab_size": 30_000, "temperature": 0.0} | shape
-    spec = LoadSpec(addresses=tuple(running.routers), model="m", **shape)
-    figures = summarise(run_load(spec, processes, lambda *_: None))
-    if figures["failed"]:
-        raise RuntimeError(f"{figures['failed']} requests failed: {figures['first_error']}")
-    return figures
+from bench.running import cluster, cpu_seconds, head, load
 
 
 def against(model: str, dtype: str, repeats: int) -> dict[str, Any]:
@@ -144,14 +123,35 @@ def abandoned(_model: str, _dtype: str, _repeats: int) -> dict[str, Any]:
 
 
 def mock(_model: str, _dtype: str, repeats: int) -> dict[str, Any]:
-    """Tokens/s through one router process at 256 streams."""
+    """Tokens/s through one and two router processes at 256 streams, and what a token costs each process.
+
+    Where all share a few cores, the processor time of a token says more than the rate: a router alone on a core carries
+    `tokens_per_router_core_s`.
+    """
+    return {f"{routers}_routers": _through_routers(routers, repeats) for routers in (1, 2)}
+
+
+def _through_routers(routers: int, repeats: int) -> dict[str, Any]:
     runs = []
-    with cluster("mock", "mock") as running:
+    with cluster("mock", "mock", routers=routers) as running:
         for repeat in range(repeats + 1):
             shape = {"requests": 512, "concurrency": 256, "input_len": 32, "output_len": 512, "seed": repeat}
-            figures = load(running, 2, **shape)
-            runs.append({key: figures[key] for key in ("output_tokens_per_s", "token_messages", "ttft_ms", "itl_ms")})
-    return {"output_tokens_per_s": max(run["output_tokens_per_s"] for run in runs[1:]), "runs": runs}
+            with cpu_seconds(running) as used:
+                figures = load(running, 2, **shape)
+            tokens = figures["output_tokens"]
+            cost = {name: 1e6 * seconds / tokens for name, seconds in used.items()}
+            run = {key: figures[key] for key in ("output_tokens_per_s", "token_messages", "ttft_ms", "itl_ms")}
+            runs.append({**run, "cpu_us_per_token": cost})
+    best = max(runs[1:], key=lambda run: float(run["output_tokens_per_s"]))
+    cheapest = min(
+        sum(cost for name, cost in run["cpu_us_per_token"].items() if name.startswith("router")) for run in runs[1:]
+    )
+    return {
+        "output_tokens_per_s": best["output_tokens_per_s"],
+        "cpu_us_per_token": best["cpu_us_per_token"],
+        "tokens_per_router_core_s": 1e6 / cheapest,
+        "runs": runs,
+    }
 
 
 MEASUREMENTS: dict[str, Callable[[str, str, int], dict[str, Any]]] = {
@@ -172,8 +172,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(MEASUREMENTS), default=tuple(MEASUREMENTS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    command = "python -m bench.serving MODEL_DIR " + " ".join(a for a in arguments if a != options.model_dir)
-    report: dict[str, Any] = {"command": command, "machine": machine(), "versions": versions(), "dtype": options.dtype}
+    shown = ["MODEL_DIR" if argument == options.model_dir else argument for argument in arguments]
+    report: dict[str, Any] = {**head("bench.serving", shown), "dtype": options.dtype}
     for name in options.only:
         report[name] = MEASUREMENTS[name](options.model_dir, options.dtype, options.repeats)
         print(f"{name}: {json.dumps(report[name])}", flush=True)

@@ -41,6 +41,9 @@ log = logging.getLogger("octavo.router")
 
 SERVICES = ("octavo.v1.InferenceService",)
 _SECOND_SCHEDULER_SECONDS = 1.0
+# Of tokens towards a router that is behind: a few steps of 256 rows. The rest waits at the scheduler, which merges it, so that a busy
+# router gets fewer and larger batches and not a queue of old ones.
+_ATTACH_WINDOW_BYTES = 16 << 10
 
 
 class Router:
@@ -66,8 +69,11 @@ class Router:
             brisk=Terms(settings.heartbeat_ms / 1e3, settings.lease_ms / 1e3),
             on_models=self.load_assets,
         )
+        self.hub.trace = life.trace
         self.pool = TextPool(settings.text_threads)
-        self.attachments = Attachments(self.hub, lambda address: open_channel(settings, address), credentials(token))
+        self.attachments = Attachments(
+            self.hub, lambda address: open_channel(settings, address, _ATTACH_WINDOW_BYTES), credentials(token)
+        )
         self.assets = AssetStore(self.attachments.fetch_assets, self.pool.executor)
         tickets = TicketOffice(ticket_key(settings.ticket_key_file, token))
         clocks = Clocks(self.hub.now, time.time)

@@ -15,9 +15,12 @@ from router.pulse import BRISK, CALM, Pulse, Terms
 from router.request import Request
 from router.session import RouterSession
 from service.errors import OctavoError, Reason
+from service.trace import Trace
 
 _MAX_OUTBOUND = 65_536
+_WAKES_A_TURN = 16  # each writes a message: half a millisecond together
 _MAX_COLLECTED_BYTES = 16 << 20  # what clients take as one message
+_MOST_BYTES_A_TOKEN = 1_024  # of an answer, with all log-probabilities that may be asked for
 
 
 class Outbound:
@@ -62,6 +65,7 @@ class ClientStream:
 
     request: Request
     bounded: bool
+    beating: bool = False  # its client asked for heartbeats
     ready: bool = False
     beat: Terms | None = None  # a heartbeat is due
     excused: bool = False  # until it reads: what waits is no fault of its reader
@@ -109,8 +113,10 @@ class Hub:
         self._streams: dict[Request, ClientStream] = {}
         self._outbound: dict[str, Outbound] = {}
         self._max_buffered = max_buffered_tokens
+        self._surely_allowed = min(max_buffered_tokens, _MAX_COLLECTED_BYTES // _MOST_BYTES_A_TOKEN)
         self._on_models = on_models
         self._loop = asyncio.get_running_loop()
+        self.trace: Trace | None = None
 
     def now(self) -> float:
         """Seconds on the session's clock. Not the loop's: uvloop's stands still, in whole milliseconds, during an iteration."""
@@ -137,10 +143,13 @@ class Hub:
 
     def receive(self, address: str, message: scheduler_pb2.AttachResponse) -> None:
         """A message came from a scheduler."""
+        began = self.trace.now() if self.trace is not None else 0
         self.session.receive(address, message, self.now())
         if message.HasField("models") or message.HasField("welcome"):
             self._on_models()
         self._pump()
+        if self.trace is not None and message.HasField("tokens"):
+            self.trace.add("receive tokens", 0, began)
 
     async def run_clock(self, interval: float) -> None:
         """Tick for ever. `interval` in seconds: a few in each heartbeat."""
@@ -163,7 +172,7 @@ class Hub:
         """Start a request. `bounded`: its reader may be slow, so what it has not taken is limited. Raises OctavoError."""
         now = self.now()
         self.session.submit(request, now)
-        stream = ClientStream(request, bounded)
+        stream = ClientStream(request, bounded, heartbeats)
         self._streams[request] = stream
         if heartbeats:
             self._pulse.join(stream, now)
@@ -174,6 +183,8 @@ class Hub:
         """What this stream has to write now, heartbeats among it. Writing counts as speaking."""
         messages = stream.request.take()
         stream.excused = False
+        if not stream.beating:
+            return messages
         terms, stream.beat = stream.beat, None
         now = self.now()
         if any(message.HasField("delta") for message in messages):
@@ -220,16 +231,16 @@ class Hub:
             stream = self._streams.get(request)
             if stream is None:
                 continue
-            if request.error is None:
-                self._bound(stream, now)
+            if request.error is None and (buffered := request.num_buffered) > self._surely_allowed:
+                self._bound(stream, buffered, now)
             if request.error is not None or self._flush.mark(stream, now):
                 stream.wake()
         self._arm()
         self._perform()
 
-    def _bound(self, stream: ClientStream, now: float) -> None:
+    def _bound(self, stream: ClientStream, buffered: int, now: float) -> None:
         """End a request of which more waits than may: for a client that does not read, or for an answer that fits into no message."""
-        request, buffered = stream.request, stream.request.num_buffered
+        request = stream.request
         if stream.excused:
             return
         if stream.bounded:
@@ -268,5 +279,11 @@ class Hub:
         if due_at is None or due_at > now + 1e-3:  # the streams it was set for are gone
             self._arm()
             return
-        for stream in self._flush.take(now):
-            stream.wake()
+        self._wake(collections.deque(self._flush.take(now)))
+
+    def _wake(self, streams: collections.deque[ClientStream]) -> None:
+        """Some in this turn of the loop, the others in the next: what schedulers send is read in between, not after all writes."""
+        for _ in range(min(_WAKES_A_TURN, len(streams))):
+            streams.popleft().wake()
+        if streams:
+            self._loop.call_soon(self._wake, streams)

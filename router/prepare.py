@@ -101,7 +101,7 @@ class Preparation:
             ticket = Ticket(_new_id(), tenant, round(wall * 1e3), seed, model.digest, hashlib.sha256(column).digest())
         elif ticket.prompt_hash != hashlib.sha256(column).digest():
             raise invalid("the ticket belongs to a request with another prompt")
-        spec_of = await self._pool.run(0, lambda: resolve(message.sampling, assets, limits, len(prompt)))
+        spec_of = await self._resolve(message.sampling, assets, limits, len(prompt))
         spec = RequestSpec(
             request_id=ticket.request_id,
             tenant=tenant,
@@ -125,6 +125,14 @@ class Preparation:
             delivered = sum(len(state.token_ids) for state in message.resume.outputs)
             await self._pool.run(4 * delivered, lambda: _replay(request, message.resume, limits))
         return Prepared(request, self._started(spec, ticket))
+
+    async def _resolve(
+        self, params: inference_pb2.SamplingParams, assets: ModelAssets, limits: ModelLimits, num_prompt_tokens: int
+    ) -> Resolved:
+        """In a thread only where words are tokenized or a list may be as long as the vocabulary: a hop costs more than the rest."""
+        if not params.bad_words and not params.allowed_token_ids:
+            return resolve(params, assets, limits, num_prompt_tokens)
+        return await self._pool.run(0, lambda: resolve(params, assets, limits, num_prompt_tokens))
 
     async def tokenize(
         self,

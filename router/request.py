@@ -98,6 +98,7 @@ class Request:
         self.started_told = False  # the client knows that it was accepted
         self.prompt_logprobs: dict[int, PositionLogprobs] = {}
         self._table = table
+        self._with_logprobs = spec.sampling.HasField("logprobs")
         self._prompt_logprobs_sent = not spec.sampling.HasField("prompt_logprobs")
 
     @property
@@ -148,11 +149,11 @@ class Request:
         messages = []
         for sequence in self.sequences:
             output = sequence.output
-            delta = output.take(sequence.logprobs if self.spec.sampling.HasField("logprobs") else None)
-            if delta is not None:
+            message = output.take(sequence.logprobs if self._with_logprobs else None)
+            if message is not None:
                 if output.index == 0 and not self._prompt_logprobs_sent:
-                    self._add_prompt_logprobs(delta)
-                messages.append(inference_pb2.GenerateResponse(delta=delta))
+                    self._add_prompt_logprobs(message.delta)
+                messages.append(message)
             if sequence.done and not sequence.finished_sent and self.error is None:
                 sequence.finished_sent = True
                 messages.append(inference_pb2.GenerateResponse(finished=self._finished(sequence)))

@@ -50,10 +50,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             if request.heartbeats:
                 started.heartbeat.CopyFrom(heartbeat())
             await _write(context, inference_pb2.GenerateResponse(started=started))
-            running = call.request
+            running, trace = call.request, inference.hub.trace
             while True:
-                for message in inference.hub.outgoing(call.stream):
+                began = trace.now() if trace is not None else 0
+                messages = inference.hub.outgoing(call.stream)
+                encoded = trace.now() if trace is not None else 0
+                for message in messages:
                     await _write(context, message)
+                if trace is not None and any(message.HasField("delta") for message in messages):
+                    trace.add("detokenize", running.spec.seed, began, encoded)
+                    trace.add("send", running.spec.seed, encoded)
                 if running.error is not None:
                     raise running.error
                 if running.delivered:

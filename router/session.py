@@ -291,17 +291,20 @@ class RouterSession:
         if entry.first_output_index > have:
             self._resubmit_after_gap(link, sequence, entry, now)
             return
-        fresh = entry.token_ids[have - entry.first_output_index :]
-        self.dropped_tokens += len(entry.token_ids) - len(fresh)
+        fresh = entry.token_ids
+        if entry.first_output_index < have:
+            fresh = fresh[have - entry.first_output_index :]
+            self.dropped_tokens += len(entry.token_ids) - len(fresh)
         if entry.logprobs:
             self._note_logprobs(sequence, entry.logprobs, len(fresh))
         if fresh:
-            if sequence.first_token_at is None:
-                sequence.first_token_at = now
-            sequence.tries = sequence.stalls = 0
-            sequence.refused_by.clear()
-            sequence.computed = True
-            sequence.suspect_group, sequence.failures_alone = 0, 0
+            if not sequence.computed:  # the first since it was submitted or migrated
+                if sequence.first_token_at is None:
+                    sequence.first_token_at = now
+                sequence.tries = sequence.stalls = 0
+                sequence.refused_by.clear()
+                sequence.computed = True
+                sequence.suspect_group, sequence.failures_alone = 0, 0
             output.append(fresh)
         if entry.finish_reason and not output.finish_reason:
             if entry.first_output_index + len(entry.token_ids) < have:

@@ -61,6 +61,7 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
     )
     hub_settings = HubSettings(settings.heartbeat_ms, settings.lease_ms, settings.run_ahead, core=core)
     hub = Hub(hub_settings, life.incarnation, first_epoch=secrets.randbits(62))
+    hub.trace = life.trace
     service = SchedulerService(hub, settings.heartbeat_ms / 3e3)
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(service, server.grpc)
     metrics = Metrics(life.watchdog)

@@ -21,6 +21,7 @@ from scheduler.leaving import Leaving
 from scheduler.news import News
 from scheduler.peers import Peer, RouterPeer, WorkerPeer
 from service.errors import OctavoError, Reason
+from service.trace import Trace
 
 log = logging.getLogger("octavo.hub")
 
@@ -52,6 +53,8 @@ class Hub:
         self.draining = False
         self.on_recovery: Callable[[float], None] = _nobody_counts
         """Told, for a metric, how many seconds a request waited from the loss of its worker until it was planned again."""
+        self.trace: Trace | None = None
+        """Gets the spans of plans and results: the only clock here, and nothing is decided by it."""
         self._settings = settings
         self._incarnation = incarnation
         self._epoch = first_epoch
@@ -193,12 +196,18 @@ class Hub:
 
     def plan(self, now: float) -> None:
         """Compose and send every plan that can go now. Call after messages, once for all that came together."""
+        trace = self.trace
         for worker_id in self.core.workers_to_plan():
             worker = self.workers[worker_id]
+            began = trace.now() if trace is not None else 0
             while (plan := self.core.plan(worker_id, now)) is not None:
+                if trace is not None:
+                    began = trace.add("plan", plan.step_id, began)
                 worker.last_plan = summarise_plan(plan)
                 worker.pace.planned(plan.step_id, worker.last_plan.num_tokens, now)
                 worker.put(scheduler_pb2.EnlistResponse(plan=encode_plan(plan, worker.epoch)))
+                if trace is not None:
+                    began = trace.add("encode", plan.step_id, began)
         self._news.tell_placed()
         self._note_recoveries()
         self._news.tell_lost()
@@ -289,6 +298,7 @@ class Hub:
     def _result(self, worker: WorkerPeer, result: step_pb2.StepResult, now: float) -> None:
         if result.epoch != worker.epoch:
             raise OctavoError(Reason.PROTOCOL_VIOLATION, f"a result of epoch {result.epoch}")
+        began = self.trace.now() if self.trace is not None else 0
         try:
             decoded, logprobs = decode_result(result, worker.hello.vocab_size)
             events = self.core.apply(worker.peer_id, decoded, now)
@@ -303,6 +313,8 @@ class Hub:
         worker.pace.returned(result.step_id, now)
         for columns in events:
             self._news.tell_tokens(columns, logprobs)
+        if self.trace is not None:
+            self.trace.add("apply", result.step_id, began)
         self._news.tell_lost()
         self._leaving.release_if_done(worker)
 

@@ -20,6 +20,7 @@ from scheduler import inspect
 from scheduler.hub import Hub
 from scheduler.peers import Peer
 from service.errors import OctavoError, Reason, abort
+from service.trace import Trace
 
 log = logging.getLogger("octavo.scheduler")
 
@@ -215,8 +216,13 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         while True:
             await wake.wait()
             wake.clear()
+            trace = self.hub.trace
+            began = trace.now() if trace is not None else 0
             while peer.cut is None and (message := source.take(self._now())) is not None:
+                taken = trace.now() if trace is not None else 0
                 await context.write(message)
+                if trace is not None:
+                    began = _note_sent(trace, message, began, taken)
             if peer.closing:
                 return
 
@@ -234,3 +240,17 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
 
     def _uptime_ms(self) -> int:
         return int((self._now() - self._started_at) * 1e3)
+
+
+def _note_sent(
+    trace: Trace, message: scheduler_pb2.AttachResponse | scheduler_pb2.EnlistResponse, began: int, taken: int
+) -> int:
+    """The spans of a message that was encoded from `began` to `taken` and written since. Returns when it was."""
+    written = trace.now()
+    kind = message.WhichOneof("message")
+    if isinstance(message, scheduler_pb2.EnlistResponse) and kind == "plan":
+        trace.add("send plan", message.plan.step_id, taken, written)
+    elif kind == "tokens":
+        trace.add("encode tokens", 0, began, taken)
+        trace.add("send tokens", 0, taken, written)
+    return written

@@ -2,7 +2,7 @@
 
 Exit codes: 0 after a drain (SIGTERM, SIGINT), 2 for a setting that can't be used, 1 for anything else. A second signal ends the
 process at once. SIGUSR1 shows in the log where every thread and every asyncio task stands. So does an event loop that stands still,
-which ends the process if it goes on (service/watchdog.py).
+which ends the process if it goes on (service/watchdog.py). With --trace-dir, SIGUSR2 writes where the time of the last steps went.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import secrets
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from service.settings import CommonSettings, SettingsError
 from service.stacks import all_stacks
+from service.trace import Trace
 from service.watchdog import LoopWatchdog
 
 log = logging.getLogger("octavo")
@@ -38,6 +40,7 @@ class Lifecycle:
         self.incarnation = secrets.randbits(63) | 1
         self.name = settings.name or f"{service}-{self.incarnation:x}"[: len(service) + 9]
         self.stopping = asyncio.Event()
+        self.trace = None if settings.trace_dir is None else Trace(settings.trace_dir, self.name)
         self._loop = asyncio.get_running_loop()
         self.watchdog = LoopWatchdog(self._loop, settings.stall_seconds, settings.stall_exit_seconds)
 
@@ -109,12 +112,16 @@ async def _main(service: str, settings: CommonSettings, serve: Callable[[Lifecyc
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     _dump_on_signal(life, loop)
+    if life.trace is not None:
+        _write_on_signal(life.trace, loop)
     life.watchdog.start()
     try:
         await serve(life)
     finally:
         life.withdraw()
         life.watchdog.stop()
+        if life.trace is not None:
+            life.trace.write()
 
 
 def _dump_on_signal(life: Lifecycle, loop: asyncio.AbstractEventLoop) -> None:
@@ -122,6 +129,11 @@ def _dump_on_signal(life: Lifecycle, loop: asyncio.AbstractEventLoop) -> None:
     loop nor Python's lock."""
     loop.add_signal_handler(signal.SIGUSR1, life.dump_stacks, "SIGUSR1")
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True, chain=True)
+
+
+def _write_on_signal(trace: Trace, loop: asyncio.AbstractEventLoop) -> None:
+    """SIGUSR2: write the spans, on a thread of their own."""
+    loop.add_signal_handler(signal.SIGUSR2, lambda: threading.Thread(target=trace.write, name="trace").start())
 
 
 def _first_leaf(group: BaseExceptionGroup[Any]) -> BaseException:

@@ -100,8 +100,11 @@ class Server:
         return self.grpc.add_secure_port(listen, grpc.ssl_server_credentials([pair]))
 
 
-def open_channel(settings: CommonSettings, address: str) -> grpc.aio.Channel:
-    """A channel to another process of the cluster. Authenticate calls with `auth.credentials`."""
+def open_channel(settings: CommonSettings, address: str, window_bytes: int | None = None) -> grpc.aio.Channel:
+    """A channel to another process of the cluster. Authenticate calls with `auth.credentials`.
+
+    `window_bytes`: about as much of a stream may be under way towards us; else gRPC lets it grow to megabytes where we read slowly.
+    """
     options = [
         ("grpc.max_receive_message_length", INTERNAL_MESSAGE_BYTES),
         ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
@@ -112,6 +115,8 @@ def open_channel(settings: CommonSettings, address: str) -> grpc.aio.Channel:
         # Each channel owns its connection; the global pool would share one between a dead and a new stream.
         ("grpc.use_local_subchannel_pool", 1),
     ]
+    if window_bytes is not None:
+        options += [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", window_bytes)]
     if settings.tls_ca is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(settings.tls_ca.read_bytes()), options=options)

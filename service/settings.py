@@ -43,6 +43,7 @@ class CommonSettings:
     drain_timeout: float = flag("seconds that running work may take after SIGTERM", 30.0)
     heartbeat_ms: int = flag("milliseconds between heartbeats", 75)
     lease_ms: int = flag("milliseconds of silence after which a peer is taken for dead", 250)
+    trace_dir: Path | None = flag("where the spans of the last steps are written at SIGUSR2 and at the end", None)
     stall_seconds: float = flag(
         "seconds without a turn of the event loop after which stacks are logged (0: never)", 5.0
     )

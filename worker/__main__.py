@@ -68,14 +68,14 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
     def on_failure(epoch: int, step_id: int, text: str) -> None:
         loop.call_soon_threadsafe(enlistment.on_failure, epoch, step_id, text)
 
-    engine = Engine(selection.backend, on_output, on_failure, _die)
+    engine = Engine(selection.backend, on_output, on_failure, _die, life.trace)
     engine.start()
     hang = HangWatch(engine, settings.hang_seconds, settings.hang_exit_seconds, life.dump_stacks, _leave)
     metrics = Metrics(life.watchdog, hang)
     registry = Registry(settings.redis, metrics.redis_up()) if settings.redis else None
     try:
         identity = await _load(engine, selection, life)
-        enlistment = Enlistment(settings, identity, engine)
+        enlistment = Enlistment(settings, identity, engine, life.trace)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(identity, enlistment), server.grpc)
         metrics.registry.register(_WorkerCollector(enlistment))
         address = await server.start()

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from service.trace import Trace
 from worker.backend import Backend, BackendInfo, FatalBackendError, Progress
 from worker.step import Step, StepOutput
 
@@ -54,12 +55,14 @@ class Engine:
         on_output: Callable[[int, StepOutput], None],
         on_failure: Callable[[int, int, str], None],
         on_fatal: Callable[[BaseException], None],
+        trace: Trace | None = None,
     ) -> None:
         """on_output(epoch, output), on_failure(epoch, step_id, text): that step and all after it until `reset` are void."""
         self._backend = backend
         self._on_output = on_output
         self._on_failure = on_failure
         self._on_fatal = on_fatal
+        self._trace = trace
         self._commands: queue.SimpleQueue[_Load | _Work | _Reset | _Close] = queue.SimpleQueue()
         self._launched: queue.Queue[_Work | _Close] = queue.Queue()
         self._loaded = False
@@ -140,6 +143,7 @@ class Engine:
 
     def _launch(self, work: _Work) -> None:
         self._begun += 1
+        began = self._trace.now() if self._trace is not None else 0
         try:
             self._backend.begin(work.step)
             self._backend.forward(work.step)
@@ -150,6 +154,8 @@ class Engine:
             self._fail(work, error)
             self._ended_at_launch += 1
         else:
+            if self._trace is not None:
+                self._trace.add("launch", work.step.step_id, began)
             self._launched.put(work)
 
     def _collect_loop(self) -> None:
@@ -159,6 +165,9 @@ class Engine:
                 return
             try:
                 output = self._backend.collect()
+                if self._trace is not None:
+                    ended = self._trace.now()
+                    self._trace.add("device", output.step_id, ended - output.device_ns, ended)
                 if not self._void:
                     self._on_output(work.epoch, output)
             except FatalBackendError:

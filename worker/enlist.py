@@ -17,6 +17,7 @@ from octavo.v1 import scheduler_pb2, scheduler_pb2_grpc
 from service.auth import credentials, read_token
 from service.errors import OctavoError
 from service.server import open_channel
+from service.trace import Trace
 from worker.engine import Engine
 from worker.session import Action, Execute, Identity, Leave, WorkerSession
 from worker.settings import WorkerSettings
@@ -37,11 +38,14 @@ _Stream = grpc.aio.StreamStreamCall[scheduler_pb2.EnlistRequest, scheduler_pb2.E
 class Enlistment:
     """Keeps one worker enlisted, with one scheduler at a time, until it is stopped."""
 
-    def __init__(self, settings: WorkerSettings, identity: Identity, engine: Engine) -> None:
+    def __init__(
+        self, settings: WorkerSettings, identity: Identity, engine: Engine, trace: Trace | None = None
+    ) -> None:
         self._settings = settings
         self._metadata = credentials(read_token(settings.cluster_token_file))
         self._model = identity.hello.model
         self._engine = engine
+        self._trace = trace
         self.session = WorkerSession(identity)
         self._addresses: tuple[str, ...] = settings.scheduler
         self._addresses_known = asyncio.Event()
@@ -90,6 +94,7 @@ class Enlistment:
 
     def on_output(self, epoch: int, output: StepOutput) -> None:
         """The engine finished a step."""
+        began = self._trace.now() if self._trace is not None else 0
         self.steps += 1
         self.tokens += int(output.num_tokens.sum())
         self.device_ns += output.device_ns
@@ -97,6 +102,8 @@ class Enlistment:
         message = self.session.on_output(epoch, output, self._now())
         if message is not None:
             self._send(message)
+        if self._trace is not None:
+            self._trace.add("report", output.step_id, began)
 
     def on_failure(self, epoch: int, step_id: int, text: str) -> None:
         """The engine could not run a step."""
@@ -211,15 +218,22 @@ class Enlistment:
 
     async def _write(self, call: _Stream) -> None:
         while True:
-            await call.write(await self._outbound.get())
+            message = await self._outbound.get()
+            began = self._trace.now() if self._trace is not None else 0
+            await call.write(message)
             self._outbound.task_done()
+            if self._trace is not None and message.HasField("result"):
+                self._trace.add("send result", message.result.step_id, began)
 
     async def _read(self, call: _Stream, address: str) -> None:
         while True:
             message = await call.read()
             if not isinstance(message, scheduler_pb2.EnlistResponse):  # grpc.aio.EOF
                 return
+            began = self._trace.now() if self._trace is not None else 0
             self._perform(self.session.on_message(message, self._now()))
+            if self._trace is not None and message.HasField("plan"):
+                self._trace.add("receive plan", message.plan.step_id, began)
             if self.session.epoch and not self.welcomed.is_set():
                 self.scheduler = address
                 self.welcomed.set()

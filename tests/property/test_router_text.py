@@ -116,8 +116,9 @@ def run_output(
 
     def take() -> None:
         nonlocal text, tokens, deltas
-        delta = output.take(None)
-        if delta is not None:
+        message = output.take(None)
+        if message is not None:
+            delta = message.delta
             text += delta.text
             tokens += delta.token_ids
             deltas += 1
@@ -186,6 +187,7 @@ def test_an_output_cut_by_length_ends_as_a_full_decode(kind: int) -> None:
         ids = [3 + byte for byte in "😀".encode()]
     output = Output(0, FinishRules(max_tokens=len(ids) - 1), TABLES[kind].detokenizer(True))
     output.append(ids)
-    delta = output.take(None)
-    assert delta is not None and output.finish_reason == common_pb2.FINISH_REASON_LENGTH
-    assert delta.text == TOKENIZERS[kind].decode(ids[:-1]) and delta.text.endswith("\ufffd")
+    message = output.take(None)
+    assert message is not None and output.finish_reason == common_pb2.FINISH_REASON_LENGTH
+    text = message.delta.text
+    assert text == TOKENIZERS[kind].decode(ids[:-1]) and text.endswith("\ufffd")

@@ -137,7 +137,7 @@ class Client:
         received.finished += 1
         expected = received.expected
         whole = expected.take(None)
-        text = whole.text if whole is not None else ""
+        text = whole.delta.text if whole is not None else ""
         got = (received.tokens, received.text, finished.finish_reason, finished.usage.completion_tokens)
         wanted = (list(expected.token_ids), text, expected.finish_reason, len(expected.token_ids))
         if received.finished > 1:

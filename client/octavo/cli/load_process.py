@@ -35,6 +35,7 @@ class Sample:
     """One request. Times in seconds on the machine's monotonic clock, which all processes share."""
 
     due: float  # when it should have been sent; latencies count from here
+    index: int = 0  # of the request, over all processes
     sent: float = 0.0
     end: float = 0.0
     outcome: Literal["finished", "abandoned", "failed"] = "failed"
@@ -47,6 +48,7 @@ class Sample:
         """As it travels: gaps in microseconds instead of times."""
         stamps = self.stamps
         return {
+            "index": self.index,
             "due": self.due,
             "sent": self.sent,
             "end": self.end,
@@ -123,7 +125,7 @@ class Generator:
         async def worker() -> None:
             # The workers share one iterator: each takes the next request when its last is over.
             for index, payload in payloads:
-                sample = Sample(due=time.monotonic())
+                sample = Sample(due=time.monotonic(), index=self._spec.first_request + index)
                 samples.append(sample)
                 await self._stream(index, payload, sample, abandon_after)
 
@@ -132,7 +134,8 @@ class Generator:
 
     async def _open_loop(self, payloads: list[bytes], arrivals: list[float]) -> list[Sample]:
         begin = time.monotonic()
-        samples = [Sample(due=begin + due) for due in arrivals]
+        first = self._spec.first_request
+        samples = [Sample(due=begin + due, index=first + index) for index, due in enumerate(arrivals)]
         async with asyncio.TaskGroup() as group:
             for index, (payload, sample) in enumerate(zip(payloads, samples, strict=True)):
                 # Late or not, none is left out: a slow server must not slow its own arrivals.

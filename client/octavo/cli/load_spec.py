@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +35,9 @@ class LoadSpec:
     abandon_after: int | None = None  # hang up after so many tokens
     timeout: float = 600.0  # of one request
     first_request: int = 0  # index of this process's first request: the prompts don't depend on the number of processes
+    bodies: tuple[
+        str, ...
+    ] = ()  # if any: all requests by index, as `body` makes them, instead of ones of these lengths
 
     def to_json(self) -> str:
         """One line."""
@@ -43,11 +47,11 @@ class LoadSpec:
     def from_json(cls, line: str) -> LoadSpec:
         """The inverse of `to_json`."""
         values = json.loads(line)
-        return cls(**values | {"addresses": tuple(values["addresses"])})
+        return cls(**values | {name: tuple(values[name]) for name in ("addresses", "bodies")})
 
     def public(self) -> dict[str, object]:
         """For results: without secrets and addresses."""
-        hidden = ("addresses", "token", "tls_ca", "first_request")
+        hidden = ("addresses", "token", "tls_ca", "first_request", "bodies")
         return {name: value for name, value in asdict(self).items() if name not in hidden}
 
     def split(self, processes: int) -> list[LoadSpec]:
@@ -85,6 +89,8 @@ class LoadSpec:
         """The serialised request of this index. Warm-up requests have negative indices."""
         if self.openai:
             return self._openai_request(index)
+        if self.bodies and index >= 0:
+            return base64.b64decode(self.bodies[index])
         message = pb.GenerateRequest(model=self.model)
         sampling = message.sampling
         sampling.max_tokens = self.output_len
@@ -120,6 +126,11 @@ class LoadSpec:
         prefix = random.Random(f"{self.seed}/{name}").choices(vocabulary, k=self.prefix_len)
         own = random.Random(f"{self.seed}/{index}").choices(vocabulary, k=self.input_len - self.prefix_len)
         return prefix + own
+
+
+def body(request: pb.GenerateRequest) -> str:
+    """A request as `LoadSpec.bodies` holds it: base64 of its serialisation."""
+    return base64.b64encode(request.SerializeToString()).decode()
 
 
 def _share(total: int, parts: int, index: int) -> int:
