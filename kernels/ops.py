@@ -23,6 +23,7 @@ from kernels.shapes import (
     norm_threads,
     prefill_shared_bytes,
     prefill_tile_rows,
+    sample_parts,
     wgmma_shared_bytes,
 )
 
@@ -266,7 +267,7 @@ class KernelOps(ProductOps):
         """One token for each row without truncation. scratch: partial [rows, parts, 2], raw_state [rows], arrived [rows]."""
         partial, raw_state, arrived = scratch
         self._launch(
-            "sample", "choose", (rows, SAMPLE_PARTS), 256,
+            "sample", "choose", (rows, sample_parts(rows)), 256,
             at(logits), at(processed), Int(logits.stride(0)), Int(vocab), at(sample_rows), at(fields), at(partial),
             at(raw_state), at(arrived), at(chosen), at(status),
         )  # fmt: skip

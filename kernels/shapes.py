@@ -11,6 +11,9 @@ FUSED_ROWS = 4
 """Products with at most so many rows normalise their input themselves (matvec_fused.cu)."""
 
 SAMPLE_PARTS = 16
+_SAMPLE_BLOCKS = 768
+"""What a Hopper chip runs at once of sample.cu: more blocks would only begin again what they have learned of their row."""
+
 MAX_LOGPROBS = 20
 WGMMA_ARCHITECTURE = "sm_90a"
 DECODE_FEW_ROWS = 8
@@ -143,6 +146,11 @@ def normed_shared_bytes(k: int, rows: int, depth: int) -> int:
 def is_roomy(matvec_depth: int) -> bool:
     """Whether the device gives a block 160 KiB of shared memory, which is what a depth of 8 is chosen for."""
     return matvec_depth == 8
+
+
+def sample_parts(rows: int) -> int:
+    """Blocks that share a row of logits in sample.cu. No token depends on it."""
+    return max(1, min(SAMPLE_PARTS, _SAMPLE_BLOCKS // rows))
 
 
 def decode_warps(head_dim: int) -> int:

@@ -32,7 +32,8 @@ struct Shared {
 };
 
 // visit(x, token) for every token of the row, or of the candidates where they are listed; tokens past the end come as -inf.
-template <typename Visit>
+// BACK: the row from its end, whose last reading ended there: some of that is still in the L2 cache.
+template <bool BACK = false, typename Visit>
 __device__ __forceinline__ void for_each(const float* row, int vocab, const Shared& s, bool listed, Visit visit) {
   if (listed) {
     for (int first = 0; first < (int)s.num_candidates; first += WIDE) {
@@ -42,7 +43,9 @@ __device__ __forceinline__ void for_each(const float* row, int vocab, const Shar
     return;
   }
   constexpr int AHEAD = 4;  // loads under way before the first is used
-  for (int first = 0; first < vocab; first += WIDE * 4 * AHEAD) {
+  constexpr int STRIDE = WIDE * 4 * AHEAD;
+  for (int done = 0; done < vocab; done += STRIDE) {
+    int first = BACK ? (vocab - 1) / STRIDE * STRIDE - done : done;
     float4 four[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
@@ -111,7 +114,7 @@ __device__ __forceinline__ u32 threshold(const float* row, int vocab, Shared& s,
   float half_top = 0.5f * top, range = half_top - 0.5f * bottom, scale = range > 0 ? fminf(BINS / range, -LEAST) : 0;
   auto bin_of = [&](float x) { return (u32)min((int)((half_top - 0.5f * x) * scale), BINS - 1); };
   clear(s);
-  for_each(row, vocab, s, listed, [&](float x, int) {
+  for_each<true>(row, vocab, s, listed, [&](float x, int) {
     if (x >= bottom) add(s, bin_of(x), measure(x));
   });
   u64 target = find_bin(s, 0, target_of), above = s.above;
@@ -218,18 +221,15 @@ choose_truncated(const float* __restrict__ logits, const float* __restrict__ pro
     });
   } else {
     // All lanes of a warp go round equally often, as in sample.cu.
+    float bound = NOTHING.value;
     for (int first = threadIdx.x / 32 * 128; first < vocab; first += WIDE * 4) {
       int v = first + threadIdx.x % 32 * 4;
       float4 four = v < vocab ? *reinterpret_cast<const float4*>(x + v) : make_float4(-INF, -INF, -INF, -INF);
       float values[4] = {four.x, four.y, four.z, four.w};
-      bool any = false;
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
+      for (int j = 0; j < 4; j++)
         if (v + j >= vocab || !(values[j] >= least)) values[j] = -INF;
-        any |= values[j] > -INF;
-      }
-      float bound = warp_bound(best);
-      if (any) compete(best, values, v, f, inverse, bound);
+      compete(best, bound, values, v, f, inverse);
     }
   }
   best = warp_best(best);
