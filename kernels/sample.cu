@@ -16,7 +16,7 @@
 // The best of tokens [begin, end), begin a multiple of 4; raw says what was seen (process_logits.cu).
 template <bool DRAWS>
 __device__ __forceinline__ Best best_of(const float* x, int begin, int end, const RowFields& f, u32& raw) {
-  Best best = NOTHING;
+  Best best = {-INF, NOTHING.token};
   float inverse = DRAWS ? 1.0f / f.temperature : 1.0f, bound = NOTHING.value;
   auto load = [&](int v) { return v < end ? *reinterpret_cast<const float4*>(x + v) : make_float4(-INF, -INF, -INF, -INF); };
   int lane = threadIdx.x % 32 * 4, first = begin + threadIdx.x / 32 * 128;
@@ -26,18 +26,24 @@ __device__ __forceinline__ Best best_of(const float* x, int begin, int end, cons
     int v = first + lane;
     float values[4] = {next.x, next.y, next.z, next.w};
     next = load(v + 256 * 4);
+    // NaN unless all four are finite.
+    float check = fmaf(values[0], 0.0f, fmaf(values[1], 0.0f, fmaf(values[2], 0.0f, values[3] * 0.0f)));
+    if (check == 0 && v + 3 < end) {
+      raw |= 2;
+    } else {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      bool inside = v + j < end;
-      if (inside) raw |= values[j] != values[j] || values[j] == INF ? 1 : values[j] > -INF ? 2 : 0;
-      if (!inside || !(values[j] > -INF)) values[j] = -INF;
+      for (int j = 0; j < 4; j++) {
+        bool inside = v + j < end;
+        if (inside) raw |= values[j] != values[j] || values[j] == INF ? 1 : values[j] > -INF ? 2 : 0;
+        if (!inside || !(values[j] > -INF)) values[j] = -INF;
+      }
     }
     if constexpr (DRAWS) {
       compete(best, bound, values, v, f, inverse);
     } else {
 #pragma unroll
       for (int j = 0; j < 4; j++)
-        if (values[j] > -INF) best = better(best, Best{values[j], v + j});
+        if (values[j] > best.value) best = Best{values[j], v + j};  // tokens come in their order
     }
   }
   return best;
@@ -81,11 +87,12 @@ choose(const float* __restrict__ logits, const float* __restrict__ processed, in
   arrived[s] = 0;
 }
 
-// result[s] and result[max_rows + s]: token and status, for the copy to the host.
+// result[s] and result[max_rows + s]: token and status; the same at the address that host[0] and host[1] hold, low half first, of the
+// host's pinned memory.
 extern "C" __global__ void __launch_bounds__(128)
 commit(const int* __restrict__ chosen, const int* __restrict__ status, const int* __restrict__ sample_rows, int rows,
        const int* __restrict__ fields, int* __restrict__ tokens, int max_len, u32* __restrict__ counts, int vocab,
-       int* __restrict__ result, int max_rows) {
+       int* __restrict__ result, int max_rows, const u32* __restrict__ host) {
   let_next_start();
   wait_for_previous();
   int s = blockIdx.x * 128 + threadIdx.x;
@@ -96,4 +103,8 @@ commit(const int* __restrict__ chosen, const int* __restrict__ status, const int
   if (f.flags & PENALTIES) counts[(size_t)row * vocab + token] += 1;
   result[s] = token;
   result[max_rows + s] = status[s];
+  if (!host) return;
+  int* there = reinterpret_cast<int*>((u64)host[1] << 32 | host[0]);
+  there[s] = token;
+  there[max_rows + s] = status[s];
 }
