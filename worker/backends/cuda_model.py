@@ -1,7 +1,7 @@
 """The decoder of the Llama family as a sequence of kernels and cuBLAS products.
 
-A layer, with the matrix products in capitals (at most 16 tokens: our matrix-vector kernel; at most 64, where gemm_wgmma.cu's table
-says so: our tensor-core kernel; else cuBLAS):
+A layer, with the matrix products in capitals (at most 16 tokens: our matrix-vector kernel; at most 64, GATE_UP at most
+128, where gemm_wgmma.cu's table says so: our tensor-core kernel; else cuBLAS):
 
     norm · QKV · epilogue (bias, QK norm, rotation, cache append) · attention · O · residual + norm · GATE_UP, silu * up · DOWN
 
