@@ -71,16 +71,16 @@ def _run(engine: OfflineEngine, workload: str, vocab_size: int, repeat: int) -> 
     return run, requests
 
 
-def measure(engine: OfflineEngine, workload: str, vocab_size: int) -> dict[str, Any]:
+def measure(engine: OfflineEngine, workload: str, vocab_size: int, repeats: int = REPEATS) -> dict[str, Any]:
     """Figures of one workload: the best of the repeats, and the time of each."""
     runs: list[tuple[Run, list[Request]]] = []
-    for repeat in range(REPEATS + 1):
+    for repeat in range(repeats + 1):
         runs.append(_run(engine, workload, vocab_size, repeat))
-    best, requests = min(runs[1:], key=lambda pair: pair[0].seconds)
+    best, requests = min(runs[1:] or runs, key=lambda pair: pair[0].seconds)
     first = requests[0].first_token_s
     return {
         "seconds": best.seconds,
-        "all_seconds": [run.seconds for run, _ in runs[1:]],
+        "all_seconds": [run.seconds for run, _ in runs[1:] or runs],
         "tokens_per_s": best.output_tokens / best.seconds,
         "first_token_ms": 1e3 * first,
         "ms_per_step_after_first": 1e3 * (best.seconds - first) / max(1, best.steps - 1),
@@ -91,7 +91,7 @@ def measure(engine: OfflineEngine, workload: str, vocab_size: int) -> dict[str, 
     }
 
 
-def _driver_version() -> str:
+def driver_version() -> str:
     """As /proc shows it, such as "580.159.04"."""
     text = Path("/proc/driver/nvidia/version").read_text() if Path("/proc/driver/nvidia/version").exists() else ""
     return next((word for word in text.split() if word[:1].isdigit() and "." in word), "unknown")
@@ -105,20 +105,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--workloads", default="w1,w2-8,w2-64,w2-256,w3,w4-8192,w4-32768,w5")
     parser.add_argument("--max-model-len", type=int, default=40_960)
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="0: once, without a run to warm up")
     arguments = parser.parse_args()
     directory = write_model(arguments.models, arguments.model) if arguments.model in SHAPES else Path(arguments.model)
     began = time.perf_counter()
-    backend = CudaBackend(directory, CudaSettings(max_model_len=arguments.max_model_len, memory_fraction=0.8))
+    once = arguments.repeats == 0
+    settings = CudaSettings(max_model_len=arguments.max_model_len, memory_fraction=0.8, capture_at_start=once)
+    backend = CudaBackend(directory, settings)
     info = backend.load(lambda what, done, total: None)
     loaded = time.perf_counter()
     backend.warm_up()
     properties = torch.cuda.get_device_properties(0)
     report: dict[str, Any] = {
-        "command": f"python -m bench.gpu_engine {arguments.model} --workloads {arguments.workloads}",
+        "command": f"python -m bench.gpu_engine {arguments.model} --workloads {arguments.workloads} --repeats {arguments.repeats}",
         "model": arguments.model,
         "device": properties.name,
         "versions": {
-            "driver": _driver_version(),
+            "driver": driver_version(),
             "torch": torch.__version__,
             "nvrtc": nvrtc_version(),
             "python": platform.python_version(),
@@ -130,7 +133,7 @@ def main() -> None:
     }
     engine = OfflineEngine(backend, info)
     for workload in arguments.workloads.split(","):
-        report[workload] = measure(engine, workload, info.vocab_size)
+        report[workload] = measure(engine, workload, info.vocab_size, arguments.repeats)
         print(workload, json.dumps({k: v for k, v in report[workload].items() if k != "all_seconds"}), flush=True)
     backend.close()
     text = json.dumps(report, indent=1)

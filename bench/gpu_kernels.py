@@ -1,6 +1,6 @@
 """Kernel by kernel: time, bytes or operations, and the share of what this device can do, measured in the same run. JSON to --out.
 
-    python -m bench.gpu_kernels [--out FILE]
+    python -m bench.gpu_kernels [--groups products,small,sampling,attention] [--out FILE]
 
 Each figure is the median of graph replays; inputs rotate where they would otherwise stay in the cache. Shapes are those of
 Llama-3.2-1B unless a name says 8b.
@@ -132,11 +132,42 @@ def products(bench: Bench, ops: KernelOps) -> None:
 
         bench.add(f"all products, {tokens} rows, matvec", [ours], total)
         bench.add(f"all products, {tokens} rows, cuBLAS", [library], total)
+    _tensor_core_products(bench, ops, layers, head)
     x1, out1 = random(16, 2048), random(16, 16384)
     for index, (n, k) in enumerate(sizes):
         xk = x1 if k == 2048 else random(16, 8192)
         bodies = [partial(ops.matvec, layer[index], xk, out1, 1) for layer in layers]
         bench.add(f"matvec {n}x{k}, 1 row", bodies, 2.0 * n * k)
+
+
+def _tensor_core_products(bench: Bench, ops: KernelOps, layers: list[list[torch.Tensor]], head: torch.Tensor) -> None:
+    """One after the other what a step of many rows multiplies: gemm_wgmma.cu, whose gate_up ends with silu(gate) * up, and cuBLAS."""
+    x = {2048: random(256, 2048), 8192: random(256, 8192)}
+    outs = {n: random(256, n) for n in (3072, 2048, 16384)}
+    parts, act = torch.empty((8, 256, 3072), dtype=torch.float32, device="cuda"), random(256, 8192)
+    logits = torch.empty((256, VOCAB), dtype=torch.float32, device="cuda")
+    for tokens in (32, 64, 128):
+        for index, name in enumerate(("QKV", "O", "GATE_UP", "DOWN")):
+            weights = [layer[index] for layer in layers]
+            n, k = weights[0].shape
+            ours = [
+                partial(ops.gemm_silu, weight, None, x[k], act, tokens)
+                if name == "GATE_UP"
+                else partial(ops.gemm_parts, weight, x[k], parts, tokens)
+                for weight in weights
+            ]
+            library = [partial(torch.mm, x[k][:tokens], weight.t(), out=outs[n][:tokens]) for weight in weights]
+            bench.add(f"{name}, {tokens} rows, gemm", ours, 2.0 * n * k)
+            bench.add(f"{name}, {tokens} rows, cuBLAS", library, 2.0 * n * k)
+        out = logits[:tokens]
+        bench.add(
+            f"head, {tokens} rows, gemm", [partial(ops.gemm_float, head, x[2048], logits, tokens)], 2.0 * head.numel()
+        )
+        bench.add(
+            f"head, {tokens} rows, cuBLAS",
+            [partial(torch.mm, x[2048][:tokens], head.t(), out_dtype=torch.float32, out=out)],
+            2.0 * head.numel(),
+        )
 
 
 def attention(bench: Bench, shape: KernelShape, name: str) -> None:
@@ -239,6 +270,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--groups", default="products,small,sampling,attention")
     arguments = parser.parse_args()
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         bench = Bench()
@@ -247,13 +279,18 @@ def main() -> None:
             flush=True,
         )
         ops = make_ops(LLAMA_1B)
-        products(bench, ops)
-        elementwise(bench, ops)
-        sampling(bench, ops)
-        attention(bench, LLAMA_1B, "1b")
-        attention(bench, LLAMA_8B, "8b")
+        groups = arguments.groups.split(",")
+        if "products" in groups:
+            products(bench, ops)
+        if "small" in groups:
+            elementwise(bench, ops)
+        if "sampling" in groups:
+            sampling(bench, ops)
+        if "attention" in groups:
+            attention(bench, LLAMA_1B, "1b")
+            attention(bench, LLAMA_8B, "8b")
     report = {
-        "command": "python -m bench.gpu_kernels --out FILE",
+        "command": f"python -m bench.gpu_kernels --groups {arguments.groups} --out FILE",
         "device": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
         "copy_TB_per_s": bench.bandwidth / 1e12,

@@ -46,6 +46,7 @@ class Run:
     device_s: float = 0.0
     device_steps: int = 0
     gaps_s: list[float] = field(default_factory=list)  # between one step's end and the next one's start on the device
+    arrivals: list[int] = field(default_factory=list)  # new rows of the step after each gap
     logprobs: list[tuple[list[Request], LogprobColumns]] = field(default_factory=list)
 
 
@@ -63,7 +64,7 @@ class OfflineEngine:
         batch = _Batch(
             self._info, deque(requests), deque(order if order is not None else range(group.num_blocks)), chunk
         )
-        flying: deque[tuple[list[Request], list[Request]]] = deque()
+        flying: deque[tuple[list[Request], list[Request], int]] = deque()
         run = Run()
         began = time.perf_counter()
         while batch.waiting or batch.running or flying:
@@ -73,7 +74,7 @@ class OfflineEngine:
                 self.backend.begin(step)
                 self.backend.forward(step)
                 self.backend.sample(step)
-                flying.append((rows, sampled))
+                flying.append((rows, sampled, len(step.new_rows)))
                 run.steps += 1
             while flying and (planned is None or len(flying) >= self._run_ahead):
                 self._collect(*flying.popleft(), run, began)
@@ -85,12 +86,13 @@ class OfflineEngine:
         """Blocks that hold so many tokens."""
         return -(-tokens // self._info.kv_groups[0].block_size)
 
-    def _collect(self, rows: list[Request], sampled: list[Request], run: Run, began: float) -> None:
+    def _collect(self, rows: list[Request], sampled: list[Request], arrivals: int, run: Run, began: float) -> None:
         output = self.backend.collect()
         now = time.perf_counter() - began
         run.device_s += output.device_ns / 1e9
         if run.device_steps:  # before the first step the device waited for the run to begin
             run.gaps_s.append(output.gap_ns / 1e9)
+            run.arrivals.append(arrivals)
         run.device_steps += 1
         tokens = iter(output.token_ids.tolist())
         for request, count, status in zip(sampled, output.num_tokens.tolist(), output.row_status.tolist(), strict=True):

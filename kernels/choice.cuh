@@ -37,29 +37,40 @@ __device__ __forceinline__ float rough_gumbel(u32 word) {
   return -__logf(t < 0.0078125f ? t * fmaf(0.5f, t, 1.0f) : -__logf(((float)word + 0.5f) * UNIT));
 }
 
-// Of four neighbouring tokens from `token` on, those with x > -inf compete: by x, or by x / T + noise where there is a temperature.
-// `bound`: what someone of the same row has reached already; who can't reach it is not worth an exact logarithm.
-__device__ __forceinline__ void compete(Best& best, const float (&x)[4], int token, const RowFields& f, float inverse, float bound) {
-  float values[4];
-  if (f.temperature > 0) {
+// 2^32 times a chance that noise -log(-log(u)) is at least what a token of logit `most` needs to come up to `bound`; never too small.
+// So a token can do it only where 2^32 (1 - u), which is ~word + 0.5, is at most that: 1 - u < -log(u) = exp(-noise).
+__device__ __forceinline__ float reach(float most, float inverse, float bound) {
+  float spare = fmaf(fabsf(bound), 2.4e-7f, 2e-3f);  // for what rounding and logarithms may be off
+  return exp2_fast(fmaf(fmaf(most, inverse, -bound) + spare, LOG2_E, 32.0f));
+}
+
+// Of four neighbouring tokens from `token` on, those with x > -inf compete by x / T + noise. `bound`: what someone of the warp has
+// reached at least; it rises. All lanes call it together. Most tokens are out after a comparison of random words, the few others after
+// a rough logarithm, so that a handful of a row cost an exact one; far below the bound not even the words are drawn.
+__device__ __forceinline__ void compete(Best& best, float& bound, const float (&x)[4], int token, const RowFields& f, float inverse) {
+  float rough[4], reached = NOTHING.value;
+  u32 words[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) rough[j] = -INF;
+  float within = reach(fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])), inverse, bound);
+  if (within >= 0.5f) {
     uint4 four = noise_of(f, token / 4);
-    u32 words[4] = {four.x, four.y, four.z, four.w};
+    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    u32 least = ~__float2uint_rz(within);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      values[j] = -INF;
+      if (words[j] < least || !(x[j] > -INF)) continue;
       // Rounding is monotonic, so what is below the bound with 1e-3 to spare is below it exactly.
-      if (x[j] > -INF && fmaf(x[j], inverse, rough_gumbel(words[j]) + 1e-3f) >= bound) values[j] = fmaf(x[j], inverse, gumbel(words[j]));
+      float noise = rough_gumbel(words[j]);
+      rough[j] = fmaf(x[j], inverse, noise + 1e-3f);
+      reached = fmaxf(reached, fmaf(x[j], inverse, noise - 1e-3f));
     }
-  } else {
-#pragma unroll
-    for (int j = 0; j < 4; j++) values[j] = x[j];
   }
+  if (__any_sync(~0u, reached > bound)) bound = fmaxf(bound, from_ordered(__reduce_max_sync(~0u, ordered(reached))));
 #pragma unroll
   for (int j = 0; j < 4; j++)
-    if (values[j] > -INF) best = better(best, Best{values[j], token + j});
+    if (rough[j] >= bound) best = better(best, Best{fmaf(x[j], inverse, gumbel(words[j])), token + j});
 }
-// The best value of the warp so far.
-__device__ __forceinline__ float warp_bound(Best best) { return from_ordered(__reduce_max_sync(~0u, ordered(best.value))); }
 
 __device__ __forceinline__ void decide(Best best, u32 raw, int* chosen, int* status) {
   bool broken = raw & 1 || !(raw & 2), empty = best.token == NOTHING.token;

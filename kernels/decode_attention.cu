@@ -20,14 +20,17 @@
 //      item's end
 //   8. what earlier steps wrote is fetched before the wait, while the QKV product still runs, and the next kernels start once the rest
 //      is here: when their weights (25 MB at the 1b shape) are in the memory's queue, every load takes microseconds
-//   9. eight warps and items of 1,024 tokens for HEAD_DIM 64 (this one): merging across blocks is four more trips to memory behind that
+//   9. items of 1,024 tokens for HEAD_DIM 64: merging across blocks is four more trips to memory behind that
 //      queue, and takes as long as streaming 100 tokens when the memory is busy (items of 256 instead of 512 cost a quarter of the speed
 //      at 256 rows)
+//  10. four blocks of four warps a multiprocessor instead of two of eight: while one merges, more others stream. For few rows eight warps
+//      still, the same slots (this one)
 //
 // The split size is fixed and splits lie at absolute positions, so a row's result does not depend on its neighbours.
 #include "common.cuh"
 
-// WARPS of a block, of which BLOCKS are resident at once; iterations of 16 tokens in flight in each warp: DEPTH.
+// A block's tokens go to SLOTS, every SLOTS-th 16 tokens to one. Its WARPS take the slots one after the other, a slot's sums stay apart: a
+// result's bits follow from SLOTS and SPLIT alone. BLOCKS are resident at once; iterations of 16 tokens in flight in each warp: DEPTH.
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int M_TILES = (GROUP + 15) / 16;             // blocks of 16 query heads
 constexpr bool HALF_TILE = GROUP <= 8;                 // rows 8..15 of the tile are empty
@@ -36,20 +39,20 @@ constexpr int PIECES = 16 * CHUNKS / 32;               // of a lane for 16 keys
 #if __CUDA_ARCH__ >= 1000
 constexpr int COPIES_UNROLLED = 2;                     // more spill there
 #else
-constexpr int COPIES_UNROLLED = PIECES;
+constexpr int COPIES_UNROLLED = WARPS < SLOTS ? 2 : PIECES;
 #endif
 constexpr int N_TILES = HEAD_DIM / 8;
-constexpr int STEP = 16 * WARPS;                       // tokens of a block in one iteration
+constexpr int STEP = 16 * SLOTS;                       // tokens of a block in one iteration
 constexpr int TILE_ROWS = HALF_TILE ? 8 : 16;
 constexpr int PARTIAL = HEAD_DIM + 2;                  // unnormalised output, maximum (base 2), sum
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim must be 64 or 128");
-static_assert(BLOCK_SIZE % 16 == 0 && SPLIT % (16 * WARPS) == 0, "a warp's 16 tokens must lie in one block");
+static_assert(BLOCK_SIZE % 16 == 0 && SPLIT % STEP == 0 && SLOTS % WARPS == 0, "a warp's 16 tokens must lie in one block");
 
 constexpr int STAGE_VECTORS = 2 * PIECES * 32;        // keys, then values of 16 tokens
 constexpr int RING_VECTORS = DEPTH * STAGE_VECTORS;   // of a warp
 
-// Shared memory: the rings of all warps, then their results, then the block's maxima and sums.
-//   WARPS * RING_VECTORS * 16 + WARPS * TILE_ROWS * PARTIAL * 4 + TILE_ROWS * 8 bytes
+// Shared memory: the rings of all warps, then the slots' results, then the block's maxima and sums.
+//   WARPS * RING_VECTORS * 16 + SLOTS * TILE_ROWS * PARTIAL * 4 + TILE_ROWS * 8 bytes
 extern __shared__ uint4 shared[];
 
 // Words 0 to 6 of an item, as plan_decode writes them; word 5 names the permanent row.
@@ -58,10 +61,10 @@ struct Item {
   int first_item, splits;      // of the row
   const int* blocks;
 
-  // Each warp has every WARPS-th 16 tokens, by absolute position, and leaves out what lies outside [begin, end).
-  __device__ int token_of(int iteration) const { return begin / SPLIT * SPLIT + iteration * STEP + threadIdx.x / 32 * 16; }
-  __device__ int first_iteration() const { return (begin % SPLIT / 16 + WARPS - 1 - (int)threadIdx.x / 32) / WARPS; }
-  __device__ int iterations() const { return ((end - 1) % SPLIT / 16 + WARPS - (int)threadIdx.x / 32) / WARPS; }
+  // Slots lie at absolute positions; what lies outside [begin, end) is left out.
+  __device__ int token_of(int slot, int iteration) const { return begin / SPLIT * SPLIT + iteration * STEP + slot * 16; }
+  __device__ int first_iteration(int slot) const { return (begin % SPLIT / 16 + SLOTS - 1 - slot) / SLOTS; }
+  __device__ int iterations(int slot) const { return ((end - 1) % SPLIT / 16 + SLOTS - slot) / SLOTS; }
 };
 
 __device__ __forceinline__ Item load_item(const int4* items, int at, const int* block_table, int max_blocks) {
@@ -69,11 +72,12 @@ __device__ __forceinline__ Item load_item(const int4* items, int at, const int* 
   return Item{a.x, a.y, a.z, a.w, b.x, b.z, block_table + (size_t)b.y * max_blocks};
 }
 
-// Walks over the block's items blockIdx.x, + gridDim.x, ..., an iteration at a time. The next item's record is loaded an item early.
+// Walks over the block's items blockIdx.x, + gridDim.x, ..., and this warp's slots of each, an iteration at a time. The next item's record is
+// loaded an item early.
 struct Walk {
   const int4* items;
   const int* block_table;
-  int max_blocks, at, count, iteration, iterations;
+  int max_blocks, at, count, slot, iteration;
   Item now, next;
 
   __device__ __forceinline__ void start(const int4* list, int length, const int* table, int columns) {
@@ -86,17 +90,22 @@ struct Walk {
     at += gridDim.x, now = next;
     enter();
   }
-  __device__ __forceinline__ void next_iteration() { iteration++, skip_items(); }
-  __device__ __forceinline__ void skip_items() {  // that have nothing for this warp
-    while (more() && iteration >= iterations) next_item();
+  __device__ __forceinline__ void next_iteration() { iteration++, skip(); }
+  __device__ __forceinline__ void skip() {  // slots and items that have nothing for this warp
+    while (more() && iteration >= now.iterations(slot)) {
+      if (slot + WARPS < SLOTS) enter_slot(slot + WARPS);
+      else next_item();
+    }
   }
+  __device__ __forceinline__ int token() const { return now.token_of(slot, iteration); }
+  __device__ __forceinline__ void enter_slot(int which) { slot = which, iteration = now.first_iteration(slot); }
   __device__ __forceinline__ void enter() {
-    iteration = now.first_iteration(), iterations = now.iterations();
+    enter_slot(threadIdx.x / 32);
     next = load_item(items, min(at + (int)gridDim.x, count - 1), block_table, max_blocks);
   }
 };
 
-// One warp's results for its tokens: o[j] holds output column (g' * 8 + j % 8) of half j / 8, where g' is the mma's column index.
+// A slot's results: o[j] holds output column (g' * 8 + j % 8) of half j / 8, where g' is the mma's column index.
 struct Running {
   float o[N_TILES][4], maximum[2], sum[2];
 };
@@ -222,17 +231,16 @@ struct Merged {
   const float2* stats;
 };
 
-__device__ __forceinline__ Merged merge_warps(Running& run) {
-  float* parts = reinterpret_cast<float*>(shared + WARPS * RING_VECTORS);
-  float2* stats = reinterpret_cast<float2*>(parts + WARPS * TILE_ROWS * PARTIAL);
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  __syncthreads();  // the last item's results have been read
+__device__ __forceinline__ float* slot_results() { return reinterpret_cast<float*>(shared + WARPS * RING_VECTORS); }
+
+__device__ __forceinline__ void store_slot(Running& run, int slot) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int half = 0; half < (HALF_TILE ? 1 : 2); half++) {
     float sum = run.sum[half];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    float* mine = parts + (warp * TILE_ROWS + half * 8 + g) * PARTIAL;
+    float* mine = slot_results() + (slot * TILE_ROWS + half * 8 + g) * PARTIAL;
 #pragma unroll
     for (int j = 0; j < N_TILES; j++) {
       // Column 2t + e of tile j is dimension (2t + e) * 8 + j % 8 of the half.
@@ -241,21 +249,26 @@ __device__ __forceinline__ Merged merge_warps(Running& run) {
     }
     if (t == 0) mine[HEAD_DIM] = run.maximum[half], mine[HEAD_DIM + 1] = sum;
   }
+}
+
+__device__ __forceinline__ Merged merge_slots() {
+  float* parts = slot_results();
+  float2* stats = reinterpret_cast<float2*>(parts + SLOTS * TILE_ROWS * PARTIAL);
   __syncthreads();
   for (int i = threadIdx.x; i < TILE_ROWS * HEAD_DIM; i += WARPS * 32) {
     int row = i / HEAD_DIM, d = i % HEAD_DIM;
     float best = -INF, value = 0, sum = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) best = fmaxf(best, parts[(w * TILE_ROWS + row) * PARTIAL + HEAD_DIM]);
+    for (int w = 0; w < SLOTS; w++) best = fmaxf(best, parts[(w * TILE_ROWS + row) * PARTIAL + HEAD_DIM]);
     float base = best == -INF ? 0.0f : best;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) {
+    for (int w = 0; w < SLOTS; w++) {
       const float* part = parts + (w * TILE_ROWS + row) * PARTIAL;
       float weight = exp2_fast(part[HEAD_DIM] - base);
       value = fmaf(part[d], weight, value);
       sum = fmaf(part[HEAD_DIM + 1], weight, sum);
     }
-    parts[row * PARTIAL + d] = value;  // in place of warp 0's, which nobody else reads
+    parts[row * PARTIAL + d] = value;  // in place of slot 0's, which nobody else reads
     if (d == 0) stats[row] = make_float2(best, sum);
   }
   __syncthreads();
@@ -303,50 +316,54 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   Walk fed, eaten;
   fed.start(items, count, block_table, max_blocks);
   eaten = fed;
-  fed.skip_items();
+  fed.skip();
   // The newest token of a row, in its last split, is this step's: it is fetched after the wait, by the warp whose it is.
   bool newest_here = (int)blockIdx.x - fed.now.first_item == fed.now.splits - 1;
   int newest = newest_here ? fed.now.end - 1 : -1, newest_stage = -1, early = 0;
   size_t newest_block = newest_here ? __ldcg(fed.now.blocks + newest / BLOCK_SIZE) : 0;
   for (; early < DEPTH && fed.more() && fed.at == blockIdx.x; early++, fed.next_iteration()) {
-    int first = fed.now.token_of(fed.iteration);
+    int first = fed.token();
     copy_tokens<true>(ring + early * STAGE_VECTORS, keys, values, fed.now, first, newest);
     if (first <= newest && newest < first + 16) newest_stage = early;
   }
   wait_for_previous();
   if (newest_stage >= 0) copy_token(ring + newest_stage * STAGE_VECTORS, keys, values, newest, newest_block);
   for (int i = early; i < DEPTH && fed.more(); i++, fed.next_iteration())
-    copy_tokens<false>(ring + i * STAGE_VECTORS, keys, values, fed.now, fed.now.token_of(fed.iteration));
+    copy_tokens<false>(ring + i * STAGE_VECTORS, keys, values, fed.now, fed.token());
 #pragma unroll
   for (int i = 0; i < DEPTH; i++) end_group();  // all in the first; the others are empty
   uint4 q[HEAD_DIM / 32][2];
   load_query(q, qkv, eaten.now, first_head, heads);
   for (int place = 0;;) {
     const Item& item = eaten.now;
-    Running run = {};
-    run.maximum[0] = run.maximum[1] = -INF;
 #pragma unroll 1
-    for (int i = eaten.iteration; i < eaten.iterations; i++) {
-      copies_done<DEPTH - 1>();
-      __syncwarp();  // of all lanes
-      uint4* stage = ring + place * STAGE_VECTORS;
-      float s[2][4] = {};
-      scores(s, stage, q);
-      soften(run, s, item.token_of(i), item, scale);
-      add_values(run, s, stage);
-      // Only now that the query and the newest token are here, so that they do not stand behind the next kernels' weights.
-      if (!next_may_start) let_next_start(), next_may_start = true;
-      __syncwarp();  // the stage has been read
-      if (fed.more()) {
-        copy_tokens<false>(stage, keys, values, fed.now, fed.now.token_of(fed.iteration));
-        fed.next_iteration();
+    for (int slot = warp; slot < SLOTS; slot += WARPS) {
+      Running run = {};
+      run.maximum[0] = run.maximum[1] = -INF;
+#pragma unroll 1
+      for (int i = item.first_iteration(slot), end = item.iterations(slot); i < end; i++) {
+        copies_done<DEPTH - 1>();
+        __syncwarp();  // of all lanes
+        uint4* stage = ring + place * STAGE_VECTORS;
+        float s[2][4] = {};
+        scores(s, stage, q);
+        soften(run, s, item.token_of(slot, i), item, scale);
+        add_values(run, s, stage);
+        // Only now that the query and the newest token are here, so that they do not stand behind the next kernels' weights.
+        if (!next_may_start) let_next_start(), next_may_start = true;
+        __syncwarp();  // the stage has been read
+        if (fed.more()) {
+          copy_tokens<false>(stage, keys, values, fed.now, fed.token());
+          fed.next_iteration();
+        }
+        end_group();  // also where it is empty: the count of pending groups stays the same
+        place = (place + 1) % DEPTH;
       }
-      end_group();  // also where it is empty: the count of pending groups stays the same
-      place = (place + 1) % DEPTH;
+      store_slot(run, slot);
     }
     bool more = eaten.at + (int)gridDim.x < count;
     if (more) load_query(q, qkv, eaten.next, first_head, heads);
-    Merged result = merge_warps(run);
+    Merged result = merge_slots();
     elem* target = out + ((size_t)item.token * HEADS + first_head) * HEAD_DIM;
     if (item.splits == 1) {
       for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32)
@@ -372,6 +389,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
     }
     // Nothing is loaded in vain: a block does not end before its loads, which stand behind the next kernels' weights.
     if (!more) break;
+    __syncthreads();  // this item's results have been read
     eaten.next_item();
   }
 }

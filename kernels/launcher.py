@@ -1,7 +1,8 @@
 """Loaded kernels and how to start them on a stream.
 
 `KernelLibrary` compiles a model's kernels (several at once), loads the cubins into the current context and launches them by name.
-Arguments are plain: an int is a device address or a 64-bit number, `Int` and `Float` are 32-bit scalars.
+Arguments are plain: an int is a device address or a 64-bit number, `Int` and `Float` are 32-bit scalars; beside them
+descriptors of tensor_map.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from cuda.bindings import driver
 from cuda.core import Kernel, LaunchConfig, ObjectCode, Stream, launch
@@ -24,7 +25,8 @@ log = logging.getLogger("octavo.kernels")
 
 Int = ctypes.c_int
 Float = ctypes.c_float
-Argument = int | ctypes.c_int | ctypes.c_float
+TensorMap: TypeAlias = Any
+Argument: TypeAlias = int | ctypes.c_int | ctypes.c_float | TensorMap
 
 
 class LaunchError(Exception):

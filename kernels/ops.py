@@ -17,12 +17,14 @@ from kernels.shapes import (
     DECODE_FEW_ROWS,
     SAMPLE_PARTS,
     KernelShape,
+    decode_blocks,
     decode_shared_bytes,
     decode_warps,
     is_roomy,
     norm_threads,
     prefill_shared_bytes,
     prefill_tile_rows,
+    sample_parts,
     wgmma_shared_bytes,
 )
 
@@ -36,13 +38,12 @@ class KernelOps(ProductOps):
         self, library: KernelLibrary, shape: KernelShape, stream: Stream, multiprocessors: int, matvec_depth: int
     ) -> None:
         super().__init__(library, shape, stream, multiprocessors, matvec_depth)
-        self._multiprocessors = multiprocessors
         self._scale = Float(math.log2(math.e) / math.sqrt(shape.head_dim))
         self._roomy = is_roomy(matvec_depth)
         for few in (False, True):
             name = "decode_attention-few" if few else "decode_attention"
             if name in library:
-                library.allow_shared(name, "decode_attention", decode_shared_bytes(shape, few, self._roomy))
+                library.allow_shared(name, "decode_attention", decode_shared_bytes(shape, few))
         library.allow_shared("prefill_attention", "prefill_attention", prefill_shared_bytes(shape))
         self._wgmma = "prefill_wgmma" in library
         if self._wgmma:
@@ -158,17 +159,18 @@ class KernelOps(ProductOps):
         kernels wrote before its own wait.
         """
         shape = self._shape
-        heads, warps = shape.num_kv_heads * shape.decode_tiles, decode_warps(shape.head_dim)
+        heads = shape.num_kv_heads * shape.decode_tiles
         # Blocks walk over the items: as many as are resident at once, or more for large heads, where late starters even out the end.
         # For few rows one a multiprocessor, with all its tokens under way before the wait.
         few = rows <= DECODE_FEW_ROWS and "decode_attention-few" in self._library
-        each = 1 if few else 2 if shape.head_dim == 64 else 8
+        each = 8 if shape.head_dim == 128 and not few else decode_blocks(shape.head_dim, few, self._roomy)
         blocks = max(1, self._multiprocessors * each // heads)
         self._launch(
-            "decode_attention-few" if few else "decode_attention", "decode_attention", (blocks, heads), warps * 32,
+            "decode_attention-few" if few else "decode_attention", "decode_attention", (blocks, heads),
+            decode_warps(shape.head_dim, few) * 32,
             at(qkv), at(cache), cache.stride(0) // 8, at(step.block_table), Int(step.block_table.shape[1]),
             at(work.items), at(work.num_items), self._scale, at(scratch.partials), at(scratch.arrived), at(out),
-            shared_bytes=decode_shared_bytes(shape, few, self._roomy),
+            shared_bytes=decode_shared_bytes(shape, few),
         )  # fmt: skip
 
     def prefill_attention(
@@ -266,7 +268,7 @@ class KernelOps(ProductOps):
         """One token for each row without truncation. scratch: partial [rows, parts, 2], raw_state [rows], arrived [rows]."""
         partial, raw_state, arrived = scratch
         self._launch(
-            "sample", "choose", (rows, SAMPLE_PARTS), 256,
+            "sample", "choose", (rows, sample_parts(rows)), 256,
             at(logits), at(processed), Int(logits.stride(0)), Int(vocab), at(sample_rows), at(fields), at(partial),
             at(raw_state), at(arrived), at(chosen), at(status),
         )  # fmt: skip
@@ -300,12 +302,14 @@ class KernelOps(ProductOps):
         tokens: Tensor,
         counts: Tensor,
         result: Tensor,
+        host: Tensor | None,
     ) -> None:
-        """Append the chosen tokens to their rows and to `result` [2, max_rows]."""
+        """Append the chosen tokens to their rows and to `result` [2, max_rows], and write them where `host` int32 [2] says: the
+        address of pinned int32 [2, max_rows], low half first."""
         self._launch(
             "sample", "commit", (-(-rows // 128),), 128,
             at(chosen), at(status), at(sample_rows), Int(rows), at(fields), at(tokens), Int(tokens.shape[1]),
-            at(counts), Int(counts.shape[1]), at(result), Int(result.shape[1]),
+            at(counts), Int(counts.shape[1]), at(result), Int(result.shape[1]), at(host),
         )  # fmt: skip
 
     def logprobs(

@@ -8,20 +8,24 @@ from __future__ import annotations
 import torch
 from cuda.core import Stream
 
-from kernels.launcher import Float, Int, KernelLibrary
+from kernels.launcher import Argument, Float, Int, KernelLibrary, TensorMap
 from kernels.operands import NormInput, Parts, Placing, at
 from kernels.shapes import (
     FUSED_ROWS,
     GEMM_ROWS,
-    GEMM_SHARED_BYTES,
+    GEMM_THREADS,
+    GEMM_TILES,
     MATVEC_ROWS,
     NORM_KERNELS,
+    PARTS_ROWS,
     KernelShape,
     gemm_splits,
+    gemm_tile,
     matvec_shared_bytes,
     matvec_warps,
     normed_shared_bytes,
 )
+from kernels.tensor_map import gate_up_map, tile_map
 
 Tensor = torch.Tensor
 
@@ -36,6 +40,7 @@ class ProductOps:
         self._shape = shape
         self._stream = stream
         self._depth = matvec_depth
+        self._multiprocessors = multiprocessors
         # Two blocks a multiprocessor stream weights; a third place is left for the next kernel's first copies.
         self._matvec_blocks = 2 * multiprocessors
         for k in {shape.hidden_size, shape.q_size, shape.intermediate_size}:
@@ -44,9 +49,11 @@ class ProductOps:
                 if name in library:
                     for kernel in ("matvec", "matvec_float", "matvec_silu"):
                         library.allow_shared(name, kernel, matvec_shared_bytes(k, rows, matvec_depth))
-        if "gemm" in library:
-            for kernel in ("gemm_parts", "gemm_float", "gemm_silu"):
-                library.allow_shared("gemm", kernel, GEMM_SHARED_BYTES)
+        self._maps: dict[tuple[int, ...], TensorMap] = {}  # by what a descriptor holds: address, sizes and tile
+        for tile in GEMM_TILES:
+            if tile.name in library:
+                for kernel in ("gemm_parts", "gemm_float", "gemm_silu"):
+                    library.allow_shared(tile.name, kernel, tile.shared_bytes)
         for rows in (8, 16):
             if f"fused-{rows}" in library:
                 shared = matvec_shared_bytes(shape.hidden_size, rows, matvec_depth)
@@ -161,37 +168,56 @@ class ProductOps:
         self._launch(module, kernel, (blocks,), threads, *arguments, shared_bytes=shared)
 
     def fits_gemm(self, tokens: int) -> bool:
-        """Whether gemm_parts and gemm_silu take `tokens` rows."""
-        return MATVEC_ROWS < tokens <= GEMM_ROWS and "gemm" in self._library
+        """Whether gemm_silu takes `tokens` rows."""
+        return MATVEC_ROWS < tokens <= GEMM_ROWS and GEMM_TILES[0].name in self._library
+
+    def fits_parts(self, tokens: int) -> bool:
+        """Whether gemm_parts and gemm_float take `tokens` rows."""
+        return self.fits_gemm(tokens) and tokens <= PARTS_ROWS
 
     def gemm_parts(self, weight: Tensor, x: Tensor, scratch: Tensor, tokens: int) -> Parts:
-        """x weight^T for at most 64 tokens, in parts in `scratch` float32 (any shape, large enough)."""
+        """x weight^T for at most 128 tokens, in parts in `scratch` float32 (any shape, large enough)."""
         n, k = weight.shape
         splits = gemm_splits(n, k)
-        arguments = (at(weight), at(x), at(scratch), Int(n), Int(k), Int(tokens))
-        self._gemm("gemm_parts", (n // 128, splits), *arguments)
+        arguments = (self._map(weight, 128), self._rows_map(x, tokens), at(scratch), Int(n), Int(k), Int(tokens))
+        self._gemm("gemm_parts", tokens, (n // 128, splits), *arguments)
         return Parts(scratch, splits)
 
     def gemm_silu(self, weight: Tensor, bias: Tensor | None, x: Tensor, out: Tensor, tokens: int) -> None:
-        """matvec_silu for at most 64 tokens."""
+        """matvec_silu for at most 128 tokens."""
         n, k = weight.shape[0] // 2, weight.shape[1]
-        arguments = (at(weight), at(bias), at(x), at(out), Int(n), Int(k), Int(tokens))
-        self._gemm("gemm_silu", (n // 64,), *arguments)
+        key = (at(weight), 2 * n, k, 0)
+        if key not in self._maps:
+            self._maps[key] = gate_up_map(weight)
+        rows = self._rows_map(x, tokens)
+        arguments = (self._maps[key], rows, at(bias), at(out), Int(n), Int(k), Int(tokens))
+        self._gemm("gemm_silu", tokens, (n // 64,), *arguments)
 
     def gemm_float(self, weight: Tensor, x: Tensor, out: Tensor, tokens: int) -> None:
-        """matvec_float for at most 64 tokens; the weight's rows are a multiple of 128."""
-        n, k = weight.shape
-        arguments = (at(weight), at(x), at(out), Int(k), Int(tokens), Int(out.stride(0)))
-        self._gemm("gemm_float", (n // 128,), *arguments)
+        """matvec_float for at most 128 tokens; the weight's rows are a multiple of 128."""
+        tiles, k = weight.shape[0] // 128, weight.shape[1]
+        rows = self._rows_map(x, tokens)
+        arguments = (self._map(weight, 128), rows, at(out), Int(tiles), Int(k), Int(tokens), Int(out.stride(0)))
+        self._gemm("gemm_float", tokens, (min(tiles, self._multiprocessors),), *arguments)
 
     def sum_parts(self, parts: Parts, out: Tensor, tokens: int) -> None:
         """out [tokens, n] = the sums of a product in parts."""
         vectors = tokens * out.shape[1] // 4
         arguments = (at(parts.sums), at(out), Int(parts.splits), Int(vectors))
-        self._launch("gemm", "sum_parts", (-(-vectors // 256),), 256, *arguments)
+        self._launch(GEMM_TILES[0].name, "sum_parts", (-(-vectors // 256),), 256, *arguments)
 
-    def _gemm(self, kernel: str, grid: tuple[int, ...], *arguments: int | Int) -> None:
-        self._launch("gemm", kernel, grid, 384, *arguments, shared_bytes=GEMM_SHARED_BYTES)
+    def _rows_map(self, x: Tensor, tokens: int) -> TensorMap:
+        return self._map(x, gemm_tile(tokens).rows)
+
+    def _map(self, matrix: Tensor, rows: int) -> TensorMap:
+        key = (at(matrix), *matrix.shape, rows)
+        if key not in self._maps:
+            self._maps[key] = tile_map(matrix, rows)
+        return self._maps[key]
+
+    def _gemm(self, kernel: str, tokens: int, grid: tuple[int, ...], *arguments: Argument) -> None:
+        tile = gemm_tile(tokens)
+        self._launch(tile.name, kernel, grid, GEMM_THREADS, *arguments, shared_bytes=tile.shared_bytes)
 
     def _launch(
         self,
@@ -199,7 +225,7 @@ class ProductOps:
         kernel: str,
         grid: tuple[int, ...],
         block: int,
-        *arguments: int | Int | Float,
+        *arguments: Argument,
         shared_bytes: int = 0,
     ) -> None:
         self._library.launch(self._stream, module, kernel, grid, block, *arguments, shared_bytes=shared_bytes)

@@ -3,7 +3,7 @@
 //   apply_plan       copies segments of the plan to where they belong in the arena: new rows, appended blocks, chunk tokens
 //   prepare_tokens   looks up the input token, position and cache slot of every scheduled token, and counts them as computed
 //   plan_decode      lists the (row, split) items of the step's decode attention
-//   copy_words       brings a step's columns from the host's pinned memory, and its result there
+//   copy_words       brings a step's columns from the host's pinned memory
 //   count_tokens     keeps how often each token stands in a row with penalties
 //
 // Bound by latency: kilobytes in all. What matters is that the CPU never needs an answer: the token that step n sampled is in the
@@ -28,9 +28,9 @@ extern "C" __global__ void __launch_bounds__(128) apply_plan(int* __restrict__ a
 // Either side may be pinned memory of the host.
 extern "C" __global__ void __launch_bounds__(256) copy_words(int* to, const int* from, int words) {
   let_next_start();
+  int at = blockIdx.x * 256 + threadIdx.x, word = at < words ? from[at] : 0;  // the host wrote it before the launch
   wait_for_previous();
-  int at = blockIdx.x * 256 + threadIdx.x;
-  if (at < words) to[at] = from[at];
+  if (at < words) to[at] = word;
 }
 
 // One block a row. num_scheduled 0 marks a padding row of a graph: its token gets slot and position -1, so nothing is stored for it.

@@ -11,6 +11,9 @@ FUSED_ROWS = 4
 """Products with at most so many rows normalise their input themselves (matvec_fused.cu)."""
 
 SAMPLE_PARTS = 16
+_SAMPLE_BLOCKS = 768
+"""What a Hopper chip runs at once of sample.cu: more blocks would only begin again what they have learned of their row."""
+
 MAX_LOGPROBS = 20
 WGMMA_ARCHITECTURE = "sm_90a"
 DECODE_FEW_ROWS = 8
@@ -72,16 +75,42 @@ class KernelSpec:
     kernels: tuple[str, ...]
 
 
-GEMM_ROWS = 64
-"""Products with more rows than MATVEC_ROWS and at most so many take gemm_wgmma.cu, where its table says so (`gemm_fits`)."""
+GEMM_ROWS = 128
+"""Products with more rows than MATVEC_ROWS and at most so many may take gemm_wgmma.cu (`gemm_fits`)."""
+
+PARTS_ROWS = 64
+"""Of those, at most so many rows take it for QKV, O and DOWN too, whose sums are then left in parts."""
 
 GEMM_KERNELS = ("gemm_parts", "gemm_float", "gemm_silu", "sum_parts")
+GEMM_THREADS = 320
 _GEMM_BLOCKS = 132  # of a Hopper chip; a constant, since the order of K follows from it
 
 
+@dataclass(frozen=True, slots=True)
+class GemmTile:
+    """One build of gemm_wgmma.cu: for so many rows of x, with so many stages of w and of x."""
+
+    rows: int
+    w_stages: int
+    x_stages: int
+
+    @property
+    def name(self) -> str:
+        """For launcher.py."""
+        return f"gemm-{self.rows}"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block: stages of 64 k, of 128 rows of w and of all rows of x."""
+        return (self.w_stages * 128 + self.x_stages * self.rows) * 128
+
+
+GEMM_TILES = (GemmTile(64, 10, 6), GemmTile(128, 8, 5))
+"""208 KiB each: what is left is enough for the blocks of the small kernels between."""
+
 GEMM_SHAPES = frozenset({(2048, 3072, 2048, 8192)})
-"""(hidden, qkv, q, intermediate) for which gemm_wgmma.cu was measured ahead of cuBLAS on sm_90a: Llama-3.2-1B, 1.36 against 1.45 ms a
-step at 24 rows (the first version) and 1.64 against 1.68 at 64. Any other shape stays with cuBLAS until it is measured."""
+"""(hidden, qkv, q, intermediate) for which gemm_wgmma.cu was measured ahead of cuBLAS on sm_90a: Llama-3.2-1B. Any other shape stays
+with cuBLAS until it is measured."""
 
 
 def gemm_fits(shape: KernelShape, architecture: str) -> bool:
@@ -90,18 +119,20 @@ def gemm_fits(shape: KernelShape, architecture: str) -> bool:
     return architecture == WGMMA_ARCHITECTURE and sizes in GEMM_SHAPES
 
 
-def gemm_spec(common: Definitions) -> KernelSpec:
+def gemm_tile(rows: int) -> GemmTile:
+    """The build that takes `rows` rows, at most GEMM_ROWS."""
+    return next(tile for tile in GEMM_TILES if rows <= tile.rows)
+
+
+def gemm_spec(tile: GemmTile, common: Definitions) -> KernelSpec:
     """Tensor-core products of few rows; N and K are arguments."""
-    return KernelSpec("gemm_wgmma.cu", common, GEMM_KERNELS)
+    sizes: Definitions = {"ROWS": tile.rows, "W_STAGES": tile.w_stages, "X_STAGES": tile.x_stages}
+    return KernelSpec("gemm_wgmma.cu", {**sizes, **common}, GEMM_KERNELS)
 
 
 def gemm_splits(n: int, k: int) -> int:
-    """Parts of K that a product of n x k is summed in."""
+    """Parts of K that a product of n x k is summed in, whatever the number of rows."""
     return max(1, min(8, _GEMM_BLOCKS // (n // 128), k // 64))
-
-
-GEMM_SHARED_BYTES = 4 * (128 + 64) * 128
-"""Dynamic shared memory of a block of gemm_wgmma.cu: four stages of 64 k, of 128 rows of w and 64 of x."""
 
 
 def matvec_warps(k: int) -> int:
@@ -145,9 +176,24 @@ def is_roomy(matvec_depth: int) -> bool:
     return matvec_depth == 8
 
 
-def decode_warps(head_dim: int) -> int:
-    """Warps of a decode-attention block."""
+def sample_parts(rows: int) -> int:
+    """Blocks that share a row of logits in sample.cu. No token depends on it."""
+    return max(1, min(SAMPLE_PARTS, _SAMPLE_BLOCKS // rows))
+
+
+def decode_slots(head_dim: int) -> int:
+    """Parts of a decode-attention item whose sums stay apart until the end."""
     return 8 if head_dim == 64 else 4
+
+
+def decode_warps(head_dim: int, few: bool) -> int:
+    """Warps of a decode-attention block."""
+    return decode_slots(head_dim) if few else 4
+
+
+def decode_blocks(head_dim: int, few: bool, roomy: bool) -> int:
+    """Decode-attention blocks that a multiprocessor holds at once."""
+    return 1 if few else 4 if head_dim == 64 and roomy else 2
 
 
 def decode_split(head_dim: int) -> int:
@@ -155,28 +201,26 @@ def decode_split(head_dim: int) -> int:
     return 1024 if head_dim == 64 else 512
 
 
-def decode_depth(head_dim: int, few: bool, roomy: bool) -> int:
-    """Iterations of 16 tokens a warp under way in decode attention. `roomy`: a block may have 160 KiB of shared memory."""
-    if few:
-        return 4
-    return 3 if head_dim == 64 and roomy else 2
+def decode_depth(few: bool) -> int:
+    """Iterations of 16 tokens a warp under way in decode attention."""
+    return 4 if few else 2
 
 
-def decode_shared_bytes(shape: KernelShape, few: bool, roomy: bool) -> int:
-    """Dynamic shared memory of a decode-attention block: the rings of its warps and their results."""
-    warps, pieces = decode_warps(shape.head_dim), shape.head_dim // 8
-    rings = warps * decode_depth(shape.head_dim, few, roomy) * pieces * 512
+def decode_shared_bytes(shape: KernelShape, few: bool) -> int:
+    """Dynamic shared memory of a decode-attention block: the rings of its warps and its slots' results."""
+    rings = decode_warps(shape.head_dim, few) * decode_depth(few) * shape.head_dim // 8 * 512
     rows = 8 if shape.num_heads // shape.num_kv_heads <= 8 else 16
-    return rings + warps * rows * (shape.head_dim + 2) * 4 + rows * 8
+    return rings + decode_slots(shape.head_dim) * rows * (shape.head_dim + 2) * 4 + rows * 8
 
 
 def decode_spec(shape: KernelShape, few: bool, roomy: bool, heads: Definitions) -> KernelSpec:
-    """Decode attention, for a step of few rows or of many."""
+    """Decode attention, for a step of few rows or of many. `roomy`: a block may have 160 KiB of shared memory."""
     sizes: Definitions = {
         "SPLIT": shape.split,
-        "WARPS": decode_warps(shape.head_dim),
-        "DEPTH": decode_depth(shape.head_dim, few, roomy),
-        "BLOCKS": 1 if few else 2,
+        "SLOTS": decode_slots(shape.head_dim),
+        "WARPS": decode_warps(shape.head_dim, few),
+        "DEPTH": decode_depth(few),
+        "BLOCKS": decode_blocks(shape.head_dim, few, roomy),
     }
     return KernelSpec("decode_attention.cu", {**heads, **sizes}, ("decode_attention",))
 
@@ -230,7 +274,7 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
     if architecture == WGMMA_ARCHITECTURE:
         specs["prefill_wgmma"] = KernelSpec("prefill_wgmma.cu", heads, ("prefill_wgmma",))
     if gemm_fits(shape, architecture):
-        specs["gemm"] = gemm_spec(common)
+        specs |= {tile.name: gemm_spec(tile, common) for tile in GEMM_TILES}
     for k in sorted({shape.hidden_size, shape.q_size, shape.intermediate_size}):
         if matvec_warps(k):
             for max_rows in (8, 16):

@@ -31,18 +31,13 @@ struct Shared {
   int token[CANDIDATES];
 };
 
-// visit(x, token) for every token of the row, or of the candidates where they are listed; tokens past the end come as -inf.
-template <typename Visit>
-__device__ __forceinline__ void for_each(const float* row, int vocab, const Shared& s, bool listed, Visit visit) {
-  if (listed) {
-    for (int first = 0; first < (int)s.num_candidates; first += WIDE) {
-      int i = first + threadIdx.x;
-      visit(i < (int)s.num_candidates ? s.candidate[i] : -INF, i < (int)s.num_candidates ? s.token[i] : 0);
-    }
-    return;
-  }
-  constexpr int AHEAD = 4;  // loads under way before the first is used
-  for (int first = 0; first < vocab; first += WIDE * 4 * AHEAD) {
+// visit(x of four tokens, the first one) over the row; tokens past the end come as -inf. BACK: from its end, where the last reading
+// ended: some of that is still in the L2 cache.
+template <bool BACK, typename Visit>
+__device__ __forceinline__ void for_each_four(const float* row, int vocab, Visit visit) {
+  constexpr int AHEAD = 4, STRIDE = WIDE * 4 * AHEAD;  // loads under way before the first is used
+  for (int done = 0; done < vocab; done += STRIDE) {
+    int first = BACK ? (vocab - 1) / STRIDE * STRIDE - done : done;
     float4 four[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
@@ -52,12 +47,30 @@ __device__ __forceinline__ void for_each(const float* row, int vocab, const Shar
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
       int v = first + (i * WIDE + threadIdx.x) * 4;
-      visit(four[i].x, v);
-      visit(v + 1 < vocab ? four[i].y : -INF, v + 1);
-      visit(v + 2 < vocab ? four[i].z : -INF, v + 2);
-      visit(v + 3 < vocab ? four[i].w : -INF, v + 3);
+      if (v + 1 >= vocab) four[i].y = -INF;
+      if (v + 2 >= vocab) four[i].z = -INF;
+      if (v + 3 >= vocab) four[i].w = -INF;
+      visit(four[i], v);
     }
   }
+}
+
+// visit(x, token) for every token of the row, or of the candidates where they are listed; there may come some of -inf beside them.
+template <bool BACK = false, typename Visit>
+__device__ __forceinline__ void for_each(const float* row, int vocab, const Shared& s, bool listed, Visit visit) {
+  if (listed) {
+    for (int first = 0; first < (int)s.num_candidates; first += WIDE) {
+      int i = first + threadIdx.x;
+      visit(i < (int)s.num_candidates ? s.candidate[i] : -INF, i < (int)s.num_candidates ? s.token[i] : 0);
+    }
+    return;
+  }
+  for_each_four<BACK>(row, vocab, [&](const float4& four, int v) {
+    visit(four.x, v);
+    visit(four.y, v + 1);
+    visit(four.z, v + 2);
+    visit(four.w, v + 3);
+  });
 }
 
 __device__ __forceinline__ void clear(Shared& s) {
@@ -111,7 +124,7 @@ __device__ __forceinline__ u32 threshold(const float* row, int vocab, Shared& s,
   float half_top = 0.5f * top, range = half_top - 0.5f * bottom, scale = range > 0 ? fminf(BINS / range, -LEAST) : 0;
   auto bin_of = [&](float x) { return (u32)min((int)((half_top - 0.5f * x) * scale), BINS - 1); };
   clear(s);
-  for_each(row, vocab, s, listed, [&](float x, int) {
+  for_each<true>(row, vocab, s, listed, [&](float x, int) {
     if (x >= bottom) add(s, bin_of(x), measure(x));
   });
   u64 target = find_bin(s, 0, target_of), above = s.above;
@@ -203,7 +216,7 @@ choose_truncated(const float* __restrict__ logits, const float* __restrict__ pro
   float inverse = 1.0f / f.temperature;
   if (f.top_p < 1) {
     float base2 = LOG2_E * inverse;
-    auto mass = [&](float value) { return (u64)(exp2f((value - most) * base2) * 1099511627776.0f); };
+    auto mass = [&](float value) { return (u64)(exp2_fast((value - most) * base2) * 1099511627776.0f); };
     float bottom = fmaxf(least, most - 41.0f / base2);  // below, the mass is 0
     least = from_ordered(threshold(x, vocab, s, most, bottom, listed, mass,
                                    [&](u64 sum) { return max(1ull, (u64)((double)sum * (double)f.top_p)); }));
@@ -218,19 +231,14 @@ choose_truncated(const float* __restrict__ logits, const float* __restrict__ pro
     });
   } else {
     // All lanes of a warp go round equally often, as in sample.cu.
-    for (int first = threadIdx.x / 32 * 128; first < vocab; first += WIDE * 4) {
-      int v = first + threadIdx.x % 32 * 4;
-      float4 four = v < vocab ? *reinterpret_cast<const float4*>(x + v) : make_float4(-INF, -INF, -INF, -INF);
+    float bound = NOTHING.value;
+    for_each_four<true>(x, vocab, [&](const float4& four, int v) {
       float values[4] = {four.x, four.y, four.z, four.w};
-      bool any = false;
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        if (v + j >= vocab || !(values[j] >= least)) values[j] = -INF;
-        any |= values[j] > -INF;
-      }
-      float bound = warp_bound(best);
-      if (any) compete(best, values, v, f, inverse, bound);
-    }
+      for (int j = 0; j < 4; j++)
+        if (!(values[j] >= least)) values[j] = -INF;
+      if (__any_sync(~0u, fmaxf(fmaxf(values[0], values[1]), fmaxf(values[2], values[3])) > -INF)) compete(best, bound, values, v, f, inverse);
+    });
   }
   best = warp_best(best);
   if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = best;

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from octavo.v1 import worker_pb2_grpc
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from service.discovery import Peer, Registry
@@ -50,8 +50,11 @@ class _WorkerCollector(Collector):
         yield CounterMetricFamily(
             "octavo_worker_device_seconds", "Device time spent in steps", value=worker.device_ns / 1e9
         )
-        yield CounterMetricFamily(
-            "octavo_worker_gap_seconds", "Device time idle between steps", value=worker.gap_ns / 1e9
+        yield HistogramMetricFamily(
+            "octavo_worker_gap_seconds",
+            "Device time idle before a step",
+            buckets=worker.gaps.cumulative(),
+            sum_value=worker.gaps.sum_ns / 1e9,
         )
         yield GaugeMetricFamily("octavo_worker_enlisted", "1 while enlisted", value=float(worker.session.epoch != 0))
 

@@ -19,6 +19,7 @@ from service.errors import OctavoError
 from service.server import open_channel
 from service.trace import Trace
 from worker.engine import Engine
+from worker.gaps import GapHistogram
 from worker.session import Action, Execute, Identity, Leave, WorkerSession
 from worker.settings import WorkerSettings
 from worker.step import StepOutput
@@ -57,7 +58,8 @@ class Enlistment:
         self._let_go = self._was_welcomed = False
         self.welcomed = asyncio.Event()
         self.scheduler = ""
-        self.steps = self.tokens = self.device_ns = self.gap_ns = 0
+        self.steps = self.tokens = self.device_ns = 0
+        self.gaps = GapHistogram()
 
     def set_schedulers(self, addresses: Iterable[str]) -> None:
         """Discovery knows these schedulers now."""
@@ -98,7 +100,7 @@ class Enlistment:
         self.steps += 1
         self.tokens += int(output.num_tokens.sum())
         self.device_ns += output.device_ns
-        self.gap_ns += output.gap_ns
+        self.gaps.add(output.gap_ns)
         message = self.session.on_output(epoch, output, self._now())
         if message is not None:
             self._send(message)

@@ -27,5 +27,5 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             steps=enlistment.steps,
             tokens=enlistment.tokens,
             device_ns=enlistment.device_ns,
-            gap_ns=enlistment.gap_ns,
+            gap_ns=enlistment.gaps.sum_ns,
         )

@@ -9,7 +9,7 @@ from kernels.cache import CubinCache, default_directory
 from kernels.compiler import Compiler, architecture_of
 from kernels.launcher import KernelLibrary
 from kernels.ops import KernelOps
-from kernels.shapes import WGMMA_ARCHITECTURE, KernelShape, gemm_spec, kernel_specs
+from kernels.shapes import GEMM_TILES, WGMMA_ARCHITECTURE, KernelShape, gemm_spec, kernel_specs
 
 BLOCK = 16
 
@@ -34,7 +34,8 @@ def make_ops(shape: KernelShape) -> KernelOps:
     depth = 8 if Device(0).properties.max_shared_memory_per_block_optin >= 160 * 1024 else 4
     specs = kernel_specs(shape, depth, architecture)
     if architecture == WGMMA_ARCHITECTURE:
-        specs["gemm"] = gemm_spec({})  # also for shapes that its table leaves to cuBLAS
+        # Also for shapes that its table leaves to cuBLAS.
+        specs |= {tile.name: gemm_spec(tile, {}) for tile in GEMM_TILES}
     library = KernelLibrary(compiler, specs, 0, overlap=properties.major >= 9)
     stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
     return KernelOps(library, shape, stream, properties.multi_processor_count, depth)

@@ -89,7 +89,10 @@ def test_matvec(k: int, n: int) -> None:
         assert torch.isnan(out[tokens:]).all()
         assert torch.isnan(floats[:, n:]).all()
         alone.append(floats[0, :n].clone())
-    assert all(torch.equal(alone[0], other) for other in alone), "a row's bits depend on how many rows there are"
+    for results in zip(*alone, strict=True):
+        assert all(torch.equal(results[0], other) for other in results), (
+            "a row's bits depend on how many rows there are"
+        )
     silu, bias = poisoned(16, n // 2), random(n, seed=3)
     ops.matvec_silu(weight, bias, x, silu, 16)
     gate, up = ((exact.to(torch.bfloat16) + bias).double()).chunk(2, -1)
@@ -181,18 +184,17 @@ def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> No
     ops = make_ops(make_shape(heads, kv_heads, 64, hidden=n if n < 4096 else 256, wide=512))
     if not ops.fits_gemm(17):
         pytest.skip("gemm_wgmma.cu is for sm_90a")
-    weight, x, bias = random(n, k, seed=1, scale=0.05), random(64, k, seed=2), random(n, seed=3)
+    weight, x, bias = random(n, k, seed=1, scale=0.05), random(128, k, seed=2), random(n, seed=3)
     exact = x.double() @ weight.double().t()
-    norm, before = random(n, seed=4), random(64, n, seed=5)
-    cos, sin = torch.rand(200, 64, device="cuda"), torch.rand(200, 64, device="cuda")
+    norm, before = random(n, seed=4), random(128, n, seed=5)
+    cos, sin = torch.rand(300, 64, device="cuda"), torch.rand(300, 64, device="cuda")
     alone = []
-    for tokens in (17, 24, 33, 63, 64):
-        scratch = poisoned(8, 65, n, dtype=torch.float32)
+    for tokens in (17, 24, 33, 63, 64, 65, 127, 128):
+        scratch = poisoned(8, 129, n, dtype=torch.float32)
         parts = ops.gemm_parts(weight, x[:tokens].clone(), scratch, tokens)
         sums = scratch.view(-1)[: parts.splits * tokens * n].view(parts.splits, tokens, n)
         assert error(sums.double().sum(0), exact[:tokens]) < 1e-5
         assert torch.isnan(scratch.view(-1)[parts.splits * tokens * n :]).all()
-        alone.append(sums[:, 3].clone())
         rounded = poisoned(tokens + 1, n)
         ops.sum_parts(parts, rounded, tokens)
         assert error(rounded[:tokens], exact[:tokens]) < 4e-3
@@ -207,6 +209,7 @@ def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> No
         gate, up = ((exact[:tokens].to(torch.bfloat16) + bias).double()).chunk(2, -1)
         assert error(silu[:tokens], F.silu(gate) * up) < 8e-3
         assert torch.isnan(silu[tokens:]).all()
+        alone.append((sums[:, 3].clone(), floats[3, :n].clone(), silu[3].clone()))
         if n > 4096:
             continue
         found, wanted = poisoned(tokens, n), poisoned(tokens, n)
@@ -215,11 +218,14 @@ def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> No
         ops.rms_norm_add(rounded, residuals[1], bias, norm, wanted, tokens, 1e-5)
         assert torch.equal(found, wanted)
         assert torch.equal(*residuals)
-        caches = poisoned(2, 9, kv_heads, 16, 64), poisoned(2, 9, kv_heads, 16, 64)
+        caches = poisoned(2, 17, kv_heads, 16, 64), poisoned(2, 17, kv_heads, 16, 64)
         place, queries = ints(list(range(tokens))), poisoned(tokens, n)
         product = rounded[:tokens].clone()
         ops.qkv_epilogue(queries, bias, (None, None), cos, sin, place, place, caches[0], tokens, 1e-5, parts)
         ops.qkv_epilogue(product, bias, (None, None), cos, sin, place, place, caches[1], tokens, 1e-5)
         assert torch.equal(queries[:, : heads * 64], product[:, : heads * 64])
         assert torch.equal(caches[0].view(torch.int16), caches[1].view(torch.int16))
-    assert all(torch.equal(alone[0], other) for other in alone), "a row's bits depend on how many rows there are"
+    for results in zip(*alone, strict=True):
+        assert all(torch.equal(results[0], other) for other in results), (
+            "a row's bits depend on how many rows there are"
+        )

@@ -41,7 +41,7 @@ from worker.step import NewRow, SamplingParams, Step, StepOutput
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _RESULT_SLOTS = 8  # steps that may be launched and not collected; the scheduler's run-ahead is at most 4
-_COLUMNS = 4  # rows, num_scheduled, q_start, sample_rows; a fifth holds the tokens whose logits are wanted
+_COLUMNS = 6  # rows, num_scheduled, q_start, sample_rows, tokens whose logits are wanted, where the result goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +167,11 @@ class CudaBackend:
         self._rows = DeviceRows(ops, settings.max_rows, longest, settings.block_size, config.vocab_size, device)
         self._sampler = CudaSampler(ops, self._rows, settings.max_rows, config.vocab_size, device)
         self._prompts = PromptDescriber(self._rows, self._decoder, self._sampler, self._tokens_limit)
-        self._columns = torch.zeros((_COLUMNS + 1, settings.max_rows), dtype=torch.int32, device=device)
+        self._columns = torch.zeros((_COLUMNS, max(2, settings.max_rows)), dtype=torch.int32, device=device)
         context_lens = torch.zeros(settings.max_rows, dtype=torch.int32, device=device)
         rows, num_scheduled, q_start = self._columns[:3]
         self._step = StepTensors(rows, num_scheduled, q_start, context_lens, self._rows.block_table)
-        self._ring = ResultRing(_RESULT_SLOTS, settings.max_rows, _COLUMNS + 1)
+        self._ring = ResultRing(_RESULT_SLOTS, settings.max_rows, _COLUMNS)
         self._buckets = buckets(settings.max_rows)
         self._graphs = GraphCache(self._stream)
         self._slot: Slot | None = None
@@ -265,7 +265,6 @@ class CudaBackend:
             if count:
                 self._sample(rows, count)
                 slot.described += self._prompts.describe_samples(rows, sampling)
-                self._ops.copy_words(slot.result, self._sampler.result)
             self._rows.known[rows] += 1
             slot.ended.record(self._stream)
         self._slot = None
@@ -308,7 +307,7 @@ class CudaBackend:
 
     def _choose(self, bucket: int, processes: bool, truncates: bool) -> None:
         self._decoder.logits(self._columns[4], bucket, self._sampler.logits)
-        self._sampler.sample(self._columns[3], bucket, processes, truncates)
+        self._sampler.sample(self._columns[3], bucket, processes, truncates, self._columns[5])
 
     def _set_columns(
         self,
@@ -328,6 +327,7 @@ class CudaBackend:
         columns[2, count:bucket] = np.arange(count, bucket)  # a decode bucket has one token a row
         columns[3:] = -1
         columns[3, : len(sample_rows)], columns[4, : len(last)] = sample_rows, last
+        columns[5, :2] = np.array([slot.result.data_ptr()], np.int64).view(np.int32)
         self._ops.copy_words(self._columns, slot.columns)
         if self._slot is None:  # warming up
             self._stream.synchronize()

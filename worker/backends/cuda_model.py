@@ -1,7 +1,7 @@
 """The decoder of the Llama family as a sequence of kernels and cuBLAS products.
 
-A layer, with the matrix products in capitals (at most 16 tokens: our matrix-vector kernel; at most 64, where gemm_wgmma.cu's table
-says so: our tensor-core kernel; else cuBLAS):
+A layer, with the matrix products in capitals (at most 16 tokens: our matrix-vector kernel; at most 64, GATE_UP at most
+128, where gemm_wgmma.cu's table says so: our tensor-core kernel; else cuBLAS):
 
     norm · QKV · epilogue (bias, QK norm, rotation, cache append) · attention · O · residual + norm · GATE_UP, silu * up · DOWN
 
@@ -18,7 +18,7 @@ import torch
 
 from kernels.operands import DecodeItems, DecodeScratch, NormInput, Parts, Placing, StepTensors
 from kernels.ops import KernelOps
-from kernels.shapes import FUSED_ROWS, GEMM_ROWS, WGMMA_ARCHITECTURE, KernelShape, gemm_fits, gemm_splits
+from kernels.shapes import FUSED_ROWS, PARTS_ROWS, WGMMA_ARCHITECTURE, KernelShape, gemm_fits, gemm_splits
 from worker.checkpoint.config import ModelConfig
 from worker.checkpoint.weights import LayerWeights, Weights
 from worker.model.rope import rotary_table
@@ -41,7 +41,7 @@ class Workspace:
     projected: Tensor  # [tokens, hidden] output of O or DOWN, not yet added
     gate_up: Tensor  # [tokens, 2 * intermediate]
     activated: Tensor  # [tokens, intermediate]
-    parts: Tensor  # float32: a product of at most GEMM_ROWS tokens in parts
+    parts: Tensor  # float32: a product of at most PARTS_ROWS tokens in parts
     items: dict[int, DecodeItems]  # by window
     scratch: DecodeScratch
 
@@ -91,7 +91,7 @@ def _parts_size(shape: KernelShape) -> int:
         return 0
     hidden = shape.hidden_size
     products = [(shape.qkv_size, hidden), (hidden, shape.q_size), (hidden, shape.intermediate_size)]
-    return GEMM_ROWS * max(gemm_splits(n, k) * n for n, k in products)
+    return PARTS_ROWS * max(gemm_splits(n, k) * n for n, k in products)
 
 
 class CudaDecoder:
@@ -131,7 +131,7 @@ class CudaDecoder:
         if decodes:
             for items in space.items.values():
                 ops.plan_decode(step, rows, items)
-        if ops.fits_gemm(tokens):
+        if ops.fits_parts(tokens):
             self._forward_in_parts(tokens, step, rows, tiles, decodes)
             return
         fused = ops.fits_fused(tokens)
@@ -188,7 +188,7 @@ class CudaDecoder:
         )
         if ops.fits_matvec(self.config.hidden_size, count):
             ops.matvec_float(weights.lm_head, space.normed, out, count)
-        elif ops.fits_gemm(count) and weights.lm_head.shape[0] % 128 == 0:
+        elif ops.fits_parts(count) and weights.lm_head.shape[0] % 128 == 0:
             ops.gemm_float(weights.lm_head, space.normed, out, count)
         else:
             target = out[:count, : self.config.vocab_size]
@@ -240,6 +240,8 @@ class CudaDecoder:
         elif ops.fits_matvec(self.config.hidden_size, tokens):
             bias = layer.gate_up_bias
             ops.matvec_silu(layer.gate_up, bias, space.normed, space.activated, tokens)
+        elif ops.fits_gemm(tokens):
+            ops.gemm_silu(layer.gate_up, layer.gate_up_bias, space.normed, space.activated, tokens)
         else:
             torch.mm(space.normed[:tokens], layer.gate_up.t(), out=space.gate_up[:tokens])
             ops.silu_mul(space.gate_up, layer.gate_up_bias, space.activated, tokens)

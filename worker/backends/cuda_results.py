@@ -49,7 +49,7 @@ class Slot:
     """One place of the ring."""
 
     result: torch.Tensor  # pinned int32 [2, max_rows]: tokens, status
-    columns: torch.Tensor  # pinned int32 [columns, max_rows]: what the step tells the device
+    columns: torch.Tensor  # pinned int32 [columns, max_rows or 2]: what the step tells the device
     began: torch.cuda.Event
     ended: torch.cuda.Event
     step_id: int = 0
@@ -67,8 +67,9 @@ class ResultRing:
         for _ in range(depth):
             # Blocking events sleep while they wait: a spinning thread would hold the interpreter's lock or a core.
             events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-            pinned = [torch.zeros((count, max_rows), dtype=torch.int32, pin_memory=True) for count in (2, columns)]
-            self._free.put(Slot(pinned[0], pinned[1], events[0], events[1]))
+            result = torch.zeros((2, max_rows), dtype=torch.int32, pin_memory=True)
+            told = torch.zeros((columns, max(2, max_rows)), dtype=torch.int32, pin_memory=True)
+            self._free.put(Slot(result, told, events[0], events[1]))
 
     def take(self) -> Slot:
         """A free slot; waits where `depth` steps have not been collected."""

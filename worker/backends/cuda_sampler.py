@@ -40,8 +40,11 @@ class CudaSampler:
         """What the logits take."""
         return 8 * max_rows * row_stride(vocab_size)
 
-    def sample(self, sample_rows: Tensor, count: int, processes: bool, truncates: bool) -> None:
-        """Choose and commit a token for sample_rows int32 [count]; `processes`, `truncates`: some row needs that."""
+    def sample(
+        self, sample_rows: Tensor, count: int, processes: bool, truncates: bool, host: Tensor | None = None
+    ) -> None:
+        """Choose and commit a token for sample_rows int32 [count]; `processes`, `truncates`: some row needs that. Tokens and status
+        go to `result`, and to the pinned memory whose address `host` holds (KernelOps.commit)."""
         ops, rows = self._ops, self._rows
         if processes:
             ops.process_logits(
@@ -79,7 +82,9 @@ class CudaSampler:
                 self._chosen,
                 self._status,
             )
-        ops.commit(self._chosen, self._status, sample_rows, count, rows.fields, rows.tokens, rows.counts, self.result)
+        ops.commit(
+            self._chosen, self._status, sample_rows, count, rows.fields, rows.tokens, rows.counts, self.result, host
+        )
 
     def describe(
         self,
