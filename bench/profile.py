@@ -5,7 +5,7 @@
 For each number of rows so many streams of 128 + `--tokens` tokens run on a cluster of one scheduler, one worker and one router, whose
 processes note where their time goes (--trace-dir). Shown is the step of the median total, the median of each stage over all steps in
 which half of the streams or more ran, and how long the device was idle between steps. On the cuda backend the device's part is shown
-by kernel, from a run of bench.gpu_profile before. `--trace` writes the middle steps of the last number of rows.
+by kernel for the last number of rows, from a run of bench.gpu_profile before; `--trace` writes the middle steps of that number.
 """
 
 from __future__ import annotations
@@ -202,7 +202,8 @@ def main(arguments: list[str]) -> None:
     report = {**head("bench.profile", shown), "model": name, "backend": backend, "profiles": []}
     with tempfile.TemporaryDirectory(prefix="octavo-trace-") as scratch:
         with_kernels = backend == "cuda" and not options.no_kernels
-        kernels = {n: kernels_of(options.model_dir, n, Path(scratch)) for n in options.rows} if with_kernels else {}
+        last = options.rows[-1]
+        kernels = {last: kernels_of(options.model_dir, last, Path(scratch))} if with_kernels else {}
         traces = Path(scratch) / "spans"
         flags = dict(flag.removeprefix("--").split("=", 1) for flag in options.worker)
         env = dict(variable.split("=", 1) for variable in options.env)

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,12 @@ def _request(workload: Workload, prompt: list[int], length: int, seed: int) -> i
     )
 
 
-def measure_all(running: LocalCluster, names: list[str], repeats: int, processes: int, shrink: int) -> dict[str, Any]:
-    """Every workload on a cluster that runs: by name, the best run and all of them. What exceeds the model's context is left out."""
+def measure_all(
+    running: LocalCluster, names: list[str], repeats: int, processes: int, shrink: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each workload on a cluster that runs: its name, the best run and all of them. What exceeds the model's context is left out."""
     with Client(running.routers) as client:
         (model,) = client.list_models()
-    found: dict[str, Any] = {}
     for name in names:
         runs = []
         for repeat in range(repeats + 1):
@@ -128,9 +130,7 @@ def measure_all(running: LocalCluster, names: list[str], repeats: int, processes
                 break
             runs.append(measure(running, workload, processes))
         else:
-            found[name] = {"best": best(name, runs[1:]), "runs": runs[1:], "warm_up": runs[0]}
-            print(f"{name}: {json.dumps(found[name]['best'])}", flush=True)
-    return found
+            yield name, {"best": best(name, runs[1:]), "runs": runs[1:], "warm_up": runs[0]}
 
 
 def main(arguments: list[str]) -> None:
@@ -150,25 +150,22 @@ def main(arguments: list[str]) -> None:
     backend = "mock" if options.model_dir == "mock" else options.backend
     flags = dict(flag.removeprefix("--").split("=", 1) for flag in options.worker)
     env = dict(variable.split("=", 1) for variable in options.env)
+    name = Path(options.model_dir).name
+    shown = [name if argument == options.model_dir else argument for argument in arguments]
+    found: dict[str, Any] = {}
+    report = {**head("bench.serving_workloads", shown), "model": name, "backend": backend, "routers": options.routers}
     began = time.monotonic()
     with cluster(options.model_dir, backend, flags, routers=options.routers, env=env) as running:
-        started = time.monotonic() - began
-        found = measure_all(running, options.workloads, options.repeats, options.processes, options.shrink)
-    name = Path(options.model_dir).name
-    against = bars(name) if options.shrink == 1 else ()
-    print(table(found, against))
-    if options.out is not None:
-        shown = [name if argument == options.model_dir else argument for argument in arguments]
-        report = {
-            **head("bench.serving_workloads", shown),
-            "model": name,
-            "backend": backend,
-            "routers": options.routers,
-            "start_s": started,
-            "workloads": found,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report |= {"start_s": time.monotonic() - began, "flags": flags, "env": env, "workloads": found}
+        for workload, figures in measure_all(
+            running, options.workloads, options.repeats, options.processes, options.shrink
+        ):
+            found[workload] = figures
+            print(f"{workload}: {json.dumps(figures['best'])}", flush=True)
+            if options.out is not None:  # after each: whoever runs out of time has what was measured
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(found, bars(name) if options.shrink == 1 else ()))
 
 
 if __name__ == "__main__":

@@ -26,22 +26,32 @@ _MAX_FIELDS = 1 << 17
 class DecodeInterceptor(grpc.aio.ServerInterceptor):
     """For methods that take one request."""
 
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Any, Any]] = {}  # by method: its handler, and what was made of it
+
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """The method's handler, made to refuse what can't be decoded."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming or handler.request_deserializer is None:
-            return handler
-        behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
-        make = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        if inspect.isasyncgenfunction(behaviour):
-            wrapped: Any = _generating(behaviour)
-        elif inspect.iscoroutinefunction(behaviour):
-            wrapped = _awaited(behaviour)
-        else:
-            return handler
-        return make(wrapped, _or_error(handler.request_deserializer), handler.response_serializer)
+        if handler is None:
+            return None
+        made = self._made.get(handler_call_details.method)
+        if made is None or made[0] is not handler:
+            made = self._made[handler_call_details.method] = (handler, _refusing(handler))
+        return made[1]
+
+
+def _refusing(handler: Any) -> Any:
+    if handler.request_streaming or handler.request_deserializer is None:
+        return handler
+    behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
+    make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+    if inspect.isasyncgenfunction(behaviour):
+        wrapped: Any = _generating(behaviour)
+    elif inspect.iscoroutinefunction(behaviour):
+        wrapped = _awaited(behaviour)
+    else:
+        return handler
+    return make(wrapped, _or_error(handler.request_deserializer), handler.response_serializer)
 
 
 def _or_error(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
