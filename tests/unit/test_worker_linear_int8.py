@@ -57,6 +57,7 @@ def test_weights_lose_half_a_step_at_most(out: int, inputs: int) -> None:
     assert ((back - weight.float()).abs() <= step / 2).all()
     picked = torch.tensor([out - 1, 0, out // 2])
     assert torch.equal(linear.weight_rows(picked), back[picked])
+    assert linear.weight_rows(picked).is_contiguous()
 
 
 @pytest.mark.parametrize(("out", "inputs"), SHAPES)

@@ -10,6 +10,7 @@ another ("flattened"); only attention knows of rows, through its plan.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,7 +61,8 @@ def pack(weights: StoredWeights, config: ModelConfig, int8: bool = False) -> Pac
     """
     product = Int8Linear if int8 else Linear
     embed, lm_head = _pack_ends(weights, config, int8)
-    layers = tuple(_Layer(layer, config, product) for layer in weights.layers())
+    # map, since a loop's variable would hold a layer while the next is read.
+    layers = tuple(map(functools.partial(_Layer, config=config, product=product), weights.layers()))
     return PackedWeights(embed, layers, weights.norm().float(), lm_head)
 
 

@@ -41,7 +41,7 @@ class Int8Linear(PackedProduct):
             .sub_(OFFSET)
             .mul_(scales[panels, :, columns].float()[:, :, None, None])
         )
-        return whole.flatten(1)[:, : self.inputs]
+        return whole.flatten(1)[:, : self.inputs].contiguous()
 
 
 def supported_form() -> Form:
