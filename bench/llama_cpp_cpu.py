@@ -3,8 +3,7 @@
     PYTHON bench/llama_cpp_cpu.py FILE.gguf [--threads 2] [--requantize q8_0 OUT.gguf]
 
 PYTHON is one of an environment of its own with llama-cpp-python; nothing of Octavo is imported. 64 random tokens in, 64 out, greedy,
-all streams in one batch; the same work as bench.engine_cpu. (Built with AMX, version 0.3.36 dies at its first product on some virtual
-machines: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON …" leaves it out.)
+all streams in one batch; the same work as bench.engine_cpu.
 """
 
 from __future__ import annotations
@@ -28,7 +27,11 @@ class Runner:
 
     def __init__(self, file: Path, threads: int, streams: int) -> None:
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.use_extra_bufts = (
+            False  # with AMX version 0.3.36 dies at its first product on this project's machines
+        )
+        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), model_params)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = streams * 256
