@@ -63,22 +63,19 @@ def peer(stack: ExitStack, command: Sequence[str], greeting: bool) -> tuple[str,
     return source.readline().strip() if greeting else "", ask
 
 
-def speed(timers: dict[str, Timer], streams: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+def speed(timers: dict[str, Timer], streams: int, repeats: int) -> dict[str, Any]:
     """Tokens/s of each, alternating."""
-    rows = []
-    for count in streams:
-        runs: dict[str, list[float]] = {name: [] for name in timers}
-        for _ in range(repeats + 1):  # the first of each warms up
-            for name, timer in timers.items():
-                runs[name].append(timer(count))
-        best = {name: max(values[1:]) for name, values in runs.items()}
-        median = {name: statistics.median(values[1:]) for name, values in runs.items()}
-        ratios = {name: best["int8"] / value for name, value in best.items() if name != "int8"}
-        rows.append({"streams": count, "best": best, "median": median, "int8_over": ratios, "all": runs})
-        told = ", ".join(f"{name} {best[name]:.1f} ({median[name]:.1f})" for name in timers)
-        print(f"{count:3} streams, tokens/s, best (median): {told}", flush=True)
-        print("    int8 over " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()), flush=True)
-    return rows
+    runs: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(repeats + 1):  # the first of each warms up
+        for name, timer in timers.items():
+            runs[name].append(timer(streams))
+    best = {name: max(values[1:]) for name, values in runs.items()}
+    median = {name: statistics.median(values[1:]) for name, values in runs.items()}
+    ratios = {name: best["int8"] / value for name, value in best.items() if name != "int8"}
+    told = ", ".join(f"{name} {best[name]:.1f} ({median[name]:.1f})" for name in timers)
+    print(f"{streams:3} streams, tokens/s, best (median): {told}", flush=True)
+    print("    int8 over " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()), flush=True)
+    return {"streams": streams, "best": best, "median": median, "int8_over": ratios, "all": runs}
 
 
 def quality(engines: dict[str, OfflineEngine], goldens: Path) -> dict[str, Any]:
@@ -153,9 +150,17 @@ def main(arguments: list[str]) -> None:
                 version, timer = peer(stack, [python, str(LLAMA), file, "--threads", str(options.threads)], True)
                 timers[f"llama.cpp {Path(file).stem}"] = timer
                 report["llama_cpp"] = version
-        report["speed"] = speed(timers, options.streams, options.repeats)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report["speed"] = []
+        for streams in options.streams:
+            report["speed"].append(speed(timers, streams, options.repeats))
+            save(options.json, report)
+    save(options.json, report)
+
+
+def save(path: Path | None, report: dict[str, Any]) -> None:
+    """Write what is known so far: a run that is stopped leaves the rows that it ended."""
+    if path is not None:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
