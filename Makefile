@@ -3,6 +3,7 @@ PYTHON ?= python3
 MODEL ?=
 WORKERS ?= 1
 BACKEND ?=
+QUANTIZATION ?=
 RUNTIME ?= processes
 NAME ?=
 PYTEST_ARGS ?=
@@ -26,7 +27,7 @@ KERNEL_TESTS := tests/gpu/test_gpu_sampling.py tests/gpu/test_gpu_layers.py test
 help: ## this list
 	@echo "Octavo: an LLM server of gRPC microservices. Targets:"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
-	@echo "Settings: MODEL=smollm2|ORG/NAME|DIRECTORY|mock  WORKERS=1  BACKEND=torch|cuda|mock"
+	@echo "Settings: MODEL=smollm2|ORG/NAME|DIRECTORY|mock  WORKERS=1  BACKEND=torch|cuda|mock  QUANTIZATION=int8"
 	@echo "          RUNTIME=processes|docker  PYTHON=python3  HF_TOKEN from the environment"
 
 ifeq ($(RUNTIME),docker)
@@ -34,8 +35,9 @@ up: client
 else
 up: env
 endif
-up: ## start a cluster and wait until it serves (MODEL= WORKERS= BACKEND= RUNTIME=)
-	@$(LOCAL) up --model "$(MODEL)" --workers "$(WORKERS)" --backend "$(BACKEND)" --runtime "$(RUNTIME)"
+up: ## start a cluster and wait until it serves (MODEL= WORKERS= BACKEND= QUANTIZATION= RUNTIME=)
+	@$(LOCAL) up --model "$(MODEL)" --workers "$(WORKERS)" --backend "$(BACKEND)" --quantization "$(QUANTIZATION)" \
+	    --runtime "$(RUNTIME)"
 
 down: ## stop it
 	@$(IF_MADE) $(LOCAL) down
@@ -46,8 +48,8 @@ logs: ## follow the logs (NAME=worker-1 for one process)
 ps: ## the processes, their addresses and health
 	@$(IF_MADE) $(LOCAL) ps
 
-worker: ## add a worker to the running cluster (MODEL= for another model)
-	@$(IF_MADE) $(LOCAL) worker --model "$(MODEL)" --backend "$(BACKEND)"
+worker: ## add a worker to the running cluster (MODEL= or QUANTIZATION= for another model)
+	@$(IF_MADE) $(LOCAL) worker --model "$(MODEL)" --backend "$(BACKEND)" --quantization "$(QUANTIZATION)"
 
 test: dev ## all tests that need no GPU (PYTEST_ARGS=)
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(PYTEST_ARGS)

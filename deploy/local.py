@@ -35,7 +35,9 @@ from deploy.supervise import Supervisor
 PORT_TRIES = 3
 
 
-def up(model_name: str | None, workers: int, backend: str | None, timeout: float) -> int:
+def up(
+    model_name: str | None, workers: int, backend: str | None, timeout: float, quantization: str | None = None
+) -> int:
     """Start a cluster and wait until it serves. Returns an exit code."""
     if workers < 1:
         raise ClusterError(f"WORKERS={workers}: at least 1 is needed")
@@ -54,7 +56,7 @@ def up(model_name: str | None, workers: int, backend: str | None, timeout: float
     state.forget()
     model = resolve(model_name or DEFAULT_MODEL, backend=backend)
     for tries_left in reversed(range(PORT_TRIES)):
-        commands = plan(model, workers, RUN)
+        commands = plan(model, workers, RUN, quantization)
         try:
             supervisor.launch(commands)
             show.wait(commands, supervisor, timeout)
@@ -68,13 +70,13 @@ def up(model_name: str | None, workers: int, backend: str | None, timeout: float
         except BaseException:  # also Ctrl-C: nothing half-started is left running
             supervisor.shutdown()
             raise
-    cluster = describe(commands, model)
+    cluster = describe(commands, model, quantization)
     state.write(cluster)
     show.summary(cluster)
     return 0
 
 
-def plan(model: Model, workers: int, directory: Path) -> list[Command]:
+def plan(model: Model, workers: int, directory: Path, quantization: str | None = None) -> list[Command]:
     """The commands of a cluster: the default ports where they are free, the next free ones where not."""
     taken: set[str] = set()
     commands: list[Command] = []
@@ -99,24 +101,25 @@ def plan(model: Model, workers: int, directory: Path) -> list[Command]:
     # Several workers on one CPU share its cores; on GPUs threads hardly matter.
     threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 and not gpus else None
     for number in range(1, workers + 1):
-        flags = worker_flags(model, threads) | where
+        flags = worker_flags(model, threads, quantization) | where
         add("worker", f"worker-{number}", flags, worker_env(number, gpus, model.backend))
     listen, http = (free_address(DEFAULT_LISTEN[door], taken) for door in ("router", "http"))
     add("router", "router-1", {"listen": listen, "http-listen": http, **where})
     return commands
 
 
-def worker_flags(model: Model, threads: int | None) -> dict[str, Flag]:
+def worker_flags(model: Model, threads: int | None, quantization: str | None) -> dict[str, Flag]:
     """The flags of a worker that holds `model`."""
     return {
         "model": model.argument,
         "served-name": model.served_name,
         "backend": model.backend,
+        "quantization": quantization,
         "threads": threads,
     }
 
 
-def describe(commands: Sequence[Command], model: Model) -> Cluster:
+def describe(commands: Sequence[Command], model: Model, quantization: str | None = None) -> Cluster:
     """The addresses that the ready files tell. Raises ClusterError where one is missing."""
     addresses: dict[str, list[str]] = {"router": [], "scheduler": [], "worker": []}
     http = []
@@ -139,11 +142,15 @@ def describe(commands: Sequence[Command], model: Model) -> Cluster:
         metrics=metrics,
         model=model.name,
         model_argument=model.argument,
+        quantization=quantization,
     )
 
 
-def add_worker(model_name: str | None, backend: str | None, timeout: float) -> int:
-    """Add one worker to the running cluster and wait until it serves. Returns an exit code."""
+def add_worker(model_name: str | None, backend: str | None, timeout: float, quantization: str | None = None) -> int:
+    """Add one worker to the running cluster and wait until it serves. Returns an exit code.
+
+    What is not said is as `up` had it. The same model quantised otherwise is another one, and goes by another name.
+    """
     supervisor = Supervisor(RUN)
     cluster = state.read()
     if cluster is None or not supervisor.is_running():
@@ -151,9 +158,14 @@ def add_worker(model_name: str | None, backend: str | None, timeout: float) -> i
     known = supervisor.states()
     number = 1 + max((int(name.split("-")[1]) for name in known if name.startswith("worker-")), default=0)
     name = f"worker-{number}"
-    wanted, served_name = (model_name, None) if model_name else (cluster.model_argument, cluster.model)
+    wanted, served_name = model_name or cluster.model_argument, None if model_name else cluster.model
+    if not model_name:
+        own = cluster.quantization or "none"
+        quantization = quantization or own
+        if quantization != own:
+            served_name = f"{cluster.model}-{'unquantized' if quantization == 'none' else quantization}"
     model = resolve(wanted, served_name, backend)
-    flags = worker_flags(model, None)
+    flags = worker_flags(model, None, quantization)
     flags["metrics"] = free_address(METRICS_LISTEN, set(cluster.metrics.values()))
     flags |= {"redis": cluster.redis} if cluster.redis else {"scheduler": cluster.scheduler}
     command = service_command("worker", name, RUN, flags, worker_env(number, visible_gpus(), model.backend))
@@ -225,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name)
         command.add_argument("--model", help="name, directory or mock")
         command.add_argument("--backend", help="torch, cuda or mock; the worker chooses if absent")
+        command.add_argument("--quantization", help="none or int8; as the worker's default or the cluster's if absent")
         command.add_argument("--timeout", type=float, default=1800.0, help="seconds until all must be ready [1800]")
         if name == "up":
             command.add_argument("--workers", type=int, default=1)
@@ -253,12 +266,12 @@ def _run(given: argparse.Namespace) -> int:
     with state.locked():
         if given.command == "down":
             return down()
-        model, backend = given.model or None, given.backend or None
+        model, backend, quantization = given.model or None, given.backend or None, given.quantization or None
         if given.command == "worker":
-            return add_worker(model, backend, given.timeout)
+            return add_worker(model, backend, given.timeout, quantization)
         if given.runtime == "docker":
             return docker.up(model or DEFAULT_MODEL, given.workers)
-        return up(model, given.workers, backend, given.timeout)
+        return up(model, given.workers, backend, given.timeout, quantization)
 
 
 if __name__ == "__main__":

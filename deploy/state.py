@@ -29,6 +29,7 @@ class Cluster:
     metrics: Mapping[str, str] = field(default_factory=dict)  # by process name, HOST:PORT
     model: str = ""  # the name to ask for
     model_argument: str = ""  # the worker's --model
+    quantization: str | None = None  # the worker's --quantization, where it was given
     runtime: str = "processes"
     token_file: str | None = None  # where the cluster wants a token
 

@@ -16,6 +16,12 @@ class WorkerSettings(CommonSettings):
     served_name: str | None = flag("name under which requests ask for the model", None)
     backend: str = flag("what runs the model", "auto", ("auto", "torch", "cuda", "mock"))
     dtype: str = flag("arithmetic", "auto", ("auto", "bfloat16", "float16", "float32"))
+    quantization: str = flag(
+        "torch backend: int8 rounds weights and activations to 8 bits, each 32 with a scale of their own. Faster, in half the memory, "
+        "and a row's tokens still do not depend on its neighbours; but they are not the unquantised model's, so its digest is another",
+        "none",
+        ("none", "int8"),
+    )
     max_model_len: int = flag("context in tokens, prompt and output together (0: the model's own)", 0)
     max_rows: int = flag("requests that run at once", 256)
     max_num_batched_tokens: int = flag("tokens of a step at most (0: 512 on CPU, 8192 on GPU and mock)", 0)

@@ -20,7 +20,7 @@ from worker.checkpoint.config import load_config, parse_config
 from worker.checkpoint.digest import DigestError, model_digest, read_assets
 from worker.checkpoint.errors import CheckpointError
 from worker.checkpoint.safetensors import find_tensors
-from worker.checkpoint.weights import expected_tensors, load_weights
+from worker.checkpoint.weights import StoredWeights, expected_tensors
 from worker.model.rope import rotary_table
 
 _CONFIG: dict[str, Any] = {
@@ -134,7 +134,11 @@ class _World:
             if config.head_dim <= 1024:
                 rotary_table(config.rope, config.head_dim, min(longest, 64), torch.device("cpu"))
             find_tensors(self.folder)
-            load_weights(self.folder, config, torch.float32, torch.device("cpu"), lambda what, done, total: None)
+            weights = StoredWeights(self.folder, config, torch.float32, lambda what, done, total: None)
+            read = [weights.embed(), *weights.layers(), weights.norm()]
+            if not config.tie_word_embeddings:
+                read.append(weights.lm_head())
+            assert len(read) >= config.num_layers + 2
         except CheckpointError:
             return False
         return accepted

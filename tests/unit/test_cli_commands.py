@@ -300,7 +300,8 @@ def test_serve_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     module.ServeOptions = lambda **options: options  # type: ignore[attr-defined]
     module.serve = lambda model, options: calls.append((model, options)) or 3  # type: ignore[attr-defined,func-returns-value]
     monkeypatch.setitem(sys.modules, "deploy.cluster", module)
-    result = run("serve", "mock", "--max-model-len", "512", "--workers", "2", "--port", "7", "--backend", "mock")
+    options = "--max-model-len 512 --quantization none --workers 2 --port 7 --backend mock"
+    result = run("serve", "mock", *options.split())
     assert result.exit_code == 3
     assert calls == [
         (
@@ -310,7 +311,7 @@ def test_serve_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
                 "listen": "127.0.0.1:7",
                 "backend": "mock",
                 "served_name": None,
-                "worker_flags": {"max_model_len": 512},
+                "worker_flags": {"quantization": "none", "max_model_len": 512},
             },
         )
     ]

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from deploy import local
-from deploy.commands import is_mock, redis_command, service_command, visible_gpus, worker_env
+from deploy.commands import Command, is_mock, redis_command, service_command, visible_gpus, worker_env
 from deploy.model import Model, resolve
 from deploy.ports import NoFreePort, free_address, is_free
 from deploy.readiness import ClusterError, read_ready, tail
+from deploy.state import Cluster
 from deploy.supervise import Supervisor
 
 
@@ -129,6 +130,62 @@ def test_workers_on_one_cpu_share_its_cores(no_redis: None, tmp_path: Path, monk
     assert all("--threads" not in command.argv for command in one)
     shares = [c.argv[c.argv.index("--threads") + 1] for c in two if c.service == "worker"]
     assert shares == ["4", "4"]
+
+
+def test_quantization_reaches_each_worker(no_redis: None, tmp_path: Path) -> None:
+    commands = local.plan(resolve(str(tmp_path)), 2, tmp_path, "int8")
+    for command in commands:
+        given = command.argv[command.argv.index("--quantization") + 1] if "--quantization" in command.argv else None
+        assert given == ("int8" if command.service == "worker" else None)
+
+
+@pytest.mark.parametrize(
+    ("running", "asked", "model", "expected"),
+    [
+        (None, None, None, ("none", "m")),
+        ("int8", None, None, ("int8", "m")),  # as the others, or the scheduler would not admit it
+        (None, "int8", None, ("int8", "m-int8")),  # beside the others
+        ("int8", "none", None, ("none", "m-unquantized")),
+        ("int8", None, "mock:other", (None, "other")),
+    ],
+)
+def test_a_worker_is_added_as_the_others_or_by_another_name(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    running: str | None,
+    asked: str | None,
+    model: str | None,
+    expected: tuple[str | None, str],
+) -> None:
+    cluster = Cluster(
+        router=("r",), scheduler=("s",), redis=None, model="m", model_argument=str(tmp_path), quantization=running
+    )
+    added: list[Command] = []
+
+    class FakeSupervisor:
+        def __init__(self, directory: Path) -> None:
+            pass
+
+        def is_running(self) -> bool:
+            return True
+
+        def states(self) -> dict[str, str]:
+            return {"worker-1": "RUNNING"}
+
+        def add(self, command: Command) -> None:
+            added.append(command)
+
+    monkeypatch.setattr(local, "Supervisor", FakeSupervisor)
+    monkeypatch.setattr(local, "visible_gpus", lambda: ())
+    monkeypatch.setattr(local, "describe", lambda *a: cluster)
+    monkeypatch.setattr(local.state, "read", lambda: cluster)
+    monkeypatch.setattr(local.state, "write", lambda cluster: None)
+    monkeypatch.setattr(local.show, "wait", lambda *a: None)
+    assert local.add_worker(model, None, 1.0, asked) == 0
+    argv = added[0].argv
+    quantization = argv[argv.index("--quantization") + 1] if "--quantization" in argv else None
+    name = argv[argv.index("--served-name") + 1] if "--served-name" in argv else "other"
+    assert (quantization, name) == expected
 
 
 @pytest.mark.parametrize(("name", "text"), [("a" * 100, "too long"), ("100%", "percent")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from worker.checkpoint.digest import DigestError, model_digest
 from worker.checkpoint.errors import CheckpointError
 from worker.checkpoint.prefetch import prefetch
 from worker.checkpoint.safetensors import find_tensors
-from worker.checkpoint.weights import expected_tensors, load_weights
+from worker.checkpoint.weights import StoredWeights, expected_tensors
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -52,27 +53,28 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]
 
 
 def load(folder: Path) -> Any:
-    return load_weights(folder, load_config(folder), torch.float32, torch.device("cpu"), quiet)
+    weights = StoredWeights(folder, load_config(folder), torch.float32, quiet)
+    return SimpleNamespace(embed=weights.embed(), layers=list(weights.layers()), norm=weights.norm())
 
 
 def test_projections_are_fused_in_order_and_converted(tmp_path: Path) -> None:
     tensors = make_tensors()
     write(tmp_path, {name: tensor.bfloat16() for name, tensor in tensors.items()})
     seen: list[tuple[int, int]] = []
-    weights = load_weights(
-        tmp_path,
-        load_config(tmp_path),
-        torch.float32,
-        torch.device("cpu"),
-        lambda what, done, total: seen.append((done, total)),
+    weights = StoredWeights(
+        tmp_path, load_config(tmp_path), torch.float32, lambda what, done, total: seen.append((done, total))
     )
+    layers = list(weights.layers())
     prefix = "model.layers.1.self_attn."
     expected = torch.cat([tensors[f"{prefix}{name}_proj.weight"].bfloat16().float() for name in "qkv"])
-    assert torch.equal(weights.layers[1].qkv, expected)
+    assert torch.equal(layers[1].qkv, expected)
     gate_up = torch.cat(
         [tensors[f"model.layers.0.mlp.{name}_proj.weight"].bfloat16().float() for name in ("gate", "up")]
     )
-    assert torch.equal(weights.layers[0].gate_up, gate_up)
+    assert torch.equal(layers[0].gate_up, gate_up)
+    for name in ("model.embed_tokens", "lm_head", "model.norm"):
+        stored = {"model.embed_tokens": weights.embed, "lm_head": weights.lm_head, "model.norm": weights.norm}[name]()
+        assert torch.equal(stored, tensors[f"{name}.weight"].bfloat16().float())
     assert seen[-1][0] == seen[-1][1] > 0
 
 

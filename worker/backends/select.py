@@ -15,7 +15,14 @@ from service.settings import SettingsError
 from worker.backend import Backend, BackendInfo
 from worker.backends.mock import MockBackend, MockSettings
 from worker.backends.mock_assets import mock_assets
-from worker.checkpoint.digest import DigestError, assets_digest, model_digest, read_assets, tokenizer_digest
+from worker.checkpoint.digest import (
+    DigestError,
+    assets_digest,
+    model_digest,
+    quantized_digest,
+    read_assets,
+    tokenizer_digest,
+)
 from worker.session import HASH_VERSION, PROTOCOL, Identity
 from worker.settings import WorkerSettings
 
@@ -34,6 +41,7 @@ class Selection:
 def select(settings: WorkerSettings) -> Selection:
     """The backend that the settings name. Raises SettingsError in words."""
     if settings.backend == "mock" or settings.model == "mock" or settings.model.startswith("mock:"):
+        _refuse_quantization(settings, "mock")
         return _select_mock(settings)
     try:
         model_dir = model_cache.resolve(settings.model)
@@ -42,6 +50,10 @@ def select(settings: WorkerSettings) -> Selection:
     except (ModelError, DigestError) as error:
         raise SettingsError(f"--model {settings.model}: {error}") from None
     kind = _device_kind(settings)
+    if kind == "cuda":
+        _refuse_quantization(settings, "cuda")
+    if settings.quantization != "none":
+        digest = quantized_digest(digest, settings.quantization)
     backend = _cuda_backend(settings, model_dir) if kind == "cuda" else _torch_backend(settings, model_dir)
     name = settings.served_name or (model_dir.name if Path(settings.model).is_dir() else settings.model)
     return Selection(backend, kind, name, assets, digest)
@@ -121,6 +133,13 @@ def _device_kind(settings: WorkerSettings) -> str:
     return "cuda" if not missing and torch.cuda.is_available() else "torch"
 
 
+def _refuse_quantization(settings: WorkerSettings, backend: str) -> None:
+    if settings.quantization != "none":
+        raise SettingsError(
+            f"--quantization {settings.quantization}: the {backend} backend has none; --backend torch runs it on the CPU"
+        )
+
+
 def _is_missing(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is None
@@ -133,6 +152,7 @@ def _torch_backend(settings: WorkerSettings, model_dir: Path) -> Backend:
 
     torch_settings = TorchSettings(
         dtype=settings.dtype,
+        quantization=settings.quantization,
         max_model_len=settings.max_model_len or None,
         max_rows=settings.max_rows,
         max_num_batched_tokens=settings.max_num_batched_tokens or max(512, settings.max_rows),

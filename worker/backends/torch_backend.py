@@ -17,16 +17,18 @@ from worker.backend import BackendError, BackendInfo, KVGroup, Progress
 from worker.backends.torch_memory import available_bytes, check_sequence_fits, choose_num_blocks
 from worker.backends.torch_rows import RowState
 from worker.checkpoint.config import ModelConfig, load_config
-from worker.checkpoint.weights import load_weights
+from worker.checkpoint.weights import StoredWeights
 from worker.cpu.attention import SPLIT
 from worker.model.attention import AttentionPlan, RowSpan
-from worker.model.decoder import Decoder
+from worker.model.decoder import Decoder, pack
 from worker.model.kv_cache import PagedKVCache
+from worker.model.linear_int8 import supported_form
 from worker.sampling.logprobs import LogprobCollector
 from worker.sampling.sampler import sample
 from worker.step import NewRow, RowStatus, SamplingParams, Step, StepOutput
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+QUANTIZATIONS = ("none", "int8")
 _PROMPT_LOGITS = 64  # prompt positions whose logits are held at once
 _NUMERICS_VERSION = 5  # raise it with every change that can change a bit of the logits
 
@@ -36,6 +38,7 @@ class TorchSettings:
     """How to serve a model. None means: decide from the model and the machine."""
 
     dtype: str = "auto"  # auto: as stored
+    quantization: str = "none"  # int8: all matrices in 8 bits; the KV cache stays in dtype
     max_model_len: int | None = None
     max_rows: int = 64
     max_num_batched_tokens: int = 512
@@ -48,6 +51,8 @@ class TorchSettings:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *_DTYPES):
             raise BackendError(f"dtype: {self.dtype!r} is none of auto, {', '.join(_DTYPES)}")
+        if self.quantization not in QUANTIZATIONS:
+            raise BackendError(f"quantization: {self.quantization!r} is none of {', '.join(QUANTIZATIONS)}")
         for name in ("max_model_len", "max_rows", "max_num_batched_tokens", "block_size", "num_blocks", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,9 +81,11 @@ class TorchBackend:
             raise BackendError(
                 f"max_model_len: {settings.max_model_len} is more than the {limit} tokens that the model was made for"
             )
-        device = torch.device("cpu")
+        int8 = settings.quantization == "int8"
+        if int8:
+            supported_form()  # says no before a gigabyte has been read
         with torch.inference_mode():
-            weights = load_weights(self._model_dir, config, dtype, device, progress)
+            weights = pack(StoredWeights(self._model_dir, config, dtype, progress), config, int8)
             group = self._plan_cache(config, dtype, limit)
             max_model_len = settings.max_model_len or min(limit, group.num_blocks * settings.block_size)
             self._decoder = Decoder(config, weights, max_model_len, settings.block_size, dtype)
@@ -92,7 +99,7 @@ class TorchBackend:
         self._boundary: dict[int, torch.Tensor] = {}
         return BackendInfo(
             name="torch",
-            numerics=numerics(dtype),
+            numerics=numerics(dtype, settings.quantization),
             kv_dtype=str(dtype).removeprefix("torch."),
             vocab_size=config.vocab_size,
             max_model_len=max_model_len,
@@ -243,8 +250,10 @@ def longest_context(config: ModelConfig) -> int:
     return config.max_position_embeddings
 
 
-def numerics(dtype: torch.dtype) -> str:
+def numerics(dtype: torch.dtype, quantization: str = "none") -> str:
     """Everything that decides the bits of this backend's logits on this machine."""
     name = str(dtype).removeprefix("torch.")
+    if quantization != "none":
+        name += f" {quantization}"
     capability = torch.backends.cpu.get_cpu_capability()
     return f"torch-backend {_NUMERICS_VERSION}; {name}; torch {torch.__version__}; {capability}; split {SPLIT}"

@@ -48,6 +48,11 @@ def read_assets(model_dir: Path) -> dict[str, bytes]:
     return assets
 
 
+def quantized_digest(digest: bytes, quantization: str) -> bytes:
+    """The digest of the model that is left of another once it is quantised: streams never move between the two. 32 bytes."""
+    return hashlib.sha256(digest + b"quantization " + quantization.encode()).digest()
+
+
 def assets_digest(assets: dict[str, bytes], names: Iterable[str] = ASSET_NAMES) -> bytes:
     """SHA-256 over the named files that exist, each with its name and length. 32 bytes."""
     total = hashlib.sha256()

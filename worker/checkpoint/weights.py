@@ -49,13 +49,31 @@ class Weights:
     lm_head: torch.Tensor  # [vocab, hidden]
 
 
-def load_weights(
-    model_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress
-) -> Weights:
-    """Read the checkpoint in `model_dir` to the CPU. Raises CheckpointError naming file and tensor before any is copied."""
-    tensors = find_tensors(model_dir)
-    _check_names(model_dir, config, tensors)
-    return _read(_TensorReader(tensors, dtype, device, _MappedCopy(tensors, progress)), config)
+class StoredWeights:
+    """A checkpoint on disk, read piece by piece: who packs a layer before it reads the next never holds two copies of a model."""
+
+    def __init__(self, model_dir: Path, config: ModelConfig, dtype: torch.dtype, progress: Progress) -> None:
+        """Raises CheckpointError naming file and tensor."""
+        tensors = find_tensors(model_dir)
+        _check_names(model_dir, config, tensors)
+        self._config = config
+        self._reader = _TensorReader(tensors, dtype, torch.device("cpu"), _MappedCopy(tensors, progress))
+
+    def embed(self) -> torch.Tensor:
+        """[vocab, hidden]"""
+        return self._reader.fused(["model.embed_tokens.weight"])
+
+    def layers(self) -> Iterator[LayerWeights]:
+        """The layers in order."""
+        return (_read_layer(self._reader, self._config, layer) for layer in range(self._config.num_layers))
+
+    def norm(self) -> torch.Tensor:
+        """[hidden]"""
+        return self._reader.fused(["model.norm.weight"])
+
+    def lm_head(self) -> torch.Tensor:
+        """[vocab, hidden]; not stored where the embeddings are tied."""
+        return self._reader.fused(["lm_head.weight"])
 
 
 def upload_weights(model_dir: Path, config: ModelConfig, dtype: torch.dtype, upload: Upload) -> Weights:

@@ -15,6 +15,8 @@ import torch
 
 from worker.cpu.emitter import COUNTERS
 
+_Arguments = ctypes.c_int64 * (COUNTERS[-1] + 8)
+
 
 class Kernels:
     """The compiled functions of one module; their code lives as long as this does."""
@@ -28,7 +30,7 @@ class Kernels:
 
         Pointers stay valid, and what they point at untouched by others, until the call returns.
         """
-        packed = (ctypes.c_int64 * (COUNTERS[-1] + 8))(*arguments)
+        packed = _Arguments(*arguments)
         _parallel()(self._addresses[name], ctypes.addressof(packed), threads, 0)
 
 

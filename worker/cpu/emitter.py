@@ -186,6 +186,14 @@ class Emitter(ir.IRBuilder):  # type: ignore[misc]
             function = ir.Function(self.module, ir.FunctionType(kind, [kind] * len(operands)), name)
         return self.call(function, operands)
 
+    def x86(self, name: str, *operands: Value, result: Value = None) -> Value:
+        """One of LLVM's x86 instructions; `result` is its type where that is not the first operand's."""
+        name, kind = f"llvm.x86.{name}", operands[0].type if result is None else result
+        function = self.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.module, ir.FunctionType(kind, [value.type for value in operands]), name)
+        return self.call(function, operands)
+
     def larger(self, a: Value, b: Value) -> Value:
         """a where a > b, else b: a NaN in a is passed over."""
         return self.select(self.fcmp_ordered(">", a, b), a, b)

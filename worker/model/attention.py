@@ -45,6 +45,8 @@ class AttentionPlan:
             tiles[:, 1] = queries
             kinds[size].append(tiles)
         self._tiles = {size: np.concatenate(tiles) for size, tiles in kinds.items() if tiles}
+        self._addresses = {size: tiles.ctypes.data for size, tiles in self._tiles.items()}
+        self._tables_at = self._tables.ctypes.data
 
     def attend(
         self,
@@ -67,8 +69,8 @@ class AttentionPlan:
                 cache.keys_at(layer),
                 cache.values_at(layer),
                 cache.head_stride,
-                tiles.ctypes.data,
-                self._tables.ctypes.data,
+                self._addresses[rows],
+                self._tables_at,
                 len(tiles),
                 window or _NO_WINDOW,
             )

@@ -32,11 +32,14 @@ class PagedKVCache:
         self._data = torch.empty((num_layers, 2, num_kv_heads, self.head_stride), dtype=dtype)
         if poison:
             self._data.fill_(float("nan"))
+        # Indexing a tensor for its address takes longer than a short row's attention.
+        self._start = self._data.data_ptr()
+        self._run_bytes = num_kv_heads * self.head_stride * dtype.itemsize  # of a layer's keys, or values
 
     def keys_at(self, layer: int) -> int:
         """Address of a layer's keys."""
-        return self._data[layer, 0].data_ptr()
+        return self._start + 2 * layer * self._run_bytes
 
     def values_at(self, layer: int) -> int:
         """Address of a layer's values."""
-        return self._data[layer, 1].data_ptr()
+        return self._start + (2 * layer + 1) * self._run_bytes

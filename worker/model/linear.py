@@ -1,6 +1,6 @@
 """Matrix products of float32 activations with weights in the layout that the CPU reads fastest (worker/cpu/product.py).
 
-Weights stay in bfloat16 where they are, all else becomes float32; nothing is rounded.
+Weights stay in bfloat16 where they are, all else becomes float32; nothing is rounded. worker/model/linear_int8.py rounds.
 """
 
 from __future__ import annotations
@@ -15,52 +15,85 @@ from worker.cpu.compiler import Kernels, has_feature
 from worker.cpu.product import COLUMNS, add_product, tails, tile_rows
 
 _BLOCK_ROWS = 128  # a panel is read again for the next block
-_BLOCK_FLOATS = 262_144  # 1 MiB: a thread's copy of a block's activations stays in its level 2 cache
+_BLOCK_WORDS = 262_144  # 1 MiB: a thread's copy of a block's activations stays in its level 2 cache
 _local = threading.local()
 
 
-class Linear:
-    """y = x W^T + b for float32 x [rows, in] and y [rows, out]; the weight [out, in] is not needed after construction."""
+class PackedProduct:
+    """y = x W^T + b for float32 x [rows, in] and y [rows, out]. Subclasses pack the weight [out, in] into panels of 32 columns."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._out, self._in = weight.shape
-        self._panels = _pack(weight)
-        self._tile = tile_rows(has_feature("avx512f"))
-        self._kernel = _kernel(self._panels.dtype == torch.bfloat16, self._tile)
-        self._bias = torch.zeros(len(self._panels) * COLUMNS)
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        panels: torch.Tensor,  # [count, …]
+        bias: torch.Tensor | None,
+        kernel: Kernels,
+        tile: int,
+        depth: tuple[int, int],  # the kernel's measure of it, and how many of x it stands for
+        row_words: int,  # 32-bit words of a thread's copy of a row of x
+    ) -> None:
+        self.out, self.inputs = shape
+        self._panels = panels
+        self._kernel = kernel
+        self._tile = tile
+        self._tails = tails(tile)
+        self._depth, self._width = depth[0], depth[0] * depth[1]
+        self._row_words = row_words
+        self._block = max(tile, min(_BLOCK_ROWS, _BLOCK_WORDS // row_words) // tile * tile)
+        self._bias = torch.zeros(len(panels) * COLUMNS)
         if bias is not None:
-            self._bias[: self._out] = bias
+            self._bias[: self.out] = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        # Whole tiles and whole panels are written; the caller sees a view of what it asked for.
-        padded = -(-max(len(x), 1) // self._tile) * self._tile
-        y = torch.empty(padded, len(self._bias))
+        rows = x.shape[0]
+        if self._width > self.inputs:
+            x = torch.nn.functional.pad(x, (0, self._width - self.inputs))
         x = x.contiguous()
-        block = max(self._tile, min(_BLOCK_ROWS, _BLOCK_FLOATS // self._in // self._tile * self._tile))
-        for start in range(0, len(x), block):
-            self._product(x[start : start + block], y[start:])
-        result = y[: len(x), : self._out]
-        return result if self._out == len(self._bias) else result.contiguous()
+        # Whole tiles and whole panels are written; the caller sees a view of what it asked for.
+        padded = rows if rows in self._tails else -(-rows // self._tile) * self._tile
+        columns = self._bias.shape[0]
+        y = torch.empty(padded, columns)
+        x_at, y_at = x.data_ptr(), y.data_ptr()
+        for start in range(0, rows, self._block):
+            count = min(self._block, rows - start)
+            self._product(x_at + 4 * self._width * start, y_at + 4 * columns * start, count)
+        if columns > self.out:
+            return y[:rows, : self.out].contiguous()
+        return y if padded == rows else y[:rows]
 
-    def _product(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _product(self, x_at: int, y_at: int, rows: int) -> None:
         panels = self._panels
-        full = (len(x) - 1) // self._tile
-        tail = next(rows for rows in tails(self._tile) if rows >= len(x) - full * self._tile)
-        threads = min(torch.get_num_threads(), len(panels))
-        scratch = _scratch(threads * (full * self._tile + tail) * self._in)
+        full = (rows - 1) // self._tile
+        tail = rows - full * self._tile
+        if tail not in self._tails:
+            tail = next(size for size in self._tails if size >= tail)
+        count = panels.shape[0]
+        threads = min(torch.get_num_threads(), count)
+        memory = _scratch(threads * (full * self._tile + tail) * self._row_words)
         arguments = (
-            x.data_ptr(),
+            x_at,
             panels.data_ptr(),
             self._bias.data_ptr(),
-            y.data_ptr(),
-            len(x),
+            y_at,
+            rows,
             full,
             tail,
-            self._in,
-            len(panels),
-            scratch.data_ptr(),
+            self._depth,
+            count,
+            memory.data_ptr(),
         )
         self._kernel.launch("product", arguments, threads)
+
+
+class Linear(PackedProduct):
+    """The weight [out, in], bfloat16 or wider, is not needed after construction."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        out, inputs = weight.shape
+        panels = _pack(weight)
+        tile = tile_rows(has_feature("avx512f"))
+        kernel = _kernel(panels.dtype == torch.bfloat16, tile)
+        super().__init__((out, inputs), panels, bias, kernel, tile, (inputs, 1), inputs)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -75,11 +108,11 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
     return rows.view(count, COLUMNS, inputs).transpose(1, 2).contiguous()
 
 
-def _scratch(floats: int) -> torch.Tensor:
-    """Memory for at least so many floats, kept for the calling thread's next product."""
+def _scratch(words: int) -> torch.Tensor:
+    """Memory for at least so many 32-bit words, kept for the calling thread's next product."""
     held: torch.Tensor | None = getattr(_local, "scratch", None)
-    if held is None or len(held) < floats:
-        held = _local.scratch = torch.empty(floats)
+    if held is None or held.shape[0] < words:
+        held = _local.scratch = torch.empty(words)
     return held
 
 

@@ -22,6 +22,9 @@ def serve(
         str, typer.Argument(help="Model directory, a name that `octavo pull` knows, or `mock`.", show_default=False)
     ],
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float32 or float16.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="none, or int8: 8-bit products on the CPU, faster and in half the memory.")
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Context in tokens, prompt and output together.", min=1)
     ] = None,
@@ -38,7 +41,13 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.", min=1)] = None,
 ) -> None:
     """Serve a model: Redis, scheduler, router and workers, until Ctrl-C."""
-    flags = {"dtype": dtype, "max_model_len": max_model_len, "memory_fraction": memory_fraction, "threads": threads}
+    flags = {
+        "dtype": dtype,
+        "quantization": quantization,
+        "max_model_len": max_model_len,
+        "memory_fraction": memory_fraction,
+        "threads": threads,
+    }
     with checkout():
         from deploy.cluster import ServeOptions
         from deploy.cluster import serve as serve_cluster
