@@ -58,6 +58,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 rms_norm_add_parts(const float4* parts, int splits, uint4* residual, const uint4* __restrict__ bias, const uint4* __restrict__ weight,
                    uint4* __restrict__ out, float epsilon) {
   size_t stride = (size_t)gridDim.x * HIDDEN / 4;
-  norm<true>([&](uint4 old, size_t at, int column) { return add_vector(old, sum_of_parts(parts, at, splits, stride), bias, column); }, true,
+  norm<false>([&](uint4 old, size_t at, int column) { return add_vector(old, sum_of_parts(parts, at, splits, stride), bias, column); }, true,
        residual, weight, nullptr, out, epsilon);
 }

@@ -108,9 +108,9 @@ class GemmTile:
 GEMM_TILES = (GemmTile(64, 10, 6), GemmTile(128, 8, 5))
 """208 KiB each: what is left is enough for the blocks of the small kernels between."""
 
-GEMM_SHAPES = frozenset({(2048, 3072, 2048, 8192)})
-"""(hidden, qkv, q, intermediate) for which gemm_wgmma.cu was measured ahead of cuBLAS on sm_90a: Llama-3.2-1B. Any other shape stays
-with cuBLAS until it is measured."""
+GEMM_SHAPES = frozenset({(2048, 3072, 2048, 8192), (4096, 6144, 4096, 14336)})
+"""(hidden, qkv, q, intermediate) for which gemm_wgmma.cu was measured ahead of cuBLAS on sm_90a: Llama-3.2-1B and Llama-3.1-8B. Any
+other shape stays with cuBLAS until it is measured."""
 
 
 def gemm_fits(shape: KernelShape, architecture: str) -> bool:

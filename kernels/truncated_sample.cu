@@ -189,10 +189,22 @@ choose_truncated(const float* __restrict__ logits, const float* __restrict__ pro
   if (threadIdx.x == 0) s.raw = changed ? raw_state[at] : 0;
   float most = -INF, least = INF;
   u32 raw = 0;
-  for_each(x, vocab, s, false, [&](float value, int) {
-    raw |= value != value || value == INF ? 1 : value > -INF ? 2 : 0;
-    most = fmaxf(most, value);
-    if (value > -INF) least = fminf(least, value);
+  for_each_four<false>(x, vocab, [&](const float4& four, int) {
+    float values[4] = {four.x, four.y, four.z, four.w};
+    // NaN unless all four are finite.
+    float check = fmaf(four.x, 0.0f, fmaf(four.y, 0.0f, fmaf(four.z, 0.0f, four.w * 0.0f)));
+    if (check == 0) {
+      raw |= 2;
+      most = fmaxf(most, fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)));
+      least = fminf(least, fminf(fminf(four.x, four.y), fminf(four.z, four.w)));
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      raw |= values[j] != values[j] || values[j] == INF ? 1 : values[j] > -INF ? 2 : 0;
+      most = fmaxf(most, values[j]);
+      if (values[j] > -INF) least = fminf(least, values[j]);
+    }
   });
 #pragma unroll
   for (int d = 16; d; d >>= 1) {
