@@ -15,6 +15,7 @@ from octavo.v1 import inference_pb2_grpc
 from router.assets import AssetStore
 from router.attach import Attachments
 from router.gate import Gate
+from router.grammar import GrammarChecker
 from router.hub import Hub
 from router.idempotency import IdempotencyKeys
 from router.prepare import Clocks, Preparation, TextPool
@@ -66,9 +67,10 @@ class Router:
         self.pool = TextPool(settings.text_threads)
         self.attachments = Attachments(self.hub, lambda address: open_channel(settings, address), credentials(token))
         self.assets = AssetStore(self.attachments.fetch_assets, self.pool.executor)
+        self.grammars = GrammarChecker()
         tickets = TicketOffice(ticket_key(settings.ticket_key_file, token))
         clocks = Clocks(self.hub.now, time.time)
-        preparation = Preparation(self.session.models, self.assets, self.pool, tickets, clocks)
+        preparation = Preparation(self.session.models, self.assets, self.pool, self.grammars, tickets, clocks)
         self.metrics = Metrics(life.watchdog)
         self._stats = Stats(self.metrics.registry, self.session)
         gate = Gate(settings.max_requests)
@@ -120,6 +122,7 @@ class Router:
         """End streams, threads and endpoints."""
         await self.attachments.close()
         await self.assets.close()
+        await self.grammars.close()
         self.pool.close()
 
 

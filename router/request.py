@@ -36,6 +36,7 @@ class RequestSpec:
     deadline: float | None
     # Was accepted by another router before: never refused for want of room.
     resumed: bool = False
+    grammar: common_pb2.Grammar | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -169,6 +170,7 @@ class Request:
             attempt=sequence.attempt,
             waited_ms=max(0, round((now - spec.arrival) * 1e3)),
             sampling=spec.sampling,
+            grammar=spec.grammar,
             prompt=[scheduler_pb2.Segment(token_ids=spec.prompt_column)],
             output_token_ids=pack(sequence.output.token_ids, np.int32),
             num_prompt_tokens=spec.num_prompt_tokens,

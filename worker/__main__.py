@@ -26,6 +26,7 @@ from worker.backends.torch_threads import quiet_threads
 from worker.checkpoint.prefetch import prefetch
 from worker.engine import Engine
 from worker.enlist import Enlistment
+from worker.grammar.load import load_runner
 from worker.hang import HangWatch
 from worker.service import WorkerService
 from worker.session import Identity
@@ -119,7 +120,10 @@ async def _load(engine: Engine, selection: Selection, life: Lifecycle) -> Identi
         info = await asyncio.wrap_future(engine.load(progress))
     except BackendError as error:
         raise SettingsError(str(error)) from None
-    return identity_of(selection, info, life.incarnation, life.name)
+    grammars = await asyncio.to_thread(load_runner, selection.assets, info.vocab_size)
+    if grammars is not None:
+        engine.use_grammars(grammars)
+    return identity_of(selection, info, life.incarnation, life.name, grammars=grammars is not None)
 
 
 def _follow(enlistment: Enlistment, fixed: tuple[str, ...]) -> Callable[[frozenset[Peer]], None]:

@@ -39,6 +39,7 @@ from scheduler.core.errors import (
     SchedulerError,
     UnknownWorker,
     Unplaceable,
+    Unsupported,
 )
 from scheduler.core.plan import Admitted, Failed, Migrated, NewRow, RowStatus, StepPlan, StepResult, TokenColumns
 from scheduler.core.request import FinishReason, Request, RequestKey, RequestState, SamplingParams
@@ -78,6 +79,7 @@ __all__ = [
     "TokenColumns",
     "UnknownWorker",
     "Unplaceable",
+    "Unsupported",
     "WorkerSnapshot",
     "WorkerSpec",
 ]
