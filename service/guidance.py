@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
 from service.grammar import Grammar, GrammarError
 
@@ -49,7 +49,7 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 
 def _to_llguidance(grammar: Grammar) -> str:
     if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(grammar.text)
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.text, 'd')}/")
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(grammar.text)
     if grammar.kind == "choice":

@@ -59,7 +59,7 @@ def test_a_stream_gives_what_complete_gives(client: Client) -> None:
     options: dict[str, Any] = {"json_schema": json.dumps(PERSON), "max_tokens": 900, "seed": 3}
     whole = client.complete("x", **options).outputs[0]
     with client.generate("x", **options) as stream:
-        assert "".join(delta.text for delta in stream) == whole.text
+        assert "".join(stream.text()) == whole.text
 
 
 @pytest.mark.parametrize("regex", [r"[ab]{3}c{1,4}", r"\d{4}-\d\d", "(yes|no)!"])
