@@ -208,8 +208,6 @@ class SchedulerState:
             _, request = self.delayed.popleft()
             if request.state is RequestState.PARKED:
                 self.enqueue_after_plans(request)
-                if request.digest not in self.workers_of:
-                    self.orphaned_at.setdefault(request.digest, now)
 
     def finish(self, request: Request) -> None:
         """Gone from the books. The caller has taken it out of its row or queue."""

@@ -1,4 +1,4 @@
-"""Grammars that were compiled for this worker's tokenizer, kept by their text. A thread of its own compiles: what takes long holds up
+"""Grammars that were compiled for this worker's tokenizer, kept by their text. Threads of their own compile: what takes long holds up
 nobody but the rows that wait for it.
 """
 
@@ -14,6 +14,7 @@ from service.grammar import Grammar
 from service.guidance import compile_grammar
 
 _KEPT = 128  # half a megabyte each, as a rule
+_THREADS = 2
 
 
 class CompiledGrammars:
@@ -23,7 +24,7 @@ class CompiledGrammars:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._found: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compile-grammar")
+        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile-grammar")
 
     def get(self, grammar: Grammar) -> Future[LLMatcher]:
         """Begins to compile it unless that was done. The future raises GrammarError; it is never cancelled before `close`."""
