@@ -57,6 +57,7 @@ class GrammarChecker:
         if task is None:
             if self._waiting >= _MAX_WAITING:
                 raise OctavoError(Reason.QUEUE_FULL, "too many grammars wait to be compiled", retry_after_ms=500)
+            self._waiting += 1
             task = asyncio.create_task(self._ask(data, model, assets))
             self._answers[key] = task
             task.add_done_callback(lambda done: self._settle(key, done))
@@ -77,6 +78,7 @@ class GrammarChecker:
         await self._end_helper()
 
     def _settle(self, key: bytes, task: asyncio.Task[str]) -> None:
+        self._waiting -= 1
         failed = task.cancelled() or task.exception() is not None
         if failed and self._answers.get(key) is task:
             del self._answers[key]
@@ -86,26 +88,21 @@ class GrammarChecker:
 
     async def _ask(self, data: bytes, model: KnownModel, assets: ModelAssets) -> str:
         """What is wrong with a grammar; empty if nothing is."""
-        self._waiting += 1
-        try:
-            async with self._turn:
-                try:
-                    problem = await self._give_tokenizer(model, assets)
-                    if problem:
-                        raise OctavoError(Reason.UNSUPPORTED, f"grammar: {problem}")
-                    return await self._job([b"G" + model.digest, data])
-                except HelperGone:
-                    return _TOO_MUCH
-                except TimeoutError:
-                    await self._end_helper()
-                    raise OctavoError(
-                        Reason.QUEUE_FULL, "the grammar was not compiled in time", retry_after_ms=1_000
-                    ) from None
-                except asyncio.CancelledError:
-                    await self._end_helper()  # its answer would be taken for that to another question
-                    raise
-        finally:
-            self._waiting -= 1
+        async with self._turn:
+            try:
+                problem = await self._give_tokenizer(model, assets)
+                if problem:
+                    raise OctavoError(Reason.UNSUPPORTED, f"grammar: {problem}")
+                return await self._job([b"G" + model.digest, data])
+            except HelperGone:
+                return _TOO_MUCH
+            except TimeoutError:
+                await self._end_helper()
+                text = "the grammar was not compiled in time"
+                raise OctavoError(Reason.QUEUE_FULL, text, retry_after_ms=1_000) from None
+            except asyncio.CancelledError:
+                await self._end_helper()  # its answer would be taken for that to another question
+                raise
 
     async def _give_tokenizer(self, model: KnownModel, assets: ModelAssets) -> str:
         """Have the helper know the model's tokenizer; why it can't be used, if so."""
