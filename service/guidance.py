@@ -63,12 +63,48 @@ def _to_llguidance(grammar: Grammar) -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise GrammarError("must be an object, or true" if schema is not False else "no output satisfies it")
+    _refuse_what_is_compiled_wrongly(schema)
     # A schema may choose its own white space ("x-guidance"), but not that what can't be held to is left out.
     return LLMatcher.grammar_from_json_schema(
         json.dumps(schema),
         defaults={"whitespace_pattern": _WHITESPACE},
         overrides={"lenient": False, "coerce_one_of": False},
     )
+
+
+def _refuse_what_is_compiled_wrongly(schema: dict[str, object]) -> None:
+    """llguidance 1.9.1 lets a number be its excluded bound where that is whole and the other bound is less than 1 away: the digits
+    before the point alone are then taken for a number inside. Integers are right. Bounds in two parts of an allOf are not seen here.
+    """
+    parts: list[object] = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        if not isinstance(part, dict):
+            continue
+        parts += part.values()
+        low, high = (_bounds(part, name) for name in ("inimum", "aximum"))
+        for excluded, other in ((low[0], high), (high[0], low)):
+            near = [
+                bound for bound in other if bound is not None and excluded is not None and abs(bound - excluded) < 1
+            ]
+            if excluded is not None and excluded == int(excluded) and near and part.get("type") != "integer":
+                raise GrammarError(
+                    f"a range of numbers that excludes {excluded:g} and ends at {near[0]:g} is not supported"
+                )
+
+
+def _bounds(part: dict[str, object], name: str) -> tuple[float | None, float | None]:
+    """The excluded and the included bound of a schema, if they are numbers."""
+    return _number(part.get(f"exclusiveM{name}")), _number(part.get(f"m{name}"))
+
+
+def _number(value: object) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(
+        value, bool
+    )  # in draft 4 exclusiveMinimum is true or false
+    return float(value) if isinstance(value, int | float) and is_number and abs(value) < 1e15 else None
 
 
 def _limits() -> LLParserLimits:

@@ -14,7 +14,7 @@ from pathlib import Path
 from octavo.models.pull import pull
 from tokenizers import Tokenizer
 
-from tests.grammar.judge import MAX_TOKENS, Verdict, choose, decode
+from tests.grammar.judge import MAX_TOKENS, Verdict, candidates, choose, decode
 from tests.grammar.tiny import llguidance_tokenizer, noise_prompts, sampling_with_bias, tiny_engine
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     model = pull("smollm2")
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     verdict = Verdict()
-    schemas = choose(options.count, llguidance_tokenizer(model), verdict)
+    schemas = choose(candidates(options.count), options.count, llguidance_tokenizer(model), verdict)
     with tempfile.TemporaryDirectory() as folder:
         engine = tiny_engine(Path(folder), model)
         begun = time.monotonic()

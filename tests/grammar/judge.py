@@ -31,13 +31,17 @@ class Verdict:
     texts: dict[str, str] = field(default_factory=dict)
 
 
-def choose(count: int, tokenizer: LLTokenizer, verdict: Verdict) -> dict[str, Schema]:
-    """`count` schemas that can be compiled: the real ones, then made ones. Those that can't be are noted as refused."""
+def candidates(count: int) -> dict[str, Schema]:
+    """The real schemas, then enough made ones for `count` that can be compiled."""
+    return real() | {f"made {seed}": made(seed) for seed in range(count + count // 10)}
+
+
+def choose(candidates: dict[str, Schema], count: int, tokenizer: LLTokenizer, verdict: Verdict) -> dict[str, Schema]:
+    """The first `count` that can be compiled. Those before them that can't be are noted as refused."""
     chosen: dict[str, Schema] = {}
-    candidates = {name: schema for name, schema in real().items()} | {
-        f"made {seed}": made(seed) for seed in range(count)
-    }
     for name, schema in candidates.items():
+        if len(chosen) == count:
+            break
         text = json.dumps(schema, separators=(",", ":"))
         try:
             if len(text) > MAX_GRAMMAR_BYTES:
@@ -46,8 +50,7 @@ def choose(count: int, tokenizer: LLTokenizer, verdict: Verdict) -> dict[str, Sc
         except GrammarError as error:
             verdict.refused[name] = str(error)
             continue
-        if len(chosen) < count:
-            chosen[name] = schema
+        chosen[name] = schema
     return chosen
 
 

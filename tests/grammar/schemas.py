@@ -1,8 +1,8 @@
 """Schemas to decode under: made from a seed, and the real ones inside PyPI's check-jsonschema.
 
 The made ones cover objects (required and optional keys, other keys), enums and constants, arrays with bounds, anyOf, $ref (also
-recursive), patterns, string lengths and ranges of integers and numbers. What an output may hold is bounded by its schema, so that random
-tokens come to an end: strings of 12 characters, arrays of 4 items, 3 levels.
+recursive), patterns, string lengths and ranges of integers and numbers. What an output may hold is bounded by its schema, so that
+random tokens come to an end: strings of 12 characters, arrays of 4 items, 3 levels.
 """
 
 from __future__ import annotations

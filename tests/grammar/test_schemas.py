@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from tests.grammar.judge import Verdict, choose, decode, problem_of
+from tests.grammar.judge import Verdict, candidates, choose, decode, problem_of
 from tests.grammar.schemas import made
 from tests.grammar.tiny import (
     SAMPLING,
@@ -78,13 +78,16 @@ def test_the_judge_finds_what_is_wrong() -> None:
 @pytest.mark.slow
 def test_500_schemas_with_noise_for_logits(tmp_path: Path, smollm2_dir: Path) -> None:
     verdict = Verdict()
-    schemas = choose(500, llguidance_tokenizer(smollm2_dir), verdict)
+    schemas = choose(candidates(500), 500, llguidance_tokenizer(smollm2_dir), verdict)
     tokenizer = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
     engine = tiny_engine(tmp_path, smollm2_dir)
     decode(engine, tokenizer, schemas, noise_prompts(schemas), sampling_with_bias(tokenizer), verdict)
     engine.close()
     assert len(schemas) == 500
-    assert {name: REFUSED.get(name, "") in why for name, why in verdict.refused.items()} == dict.fromkeys(REFUSED, True)
+    real = {name: why for name, why in verdict.refused.items() if not name.startswith("made")}
+    assert {name: REFUSED[name] in why for name, why in real.items()} == dict.fromkeys(REFUSED, True)
+    made_up = {name: why for name, why in verdict.refused.items() if name not in real}
+    assert len(made_up) <= 10 and all("a range of numbers that excludes" in why for why in made_up.values()), made_up
     assert verdict.wrong == {}
     assert verdict.ends["stop"] >= 0.95 * 500, verdict.ends
     # Not all of them are as short as can be.
@@ -95,7 +98,9 @@ def test_500_schemas_with_noise_for_logits(tmp_path: Path, smollm2_dir: Path) ->
 @pytest.mark.slow
 def test_20_schemas_with_smollm2(smollm2_dir: Path) -> None:
     tokenizer = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
-    schemas = {f"made {seed}": made(seed) for seed in range(1_000, 1_020)}
+    verdict = Verdict()
+    made_up = {f"made {seed}": made(seed) for seed in range(1_000, 1_030)}
+    schemas = choose(made_up, 20, llguidance_tokenizer(smollm2_dir), verdict)
     question = "<|im_start|>user\nWrite a JSON document with these keys: {}<|im_end|>\n<|im_start|>assistant\n"
     prompts = {
         name: tokenizer.encode(question.format(", ".join(schema.get("properties", ())))).ids
@@ -103,8 +108,7 @@ def test_20_schemas_with_smollm2(smollm2_dir: Path) -> None:
     }
     backend = TorchBackend(smollm2_dir, TorchSettings(max_model_len=640, num_blocks=20 * 40))
     engine = OfflineEngine(backend, grammars=lambda info: grammar_runner(smollm2_dir, info))
-    verdict = Verdict()
     decode(engine, tokenizer, schemas, prompts, SAMPLING, verdict)
     engine.close()
     assert verdict.wrong == {}
-    assert verdict.ends["stop"] >= 19, verdict.ends
+    assert len(schemas) == 20 and verdict.ends["stop"] >= 19, verdict.ends

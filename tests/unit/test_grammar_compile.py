@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from octavo.v1 import common_pb2
 
@@ -47,6 +49,27 @@ def test_what_each_kind_allows(tokenizer: LLTokenizer, grammar: Grammar, good: l
     assert [text for text in bad if accepts(tokenizer, grammar, text)] == []
 
 
+def test_ranges_of_numbers_hold_at_their_bounds(tokenizer: LLTokenizer) -> None:
+    """What llguidance gets wrong is refused; when this finds nothing refused, a newer one may have mended it."""
+    bounds = (-10, -2.0, -0.5, 0, 0.5, 2, 2.5, 10)
+    texts = ("-10", "-9.5", "-2", "-2.0", "-0.5", "-0", "0", "0.0", "0.5", "2", "2.0", "2.00", "2.25", "2.5", "3", "10")
+    wrong, refused = [], 0
+    for low, high in itertools.combinations(bounds, 2):
+        for low_name, high_name in itertools.product(("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+            schema = {"type": "number", low_name: low, high_name: high}
+            try:
+                start = compile_grammar(Grammar("json_schema", json.dumps(schema)), tokenizer)
+            except GrammarError as error:
+                refused += "excludes" in str(error)
+                continue
+            for text in texts:
+                matcher = start.deep_copy()
+                allowed_here = matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+                if allowed_here and not Draft202012Validator(schema).is_valid(json.loads(text)):
+                    wrong.append((schema, text))
+    assert wrong == [] and refused == 6
+
+
 def test_white_space_in_json_is_bounded(tokenizer: LLTokenizer) -> None:
     grammar = Grammar("json_schema", '{"type": "array", "items": {"type": "null"}}')
     assert accepts(tokenizer, grammar, "[" + " " * 64 + "null ]")
@@ -66,6 +89,8 @@ def test_white_space_in_json_is_bounded(tokenizer: LLTokenizer) -> None:
         (Grammar("json_schema", '{"uniqueItems": true, "type": "array"}'), "uniqueItems"),
         (Grammar("json_schema", '{"x-guidance": {"lenient": true}, "uniqueItems": true}'), "uniqueItems"),
         (Grammar("json_schema", '{"oneOf": [{"type": "integer"}, {"minimum": 3, "type": "integer"}]}'), "oneOf"),
+        (Grammar("json_schema", '{"type": "number", "exclusiveMinimum": 2, "maximum": 2.5}'), "excludes 2"),
+        (Grammar("json_schema", '{"anyOf": [{"items": {"minimum": -0.5, "exclusiveMaximum": 0}}]}'), "excludes 0"),
         (Grammar("json_schema", '{"$ref": "https://example.com/s"}'), "example.com"),
     ],
 )
