@@ -13,8 +13,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from service.grammar import Grammar, GrammarError
 
 _MAX_PROBLEM_CHARACTERS = 500
-# JSON may have white space anywhere, and a model that has begun to indent may never stop: a line's end and 31 levels of two spaces.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# JSON may have white space anywhere, and a model that has begun with it may never stop. Enough for what people and programs write: a
+# few blanks, or one line's end and an indentation.
+_WHITESPACE = r"(\x20{1,4}|\r?\n[\x20\t]{0,40})"
 
 
 def load_tokenizer(tokenizer_json: bytes, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:

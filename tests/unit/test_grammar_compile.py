@@ -72,8 +72,10 @@ def test_ranges_of_numbers_hold_at_their_bounds(tokenizer: LLTokenizer) -> None:
 
 def test_white_space_in_json_is_bounded(tokenizer: LLTokenizer) -> None:
     grammar = Grammar("json_schema", '{"type": "array", "items": {"type": "null"}}')
-    assert accepts(tokenizer, grammar, "[" + " " * 64 + "null ]")
-    assert not accepts(tokenizer, grammar, "[" + " " * 65 + "null ]")
+    for fine in ("[null]", "[ null, null ]", "[\n  null,\n  null\n]", "[\r\n\t\tnull\r\n]", "[\n" + " " * 40 + "null]"):
+        assert accepts(tokenizer, grammar, fine)
+    for rambling in ("[\n\nnull]", "[     null]", "[\n" + " " * 41 + "null]", "[null] "):
+        assert not accepts(tokenizer, grammar, rambling)
 
 
 @pytest.mark.parametrize(
