@@ -15,7 +15,7 @@ from service.grammar import Grammar, GrammarError, eos_token_ids, from_message
 from service.guidance import compile_grammar, load_tokenizer
 from worker.backends.mock import EOS_TOKEN_ID
 from worker.backends.mock_assets import mock_assets
-from worker.grammar.load import load_runner, model_eos
+from worker.grammar.load import load_runner, model_eos, vocabulary_of
 from worker.grammar.matcher import Ends, RowMatcher, allowed
 
 VOCAB = 700
@@ -122,6 +122,14 @@ def test_the_end_tokens_of_a_model() -> None:
     assert eos_token_ids({}, {"eos_token_id": [True, -1]}, {"eos_token": {"content": "</s>"}}, no_token) == (9,)
     assert eos_token_ids({}, {}, {"eos_token": "?"}, no_token) == ()
     assert model_eos(ASSETS) == (EOS_TOKEN_ID,)
+    assert [
+        vocabulary_of(files) for files in (ASSETS, {}, {"config.json": b"["}, {"config.json": b'{"vocab_size": -1}'})
+    ] == [
+        VOCAB,
+        0,
+        0,
+        0,
+    ]
     by_name = {"tokenizer_config.json": b'{"eos_token": "<bos>"}', "tokenizer.json": ASSETS["tokenizer.json"]}
     assert model_eos(by_name) == (256,)
 

@@ -14,6 +14,15 @@ from worker.grammar.runner import GrammarRunner
 log = logging.getLogger("octavo.grammar")
 
 
+def vocabulary_of(assets: Mapping[str, bytes]) -> int:
+    """What config.json says, before the model is loaded; 0 where it says nothing of use."""
+    try:
+        size = _json(assets, "config.json").get("vocab_size")
+    except GrammarError:
+        return 0
+    return size if isinstance(size, int) and 0 < size < 2**31 else 0
+
+
 def load_runner(assets: Mapping[str, bytes], vocab_size: int) -> GrammarRunner | None:
     """A runner for the model's tokenizer, not started; None, and a line in the log, where the model can't decode under grammars.
 
