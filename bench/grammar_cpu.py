@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> None:
 
     engine = OfflineEngine(clock, grammars=runner)
     report: dict[str, Any] = {
-        "command": " ".join(["python -m bench.grammar_cpu", *arguments]),
+        "command": " ".join(["python -m bench.grammar_cpu MODEL_DIR", *(a for a in arguments if a != str(folder))]),
         "machine": machine(),
         "numerics": engine.info.numerics,
         "llguidance": get_version(),

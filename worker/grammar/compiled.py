@@ -32,8 +32,10 @@ class CompiledGrammars:
             future = self._found.get(grammar)
             if future is None:
                 future = self._found[grammar] = self._executor.submit(compile_grammar, grammar, self._tokenizer)
-                while len(self._found) > _KEPT:  # whoever waits for one of these holds its future
-                    self._found.popitem(last=False)
+                # What is still to be compiled stays, or whoever is late would have it compiled again and again.
+                done = [kept for kept, found in self._found.items() if found.done()]
+                for kept in done[: max(0, len(self._found) - _KEPT)]:
+                    del self._found[kept]
             else:
                 self._found.move_to_end(grammar)
             return future
