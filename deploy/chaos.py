@@ -40,6 +40,7 @@ REDIS_FAULTS = (("kill", "redis"), ("stop", "redis"))
 PROMPTS = 24
 # Log-probabilities by which two tokens may differ and yet change places, as in tests/gpu: what bfloat16 leaves open.
 _NEAR_TIE = 0.09
+_GRAMMAR = r"([a-f]{2}|\[[0-9]{1,3}\])+"  # never complete, so that an output has all its tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +129,14 @@ class Chaos:
             sampling.temperature = 1.0
         elif prompt % 2:  # these count prompt and output tokens apart, before and after a loss
             sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty = 1.2, 0.5, 0.3
-        return pb.GenerateRequest(
+        request = pb.GenerateRequest(
             model=self._model, token_ids=pb.TokenIds(ids=ids), sampling=sampling, idempotency_key=key
         )
+        if (
+            prompt % 3 == 1 and self._exact
+        ):  # elsewhere a stream may part, and be gone on with from there as a new prompt
+            request.grammar.regex = _GRAMMAR
+        return request
 
     async def _undisturbed(self, front: Sequence[str]) -> None:
         async with AsyncClient(front) as client:

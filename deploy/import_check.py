@@ -18,6 +18,7 @@ from types import ModuleType
 from deploy.environment import ROOT, SERVICES
 
 WITHOUT_TORCH = ("router", "scheduler")
+WITH_GRAMMARS = ("router", "worker")  # the services that have llguidance, which service/guidance.py needs
 CUDA_MODULES = "worker.backends.cuda_"  # loaded only where the backend is `cuda`; needs deploy/requirements/cuda.txt
 
 
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
     names = [*modules("service"), *modules(service)]
     if importlib.util.find_spec("cuda") is None:
         names = [name for name in names if not name.startswith(CUDA_MODULES)]
+    if service not in WITH_GRAMMARS:
+        names.remove("service.guidance")
     for name in names:
         importlib.import_module(name)
     print(f"{service}: {len(names)} modules import, torch {'loaded' if 'torch' in sys.modules else 'not loaded'}")

@@ -15,6 +15,7 @@ from octavo.v1 import inference_pb2_grpc
 from router.assets import AssetStore
 from router.attach import Attachments
 from router.gate import Gate
+from router.grammar import GrammarChecker
 from router.http.app import Gateway
 from router.http.server import HttpServer
 from router.hub import Hub
@@ -75,9 +76,10 @@ class Router:
             self.hub, lambda address: open_channel(settings, address, _ATTACH_WINDOW_BYTES), credentials(token)
         )
         self.assets = AssetStore(self.attachments.fetch_assets, self.pool.executor)
+        self.grammars = GrammarChecker()
         tickets = TicketOffice(ticket_key(settings.ticket_key_file, token))
         clocks = Clocks(self.hub.now, time.time)
-        preparation = Preparation(self.session.models, self.assets, self.pool, tickets, clocks)
+        preparation = Preparation(self.session.models, self.assets, self.pool, self.grammars, tickets, clocks)
         self.metrics = Metrics(life.watchdog)
         self._stats = Stats(self.metrics.registry, self.session)
         gate = Gate(settings.max_requests)
@@ -147,6 +149,7 @@ class Router:
         """End streams, threads and endpoints."""
         await self.attachments.close()
         await self.assets.close()
+        await self.grammars.close()
         self.pool.close()
 
 

@@ -18,6 +18,7 @@ from router import chat as chats
 from router.detokenize import TokenTable, UnsupportedDecoder, build_table
 from router.template import ChatTemplate, TemplateFailure
 from service.errors import OctavoError, Reason
+from service.grammar import eos_token_ids
 
 log = logging.getLogger("octavo.router.assets")
 
@@ -74,7 +75,7 @@ class ModelAssets:
             template=template,
             tool_template=tool_template,
             template_problem=problem,
-            eos_token_ids=_eos_ids(config, generation, tokenizer_config, tokenizer),
+            eos_token_ids=eos_token_ids(config, generation, tokenizer_config, tokenizer.token_to_id),
             generation_config=generation,
             normalizes=json.loads(files["tokenizer.json"]).get("normalizer") is not None,
         )
@@ -230,20 +231,6 @@ def _token_text(value: Any) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
-
-
-def _eos_ids(
-    config: dict[str, Any], generation: dict[str, Any], tokenizer_config: dict[str, Any], tokenizer: Tokenizer
-) -> tuple[int, ...]:
-    """generation_config has the full list; config.json and the tokenizer's eos_token are what is left without it."""
-    for source in (generation, config):
-        found = source.get("eos_token_id")
-        ids = [found] if isinstance(found, int) else found
-        if isinstance(ids, list) and ids and all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
-            return tuple(dict.fromkeys(ids))
-    text = _token_text(tokenizer_config.get("eos_token"))
-    token_id = tokenizer.token_to_id(text) if text else None
-    return () if token_id is None else (token_id,)
 
 
 def _templates(files: Files, tokenizer_config: dict[str, Any]) -> tuple[ChatTemplate | None, ChatTemplate | None, str]:

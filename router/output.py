@@ -37,6 +37,8 @@ class FinishRules:
     stop_token_ids: frozenset[int] = frozenset()
     stops: StopStrings | None = None
     include_stop: bool = False
+    under_grammar: bool = False
+    """A stop token ends the output at any time: the worker has chosen it before min_tokens only where nothing else was allowed."""
 
 
 class Output:
@@ -153,7 +155,7 @@ class Output:
         rules = self._rules
         self.token_ids.append(token_id)
         count = len(self.token_ids)
-        if token_id in rules.stop_token_ids and count > rules.min_tokens:
+        if token_id in rules.stop_token_ids and (rules.under_grammar or count > rules.min_tokens):
             self._stop_at_token(token_id)
             return
         if self._matcher is not None:

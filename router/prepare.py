@@ -15,6 +15,7 @@ import numpy as np
 from octavo.v1 import inference_pb2
 
 from router.assets import AssetStore, ModelAssets
+from router.grammar import GrammarChecker
 from router.models import KnownModel, ModelDirectory
 from router.output import Output, ReplayError
 from router.request import Request, RequestSpec
@@ -72,11 +73,18 @@ class Preparation:
     """Prepares requests. Holds nothing of any of them."""
 
     def __init__(
-        self, models: ModelDirectory, assets: AssetStore, pool: TextPool, tickets: TicketOffice, clocks: Clocks
+        self,
+        models: ModelDirectory,
+        assets: AssetStore,
+        pool: TextPool,
+        grammars: GrammarChecker,
+        tickets: TicketOffice,
+        clocks: Clocks,
     ) -> None:
         self._models = models
         self._assets = assets
         self._pool = pool
+        self._grammars = grammars
         self._tickets = tickets
         self._clocks = clocks
 
@@ -101,7 +109,10 @@ class Preparation:
             ticket = Ticket(_new_id(), tenant, round(wall * 1e3), seed, model.digest, hashlib.sha256(column).digest())
         elif ticket.prompt_hash != hashlib.sha256(column).digest():
             raise invalid("the ticket belongs to a request with another prompt")
-        spec_of = await self._resolve(message.sampling, assets, limits, len(prompt))
+        grammar = message.grammar if message.HasField("grammar") else None
+        spec_of = await self._resolve(message.sampling, assets, limits, len(prompt), under_grammar=grammar is not None)
+        if grammar is not None:
+            await self._grammars.check(grammar, model, assets)
         spec = RequestSpec(
             request_id=ticket.request_id,
             tenant=tenant,
@@ -114,6 +125,7 @@ class Preparation:
             prompt_column=column,
             num_prompt_tokens=len(prompt),
             sampling=spec_of.sampling,
+            grammar=grammar,
             # A clock that was set back must not make a request younger than it is.
             arrival=now - max(0.0, wall - accepted),
             deadline=deadline,
@@ -127,12 +139,20 @@ class Preparation:
         return Prepared(request, self._started(spec, ticket))
 
     async def _resolve(
-        self, params: inference_pb2.SamplingParams, assets: ModelAssets, limits: ModelLimits, num_prompt_tokens: int
+        self,
+        params: inference_pb2.SamplingParams,
+        assets: ModelAssets,
+        limits: ModelLimits,
+        num_prompt_tokens: int,
+        *,
+        under_grammar: bool,
     ) -> Resolved:
         """In a thread only where words are tokenized or a list may be as long as the vocabulary: a hop costs more than the rest."""
         if not params.bad_words and not params.allowed_token_ids:
-            return resolve(params, assets, limits, num_prompt_tokens)
-        return await self._pool.run(0, lambda: resolve(params, assets, limits, num_prompt_tokens))
+            return resolve(params, assets, limits, num_prompt_tokens, under_grammar=under_grammar)
+        return await self._pool.run(
+            0, lambda: resolve(params, assets, limits, num_prompt_tokens, under_grammar=under_grammar)
+        )
 
     async def tokenize(
         self,

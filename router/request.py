@@ -38,6 +38,7 @@ class RequestSpec:
     resumed: bool = False
     # Bytes of the client's message: what is known of a request's size before anything is computed for it.
     message_size: int = 0
+    grammar: common_pb2.Grammar | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -177,6 +178,7 @@ class Request:
             attempt=sequence.attempt,
             waited_ms=max(0, round((now - spec.arrival) * 1e3)),
             sampling=spec.sampling,
+            grammar=spec.grammar,
             prompt=[scheduler_pb2.Segment(token_ids=spec.prompt_column)],
             output_token_ids=pack(sequence.output.token_ids, np.int32),
             num_prompt_tokens=spec.num_prompt_tokens,

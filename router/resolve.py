@@ -68,7 +68,12 @@ def check_length(num_prompt_tokens: int, max_tokens: int, limits: ModelLimits) -
 
 
 def resolve(
-    params: inference_pb2.SamplingParams, assets: ModelAssets, limits: ModelLimits, num_prompt_tokens: int
+    params: inference_pb2.SamplingParams,
+    assets: ModelAssets,
+    limits: ModelLimits,
+    num_prompt_tokens: int,
+    *,
+    under_grammar: bool = False,
 ) -> Resolved:
     """Defaults: the request's own values, then the model's generation_config, then the contracts' defaults.
 
@@ -81,8 +86,8 @@ def resolve(
         wrong = Violations()
         wrong.add("sampling.min_tokens", f"must not exceed the {max_tokens} tokens that the context leaves")
         wrong.raise_if_any()
-    eos = () if params.ignore_eos else tuple(i for i in assets.eos_token_ids if i < limits.vocab_size)
-    stop_token_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
+    eos = tuple(i for i in assets.eos_token_ids if i < limits.vocab_size)
+    stop_token_ids = tuple(dict.fromkeys((*(() if params.ignore_eos else eos), *params.stop_token_ids)))
     sampling = _sampling(params, assets.generation_config)
     sampling.max_tokens = max_tokens
     sampling.min_tokens = params.min_tokens
@@ -92,9 +97,11 @@ def resolve(
     rules = FinishRules(
         max_tokens=max_tokens,
         min_tokens=params.min_tokens,
-        stop_token_ids=frozenset(stop_token_ids),
+        # Under a grammar an ignored EOS comes where nothing else is allowed: then the output is complete.
+        stop_token_ids=frozenset((*stop_token_ids, *eos) if under_grammar else stop_token_ids),
         stops=StopStrings(tuple(dict.fromkeys(params.stop))) if params.stop else None,
         include_stop=params.include_stop_str_in_output,
+        under_grammar=under_grammar,
     )
     return Resolved(
         sampling=sampling,

@@ -12,6 +12,7 @@ from typing import NoReturn
 from octavo.v1 import inference_pb2
 
 from service.errors import FieldViolation, OctavoError, Reason
+from service.grammar import size_problem
 
 MAX_STOPS = 32
 MAX_STOP_CHARACTERS = 4_096
@@ -72,9 +73,9 @@ def check_request(request: inference_pb2.GenerateRequest) -> None:
     )
     if request.HasField("resume"):
         _check_resume(request, wrong)
+    if request.HasField("grammar") and (problem := size_problem(request.grammar)) is not None:
+        wrong.add(*problem)
     wrong.raise_if_any()
-    if request.grammar.WhichOneof("kind") is not None:
-        raise _unsupported("grammar", "constrained decoding is not supported by this server")
     if request.adapter:
         raise _unsupported("adapter", "LoRA adapters are not supported by this server")
 

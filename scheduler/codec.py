@@ -9,10 +9,13 @@ from scheduler.core import NewRow, Request, SamplingParams, StepPlan, StepResult
 from scheduler.core.request import Int32Array
 from service.columns import check_range, pack, unpack
 from service.errors import FieldViolation, OctavoError, Reason
+from service.grammar import size_problem
 from service.logprobs import Logprobs, unpack_logprobs
 from service.sampling import BadSampling, check_sampling
 
 PROTOCOL = 1
+GRAMMAR = "grammar"
+"""The capability of workers that decode under grammars."""
 
 
 def decode_submit(submit: scheduler_pb2.Submit, router_id: int, vocab_size: int, now: float) -> Request:
@@ -21,8 +24,8 @@ def decode_submit(submit: scheduler_pb2.Submit, router_id: int, vocab_size: int,
         raise OctavoError(Reason.UNSUPPORTED, "this scheduler only generates")
     if submit.adapter:
         raise OctavoError(Reason.UNSUPPORTED, "no worker holds LoRA adapters")
-    if submit.HasField("grammar"):
-        raise OctavoError(Reason.UNSUPPORTED, "no worker decodes under a grammar")
+    if submit.HasField("grammar") and (problem := size_problem(submit.grammar)) is not None:
+        raise _bad_field(*problem)
     spec = submit.sampling
     prompt = _prompt(submit)
     outputs = unpack("output_token_ids", submit.output_token_ids, np.int32)
@@ -42,7 +45,8 @@ def decode_submit(submit: scheduler_pb2.Submit, router_id: int, vocab_size: int,
         prompt_token_ids=prompt,
         sampling=SamplingParams(
             max_tokens=spec.max_tokens,
-            min_tokens=min(spec.min_tokens, spec.max_tokens),
+            # Under a grammar the worker chooses a stop token before that only where nothing else is allowed.
+            min_tokens=0 if submit.HasField("grammar") else min(spec.min_tokens, spec.max_tokens),
             stop_token_ids=tuple(stops.tolist()),
             prompt_logprobs=spec.HasField("prompt_logprobs"),
         ),
@@ -51,6 +55,7 @@ def decode_submit(submit: scheduler_pb2.Submit, router_id: int, vocab_size: int,
         tenant=submit.tenant,
         cache_salt=submit.cache_salt,
         adapter=submit.adapter,
+        under_grammar=submit.HasField("grammar"),
         priority=submit.priority,
         arrival=now - submit.waited_ms / 1e3,
         deadline=deadline,
@@ -84,6 +89,7 @@ def decode_hello(hello: scheduler_pb2.WorkerHello, run_ahead: int) -> WorkerSpec
         kv_dtype=hello.kv_dtype,
         hash_version=hello.hash_version,
         run_ahead=run_ahead,
+        grammars=GRAMMAR in hello.capabilities,
     )
 
 
@@ -147,6 +153,7 @@ def _encode_new_row(new: NewRow) -> step_pb2.NewRow:
         block_ids=pack(new.block_ids, np.int32),
         seed=submit.seed,
         sampling=submit.sampling,
+        grammar=submit.grammar if submit.HasField("grammar") else None,
     )
 
 

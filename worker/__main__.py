@@ -26,6 +26,7 @@ from worker.backends.torch_threads import quiet_threads
 from worker.checkpoint.prefetch import prefetch
 from worker.engine import Engine
 from worker.enlist import Enlistment
+from worker.grammar.load import load_runner, vocabulary_of
 from worker.hang import HangWatch
 from worker.service import WorkerService
 from worker.session import Identity
@@ -118,11 +119,20 @@ async def _load(engine: Engine, selection: Selection, life: Lifecycle) -> Identi
             said = time.monotonic()
             log.info("loading %s: %d of %d", what, done, total)
 
+    vocab_size = vocabulary_of(selection.assets)
+    loading = asyncio.create_task(asyncio.to_thread(load_runner, selection.assets, vocab_size))  # beside the weights
     try:
         info = await asyncio.wrap_future(engine.load(progress))
     except BackendError as error:
         raise SettingsError(str(error)) from None
-    return identity_of(selection, info, life.incarnation, life.name)
+    finally:
+        grammars = await loading
+    if grammars is not None and info.vocab_size != vocab_size:
+        log.warning("no grammars: config.json says %d tokens, the model has %d", vocab_size, info.vocab_size)
+        grammars = None
+    if grammars is not None:
+        engine.use_grammars(grammars)
+    return identity_of(selection, info, life.incarnation, life.name, grammars=grammars is not None)
 
 
 def _follow(enlistment: Enlistment, fixed: tuple[str, ...]) -> Callable[[frozenset[Peer]], None]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from worker.step import Step, StepOutput
+from worker.step import Int32Array, Step, StepOutput
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total): called while weights load."""
@@ -51,6 +51,17 @@ class BackendInfo:
     kv_groups: tuple[KVGroup, ...]
 
 
+class Masks(Protocol):
+    """What the constrained rows of a step may choose."""
+
+    @property
+    def places(self) -> Int32Array:
+        """int32 [C]: their indices into the step's sampling rows."""
+
+    def wait(self) -> Int32Array:
+        """int32 [C, vocab / 32], one bit a token, the lowest bit first. A row of zeros ends as MASK_EMPTY."""
+
+
 class Backend(Protocol):
     """A device that runs steps."""
 
@@ -69,8 +80,12 @@ class Backend(Protocol):
     def forward(self, step: Step) -> None:
         """Enqueue the model over the scheduled tokens; keys and values go through the block table."""
 
-    def sample(self, step: Step) -> None:
-        """Enqueue the choice of one token in each sampling row; it becomes the row's next known token."""
+    def sample(self, step: Step, masks: Masks | None = None) -> None:
+        """Enqueue the choice of one token in each sampling row; it becomes the row's next known token.
+
+        `masks`: of the sampling rows that decode under a grammar; waited for after everything else was done, for they may wait for
+        the result of the step before.
+        """
 
     def collect(self) -> StepOutput:
         """Wait for the oldest step that was sampled and not collected yet, and return what it made."""

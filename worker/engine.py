@@ -1,4 +1,4 @@
-"""Two threads and a backend: one launches steps, one waits for their results.
+"""Two threads and a backend: one launches steps, one waits for their results. A third makes the masks of rows under a grammar.
 
 The launch thread also loads the model: what a library keeps for each thread (OpenMP's pool, the current CUDA device) is then there
 once. With two pools GNU's OpenMP sees more threads than cores and stops spinning, which doubles the time of a step on two cores.
@@ -19,6 +19,9 @@ from dataclasses import dataclass
 
 from service.trace import Trace
 from worker.backend import Backend, BackendInfo, FatalBackendError, Progress
+from worker.grammar.masks import StepMasks
+from worker.grammar.rows import ConstrainedRow
+from worker.grammar.runner import GrammarRunner
 from worker.step import Step, StepOutput
 
 log = logging.getLogger("octavo.engine")
@@ -46,6 +49,12 @@ class _Work:
     step: Step
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    work: _Work
+    constrained: tuple[StepMasks, list[ConstrainedRow]] | None
+
+
 class Engine:
     """Owns a backend from `start` to `close`. Callbacks run on the engine's threads."""
 
@@ -64,7 +73,8 @@ class Engine:
         self._on_fatal = on_fatal
         self._trace = trace
         self._commands: queue.SimpleQueue[_Load | _Work | _Reset | _Close] = queue.SimpleQueue()
-        self._launched: queue.Queue[_Work | _Close] = queue.Queue()
+        self._launched: queue.Queue[_Launched | _Close] = queue.Queue()
+        self._grammars: GrammarRunner | None = None
         self._loaded = False
         self._void = False  # a step failed; nothing runs until the next reset
         # Each counter is written by one thread: what the device was given, what of it the launch and the collect thread saw end.
@@ -85,8 +95,15 @@ class Engine:
         self._commands.put(_Load(progress, done))
         return done
 
+    def use_grammars(self, grammars: GrammarRunner) -> None:
+        """From now on rows may decode under grammars. Before the first step; the engine owns the runner."""
+        grammars.start(self._on_fatal)
+        self._grammars = grammars
+
     def submit(self, epoch: int, step: Step) -> None:
         """Run a step after all those before it."""
+        if self._grammars is not None:
+            self._grammars.expect(step)
         self._commands.put(_Work(epoch, step))
 
     def reset(self) -> Future[None]:
@@ -122,11 +139,15 @@ class Engine:
             self._launched.join()
             if isinstance(command, _Close):
                 self._launched.put(command)
+                if self._grammars is not None:
+                    self._grammars.close()
                 if self._loaded:
                     self._backend.close()
                 return
             self._begun += 1
             self._backend.reset()
+            if self._grammars is not None:
+                self._grammars.reset()
             self._void = False
             self._ended_at_launch += 1
             command.done.set_result(None)
@@ -145,9 +166,13 @@ class Engine:
         self._begun += 1
         began = self._trace.now() if self._trace is not None else 0
         try:
+            # First of all, so that masks are made while the model runs.
+            constrained = None if self._grammars is None else self._grammars.begin(work.step)
             self._backend.begin(work.step)
             self._backend.forward(work.step)
-            self._backend.sample(work.step)
+            self._backend.sample(work.step, None if constrained is None else constrained[0])
+            if constrained is not None and self._grammars is not None:
+                self._grammars.sampled(*constrained)
         except FatalBackendError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, this step failed and the rows are in doubt
@@ -156,18 +181,21 @@ class Engine:
         else:
             if self._trace is not None:
                 self._trace.add("launch", work.step.step_id, began)
-            self._launched.put(work)
+            self._launched.put(_Launched(work, constrained))
 
     def _collect_loop(self) -> None:
         while True:
-            work = self._launched.get()
-            if isinstance(work, _Close):
+            launched = self._launched.get()
+            if isinstance(launched, _Close):
                 return
+            work = launched.work
             try:
                 output = self._backend.collect()
                 if self._trace is not None:
                     ended = self._trace.now()
                     self._trace.add("device", output.step_id, ended - output.device_ns, ended)
+                if launched.constrained is not None and self._grammars is not None:
+                    self._grammars.advance(*launched.constrained, output)
                 if not self._void:
                     self._on_output(work.epoch, output)
             except FatalBackendError:
@@ -181,6 +209,8 @@ class Engine:
     def _fail(self, work: _Work, error: Exception) -> None:
         log.exception("step %d of epoch %d failed", work.step.step_id, work.epoch)
         self._void = True
+        if self._grammars is not None:
+            self._grammars.void()
         self._on_failure(work.epoch, work.step.step_id, f"{type(error).__name__}: {error}")
 
     def _guard(self, loop: Callable[[], None]) -> None:

@@ -7,12 +7,14 @@ queue, no prefix cache and no preemption, which are the scheduler's. Tests, benc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from worker.backend import Backend, BackendError, Progress
+from service.grammar import Grammar
+from worker.backend import Backend, BackendError, BackendInfo, Progress
+from worker.grammar.runner import GrammarRunner
 from worker.step import Int32Array, LogprobColumns, NewRow, RowStatus, SamplingParams, Step, StepOutput
 
 
@@ -25,6 +27,7 @@ class OfflineRequest:
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
     seed: int = 0
     output_token_ids: Sequence[int] = ()
+    grammar: Grammar | None = None  # needs an engine with a grammar runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +68,24 @@ class OfflineEngine:
     `chunk_size` bounds the tokens that one row computes in a step, `max_rows` the requests that run at once.
     """
 
-    def __init__(self, backend: Backend, progress: Progress = lambda what, done, total: None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        progress: Progress = lambda what, done, total: None,
+        grammars: Callable[[BackendInfo], GrammarRunner] | None = None,
+    ) -> None:
+        """`grammars` makes what decodes under grammars, once the model's vocabulary is known; `close` ends it."""
         self._backend = backend
         self.info = backend.load(progress)
         self._step_id = 0
+        self._grammars = None if grammars is None else grammars(self.info)
+        if self._grammars is not None:
+            self._grammars.start(_raise)
+
+    def close(self) -> None:
+        """End the grammar thread, if there is one."""
+        if self._grammars is not None:
+            self._grammars.close()
 
     def generate(
         self, requests: Sequence[OfflineRequest], chunk_size: int | None = None, max_rows: int | None = None
@@ -99,6 +116,8 @@ class OfflineEngine:
                 free_rows.append(done.row)
                 free_blocks.extend(done.blocks.tolist())
         self._backend.reset()
+        if self._grammars is not None:
+            self._grammars.reset()
         return results
 
     def _blocks_needed(self, request: OfflineRequest) -> int:
@@ -129,7 +148,9 @@ class OfflineEngine:
                 tokens = np.array(item.known[:end], np.int32)
                 request = item.request
                 prompt = len(request.prompt_token_ids)
-                new.append(NewRow(item.row, tokens, prompt, 0, item.blocks, request.seed, request.sampling))
+                new.append(
+                    NewRow(item.row, tokens, prompt, 0, item.blocks, request.seed, request.sampling, request.grammar)
+                )
             elif end <= len(item.request.prompt_token_ids) + len(item.request.output_token_ids):
                 chunks.append((item.row, item.known[item.num_computed : end]))
             scheduled.append((item.row, count, int(end == len(item.known))))
@@ -151,10 +172,16 @@ class OfflineEngine:
         )
 
     def _run(self, step: Step) -> StepOutput:
+        if self._grammars is not None:
+            self._grammars.settle(step)
+        constrained = None if self._grammars is None else self._grammars.begin(step)
         self._backend.begin(step)
         self._backend.forward(step)
-        self._backend.sample(step)
-        return self._backend.collect()
+        self._backend.sample(step, None if constrained is None else constrained[0])
+        output = self._backend.collect()
+        if constrained is not None and self._grammars is not None:
+            self._grammars.advance(*constrained, output)
+        return output
 
     def _apply(
         self, step: Step, output: StepOutput, running: list[_Running], results: list[OfflineResult]
@@ -186,6 +213,10 @@ class OfflineEngine:
             elif num_outputs >= item.request.max_tokens:
                 result.finish_reason = "length"
                 yield item
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _described(columns: LogprobColumns) -> Iterator[tuple[int, TokenLogprobs]]:

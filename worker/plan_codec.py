@@ -11,6 +11,7 @@ import numpy.typing as npt
 from octavo.v1 import common_pb2, step_pb2
 
 from service.columns import check_range, pack, unpack, violation
+from service.grammar import Grammar, from_message, size_problem
 from service.sampling import BadSampling, check_sampling
 from worker.backend import BackendInfo
 from worker.step import Int32Array, LogprobColumns, NewRow, SamplingParams, Step, StepOutput
@@ -19,8 +20,10 @@ from worker.step import Int32Array, LogprobColumns, NewRow, SamplingParams, Step
 class RowBooks:
     """What each row holds after the newest plan: known tokens, computed tokens, blocks. Raises PROTOCOL_VIOLATION on a lie."""
 
-    def __init__(self, info: BackendInfo) -> None:
+    def __init__(self, info: BackendInfo, *, grammars: bool = False) -> None:
+        """`grammars`: whether rows may decode under one."""
         self._info = info
+        self._takes_grammars = grammars
         group = info.kv_groups[0]
         self._block_size = group.block_size
         self._num_blocks = group.num_blocks
@@ -81,14 +84,25 @@ class RowBooks:
         check_range("new_rows.block_ids", block_ids, 0, self._num_blocks)
         if block_ids.size > self._max_row_blocks:
             raise violation("new_rows.block_ids", "a block table longer than the model's context")
-        if new.HasField("grammar") or new.more_block_tables:
-            raise violation("new_rows", "grammar and further kv_groups were not claimed in Hello")
+        if new.more_block_tables:
+            raise violation("new_rows", "further kv_groups were not claimed in Hello")
+        grammar = self._grammar(new) if new.HasField("grammar") else None
         self._active[new.row] = True
         self._known[new.row] = token_ids.size
         self._computed[new.row] = new.num_computed
         self._blocks[new.row] = block_ids.size
         sampling = decode_sampling(new.sampling, info.vocab_size)
-        return NewRow(new.row, token_ids, new.num_prompt_tokens, new.num_computed, block_ids, new.seed, sampling)
+        return NewRow(
+            new.row, token_ids, new.num_prompt_tokens, new.num_computed, block_ids, new.seed, sampling, grammar
+        )
+
+    def _grammar(self, new: step_pb2.NewRow) -> Grammar | None:
+        if not self._takes_grammars:
+            raise violation("new_rows.grammar", "was not claimed in Hello")
+        problem = size_problem(new.grammar)
+        if problem is not None:
+            raise violation(f"new_rows.{problem[0]}", problem[1])
+        return from_message(new.grammar)
 
     def _decode_chunks(self, plan: step_pb2.StepPlan) -> tuple[Int32Array, Int32Array, Int32Array]:
         rows = self._column("chunk_rows", plan.chunk_rows)

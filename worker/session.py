@@ -18,6 +18,8 @@ from worker.step import Step, StepOutput
 
 PROTOCOL = 1
 HASH_VERSION = 1
+GRAMMAR = "grammar"
+"""The capability to decode under grammars."""
 _ASSET_CHUNK_BYTES = 1 << 20
 _WELCOME_S = 5.0
 
@@ -57,7 +59,7 @@ class WorkerSession:
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
-        self._books = RowBooks(identity.info)
+        self._books = RowBooks(identity.info, grammars=GRAMMAR in identity.hello.capabilities)
         self.epoch = 0
         self.draining = False
         self._next_step = 1

@@ -12,11 +12,13 @@ computes; it never repeats what the backend knows already.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
+
+from service.grammar import Grammar
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -30,13 +32,15 @@ class RowStatus(IntEnum):
     """The logits held NaN, or no finite value at all."""
     MASK_EMPTY = 2
     """Masks (allowed ids, bad words, min_tokens, a grammar) left no token to choose."""
+    MASK_LATE = 3
+    """The row's grammar was not compiled in time. The row has no token in this step and gets none until it is started again."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one row chooses its tokens. The router has validated the ranges; 0 temperature means greedy.
 
-    Order of application (vLLM's): logit_bias, allowed ids, bad words, min_tokens; penalties; temperature; min_p;
+    Order of application (vLLM's): the grammar's mask; logit_bias, allowed ids, bad words, min_tokens; penalties; temperature; min_p;
     top_k; top_p; then Gumbel-max. Log-probabilities are of the raw logits, before any of it.
     """
 
@@ -72,6 +76,12 @@ class NewRow:
     block_ids: Int32Array
     seed: int  # uint64
     sampling: SamplingParams
+    grammar: Grammar | None = None
+
+    @property
+    def sampling_after_mask(self) -> SamplingParams:
+        """How a token is chosen among those that the grammar's mask leaves, if there is one: min_tokens is in the mask then."""
+        return self.sampling if self.grammar is None else replace(self.sampling, min_tokens=0)
 
 
 @dataclass(frozen=True, slots=True)

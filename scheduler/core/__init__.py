@@ -40,6 +40,7 @@ from scheduler.core.errors import (
     SchedulerError,
     UnknownWorker,
     Unplaceable,
+    Unsupported,
 )
 from scheduler.core.plan import (
     Admitted,
@@ -90,6 +91,7 @@ __all__ = [
     "TokenColumns",
     "UnknownWorker",
     "Unplaceable",
+    "Unsupported",
     "WorkerSnapshot",
     "WorkerSpec",
 ]

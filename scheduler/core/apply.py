@@ -25,7 +25,7 @@ def apply_result(state: SchedulerState, worker: WorkerState, result: StepResult,
         fail_step(state, worker, now)
         return []
     token_ids, status = check_columns(plan, result)
-    events = confirm_tokens(state, worker, plan, token_ids, status)
+    events = confirm_tokens(state, worker, plan, token_ids, status, now)
     worker.in_flight.popleft()
     state.close_plan(plan)
     if state.suspects:
@@ -85,6 +85,7 @@ def confirm_tokens(
     plan: InFlightPlan,
     token_ids: Int32Array,
     status: np.ndarray[tuple[int], np.dtype[np.integer]] | None,
+    now: float,
 ) -> list[TokenColumns]:
     """Appends the sampled tokens to their rows, ends those that are done, and registers the blocks that were filled."""
     rows = worker.rows
@@ -107,6 +108,9 @@ def confirm_tokens(
         confirmed = position + 1
     rows.num_confirmed[row] = confirmed
     finish = finish_reasons(worker, row, token_ids, confirmed, good)
+    late = None if status is None else status == RowStatus.MASK_LATE
+    if late is not None:
+        finish[late] = FinishReason.NONE
     events = make_events(worker, plan, alive, index, row, position, token_ids, finish, good)
     state.counters.output_tokens += row.size if good is None else int(good.sum())
 
@@ -114,6 +118,9 @@ def confirm_tokens(
     for ended in finish.nonzero()[0].tolist():
         failed_by = RowStatus.OK if status is None else RowStatus(int(status[ended]))
         end_row(state, worker, int(row[ended]), FinishReason(int(finish[ended])), failed_by)
+    if late is not None:
+        for row_without_mask in row[late].tolist():
+            state.delay(worker, row_without_mask, now)
     return events
 
 

@@ -16,6 +16,7 @@ class Reason(StrEnum):
     DUPLICATE_REQUEST = "DUPLICATE_REQUEST"
     POISON = "POISON"
     DEADLINE = "DEADLINE"
+    UNSUPPORTED = "UNSUPPORTED"
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     PROTOCOL_VIOLATION = "PROTOCOL_VIOLATION"
 
@@ -48,6 +49,12 @@ class Unplaceable(SchedulerError):
     """No worker of the model can ever hold the request: its context or its KV cache is too small."""
 
     reason = Reason.PROMPT_TOO_LONG
+
+
+class Unsupported(SchedulerError):
+    """No worker of the model has what the request asks for."""
+
+    reason = Reason.UNSUPPORTED
 
 
 class NoWorker(SchedulerError):

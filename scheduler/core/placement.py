@@ -32,6 +32,13 @@ def limit_on(spec: WorkerSpec, request: Request) -> int:
     return request.limit or min(request.num_prompt_tokens + request.sampling.max_tokens, spec.max_model_len)
 
 
+def can_run(spec: WorkerSpec, request: Request) -> bool:
+    """Whether an idle worker of this spec could run the request to its limit."""
+    if request.under_grammar and not spec.grammars:
+        return False
+    return fits(spec, request.num_known_tokens, limit_on(spec, request))
+
+
 def find_placement(state: SchedulerState, request: Request, only: WorkerState | None = None) -> Placement | None:
     """The best worker that has room for all known tokens of the request now, or None. `only`: that worker or none."""
     token_ids = request.known_token_ids()
@@ -47,7 +54,7 @@ def place_on(state: SchedulerState, worker: WorkerState, request: Request, token
     """The place of the request on this worker, or None if it has no room now. `token_ids` are all its known tokens."""
     if worker.draining or worker.rows.num_free == 0:
         return None
-    if not fits(worker.spec, request.num_known_tokens, limit_on(worker.spec, request)):
+    if not can_run(worker.spec, request):
         return None
     chain, num_hits = find_prefix(state, worker, request, token_ids)
     if not has_room(state, worker, request, chain, num_hits):

@@ -28,6 +28,7 @@ class RowStatus(IntEnum):
     OK = 0
     NAN = 1
     MASK_EMPTY = 2
+    MASK_LATE = 3
 
 
 @dataclass(frozen=True, slots=True)

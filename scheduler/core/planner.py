@@ -12,7 +12,7 @@ import numpy as np
 
 from scheduler.core.batch import EMPTY, Batch
 from scheduler.core.errors import Reason
-from scheduler.core.placement import Placement, find_placement, fits, limit_on, next_block_is_coming
+from scheduler.core.placement import Placement, can_run, find_placement, limit_on, next_block_is_coming
 from scheduler.core.plan import DEAD_BLOCK, Admitted, Int64Array, NewRow, StepPlan
 from scheduler.core.preemption import outranks, place_by_preemption
 from scheduler.core.request import Request, RequestState
@@ -198,7 +198,7 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
         if placement is None:
             if is_hopeless(state, request):
                 queue.push(request)  # so that failing it finds it where its state says
-                state.fail(request, Reason.PROMPT_TOO_LONG, "no worker that is left can hold the request")
+                state.fail(request, *why_hopeless(state, request))
                 continue
             passed_over.append(request)
             break
@@ -213,7 +213,15 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
 def is_hopeless(state: SchedulerState, request: Request) -> bool:
     """Whether no worker of the model could ever hold the request."""
     specs = [worker.spec for worker in state.workers_of[request.digest]]
-    return not any(fits(spec, request.num_known_tokens, limit_on(spec, request)) for spec in specs)
+    return not any(can_run(spec, request) for spec in specs)
+
+
+def why_hopeless(state: SchedulerState, request: Request) -> tuple[Reason, str]:
+    """What its router is told of a hopeless request."""
+    specs = [worker.spec for worker in state.workers_of[request.digest]]
+    if request.under_grammar and not any(spec.grammars for spec in specs):
+        return Reason.UNSUPPORTED, "no worker that is left decodes under a grammar"
+    return Reason.PROMPT_TOO_LONG, "no worker that is left can hold the request"
 
 
 def admit(state: SchedulerState, placement: Placement, request: Request, batch: Batch, budget: int, now: float) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from scheduler.core.batch import Batch
-from scheduler.core.placement import Placement, find_prefix, fits, limit_on, next_block_is_coming, place_on
+from scheduler.core.placement import Placement, can_run, find_prefix, next_block_is_coming, place_on
 from scheduler.core.request import Request
 from scheduler.core.state import SchedulerState, WorkerState
 from scheduler.core.waiting import WaitingQueue
@@ -55,7 +55,7 @@ def place_by_preemption(
 def find_victims(state: SchedulerState, worker: WorkerState, request: Request) -> list[int]:
     """The rows, last in order first, that must go so that the worker has room for the request; empty if it can't be made."""
     spec, rows, pool = worker.spec, worker.rows, worker.pool
-    if worker.draining or not fits(spec, request.num_known_tokens, limit_on(spec, request)):
+    if worker.draining or not can_run(spec, request):
         return []
     chain, num_hits = find_prefix(state, worker, request, request.known_token_ids())
     first = spec.first_live_block(num_hits * spec.block_size)

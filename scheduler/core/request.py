@@ -31,7 +31,7 @@ class FinishReason(IntEnum):
 
 
 class RequestState(IntEnum):
-    """Where a request is. `PARKED`: out of its row, but plans in flight still name it."""
+    """Where a request is. `PARKED`: out of its row, but plans in flight still name it, or its grammar is not compiled yet."""
 
     WAITING = 0
     PARKED = 1
@@ -72,6 +72,8 @@ class Request:
     tenant: str = ""
     cache_salt: bytes = b""
     adapter: str = ""
+    under_grammar: bool = False
+    """Only workers that decode under grammars can run it."""
     priority: int = 0
     """Higher goes first."""
     arrival: float = 0.0

@@ -20,6 +20,7 @@ from scheduler.core.errors import (
     Reason,
     UnknownWorker,
     Unplaceable,
+    Unsupported,
 )
 from scheduler.core.integrity import check_integrity
 from scheduler.core.placement import fits
@@ -104,7 +105,7 @@ class Scheduler:
         A request without a digest is pinned to the one that most workers of the model's name hold, now and for good. A request
         that was accepted before is not refused for a full queue, and it waits if no worker is there at present.
 
-        Raises DuplicateRequest, ModelUnknown, ModelChanged, NoWorker, Unplaceable or QueueFull; nothing was changed then.
+        Raises DuplicateRequest, ModelUnknown, ModelChanged, NoWorker, Unplaceable, Unsupported or QueueFull; nothing was changed then.
         """
         state = self._state
         if request.handle in state.requests.get(request.router_id, {}):
@@ -198,8 +199,12 @@ class Scheduler:
     # Time ----------------------------------------------------------------------------------------------------------------
 
     def expire(self, now: float) -> None:
-        """Fails requests whose deadline has passed, waiting or running, and those whose model has had no worker for too long."""
+        """Fails requests whose deadline has passed, waiting or running, and those whose model has had no worker for too long.
+
+        Those that were put off wait to be planned again.
+        """
         state = self._state
+        state.resume_delayed(now)
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, request = heapq.heappop(self._deadlines)
             if self._is_live(request):
@@ -216,6 +221,8 @@ class Scheduler:
         while self._deadlines and not self._is_live(self._deadlines[0][2]):
             heapq.heappop(self._deadlines)
         times = [self._deadlines[0][0]] if self._deadlines else []
+        if self._state.delayed:
+            times.append(self._state.delayed[0][0])
         times += [since + self._state.settings.no_worker_timeout for since in self._state.orphaned_at.values()]
         return min(times, default=None)
 
@@ -277,10 +284,14 @@ class Scheduler:
         return worker
 
     def _limit(self, request: Request, digest: bytes) -> int:
-        """Tokens at most, prompt included; 0 if no worker is there to tell. Raises Unplaceable."""
+        """Tokens at most, prompt included; 0 if no worker is there to tell. Raises Unplaceable or Unsupported."""
         specs = [worker.spec for worker in self._state.workers_of.get(digest, ())]
         if not specs:
             return 0
+        if request.under_grammar:
+            specs = [spec for spec in specs if spec.grammars]
+            if not specs:
+                raise Unsupported(f"no worker of model {request.model!r} decodes under a grammar")
         longest = max(spec.max_model_len for spec in specs)
         limit = min(request.num_prompt_tokens + request.sampling.max_tokens, longest)
         if request.num_known_tokens >= limit:

@@ -70,6 +70,8 @@ class WorkerSpec:
     hash_version: int = 1
     run_ahead: int = 2
     """Plans in flight at most, 1 to 4."""
+    grammars: bool = False
+    """Whether it decodes under grammars."""
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_model_len", "block_size", "num_blocks"):

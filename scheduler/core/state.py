@@ -18,6 +18,9 @@ from scheduler.core.rows import Rows
 from scheduler.core.settings import Settings, WorkerSpec
 from scheduler.core.waiting import WaitingQueue
 
+MASK_DELAY = 0.02
+"""Seconds until a request whose grammar was not compiled in time is planned again."""
+
 
 @dataclass(slots=True)
 class Counters:
@@ -43,6 +46,8 @@ class Counters:
     """… and how many of them were cached."""
     steps: int = 0
     failed_steps: int = 0
+    late_masks: int = 0
+    """Times that a request left its row because its grammar was still being compiled."""
     scheduled_tokens: int = 0
     output_tokens: int = 0
 
@@ -127,6 +132,8 @@ class SchedulerState:
     """When a newcomer was last admitted, or came to wait where nobody waited."""
     row_of: dict[RequestKey, tuple[WorkerState, int]] = field(default_factory=dict)
     """Where each running request is."""
+    delayed: deque[tuple[float, Request]] = field(default_factory=deque)
+    """Requests that left their row for want of a mask, each with the time from which it may be planned again, in order."""
     named_in: dict[RequestKey, InFlightPlan] = field(default_factory=dict)
     """Requests that left their row while plans in flight name them, with the last of these plans."""
     admitted: list[Admitted] = field(default_factory=list)
@@ -194,6 +201,22 @@ class SchedulerState:
         request.resumed = True
         self.enqueue_after_plans(request)
         return request
+
+    def delay(self, worker: WorkerState, row: int, now: float) -> None:
+        """Out of its row for a moment: its grammar is still being compiled, and it must not hold up the others of its worker."""
+        self.counters.late_masks += 1
+        self.counters.recomputed_tokens += int(worker.rows.num_computed[row])
+        request = self.leave_row(worker, row)
+        request.resumed = True
+        request.state = RequestState.PARKED
+        self.delayed.append((now + MASK_DELAY, request))
+
+    def resume_delayed(self, now: float) -> None:
+        """Those whose time has come wait again."""
+        while self.delayed and self.delayed[0][0] <= now:
+            _, request = self.delayed.popleft()
+            if request.state is RequestState.PARKED:
+                self.enqueue_after_plans(request)
 
     def finish(self, request: Request) -> None:
         """Gone from the books. The caller has taken it out of its row or queue."""

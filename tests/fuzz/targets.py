@@ -7,6 +7,7 @@ from tests.fuzz import (
     target_checkpoint,
     target_client,
     target_gguf,
+    target_grammars,
     target_requests,
     target_router,
     target_scheduler,
@@ -24,6 +25,7 @@ TARGETS: dict[str, Target] = {
         target_requests.TARGET,
         target_client.TARGET,
         target_assets.TARGET,
+        target_grammars.TARGET,
         target_gguf.TARGET,
         target_checkpoint.TARGET,
     )

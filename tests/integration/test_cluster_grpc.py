@@ -143,7 +143,7 @@ def test_buf_curl_speaks_to_it_too(cluster: LocalCluster) -> None:
         ({"token_ids": {"ids": [40000]}}, "INVALID_ARGUMENT", "INVALID_ARGUMENT", "token_ids"),
         ({"text": "x" * 300}, "INVALID_ARGUMENT", "PROMPT_TOO_LONG", None),
         ({"model": "other", "text": "x"}, "NOT_FOUND", "MODEL_UNKNOWN", None),
-        ({"text": "x", "grammar": {"regex": "a*"}}, "UNIMPLEMENTED", "UNSUPPORTED", None),
+        ({"text": "x", "grammar": {"regex": "a(("}}, "INVALID_ARGUMENT", "GRAMMAR_INVALID", "grammar.regex"),
         ({"text": "x", "adapter": "a"}, "UNIMPLEMENTED", "UNSUPPORTED", None),
         ({"text": "x", "resume": {"ticket": "AAAA"}}, "INVALID_ARGUMENT", "TICKET_INVALID", None),
     ],

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from octavo.client import Client
+from octavo.v1 import common_pb2
 
 from deploy.cluster import LocalCluster
 
@@ -38,6 +40,32 @@ def cluster(smollm2_dir: Path) -> Iterator[LocalCluster]:
 def client(cluster: LocalCluster) -> Iterator[Client]:
     with Client(cluster.routers[0]) as client:
         yield client
+
+
+def test_a_schema_holds_beside_penalties_logprobs_and_siblings(client: Client) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        },
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    answer = client.complete(
+        messages=[{"role": "user", "content": "Describe a person in JSON."}],
+        json_schema=json.dumps(schema),
+        n=2,
+        seed=5,
+        max_tokens=120,
+        presence_penalty=0.4,
+        logit_bias={30: -5.0},
+        logprobs=2,
+    )
+    for output in answer.outputs:
+        assert output.finish_reason == common_pb2.FINISH_REASON_STOP
+        jsonschema.validate(json.loads(output.text), schema)
+        assert len(output.logprobs) == len(output.token_ids)
 
 
 def test_a_chat_gives_the_goldens_tokens_and_text(client: Client) -> None:

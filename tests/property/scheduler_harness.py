@@ -25,6 +25,7 @@ from scheduler.core import (
     StepResult,
     WorkerSpec,
 )
+from scheduler.core.state import MASK_DELAY
 
 VOCABULARY = 40
 MODULUS = (1 << 61) - 1
@@ -297,8 +298,9 @@ class Cluster:
             busy = [worker_id for worker_id, device in self.devices.items() if device.inbox]
             for worker_id in busy:
                 self.deliver(worker_id)
-            if not busy:
+            if not busy and not self.scheduler.snapshot().num_parked:
                 break
+            self.advance(MASK_DELAY)
         assert not self.streams, f"{len(self.streams)} requests never end"
         for worker in self.scheduler.snapshot().workers:
             assert worker.used_blocks == 0

@@ -59,6 +59,7 @@ ROUGH = {
     "fail": 0.3,
     "nan": 0.2,
     "empty_mask": 0.2,
+    "late_mask": 0.3,
     "remove": 0.2,
     "add": 0.3,
     "detach": 0.1,
@@ -124,6 +125,8 @@ def play(cluster: Cluster, events: list[Event]) -> None:
             cluster.deliver(worker_id, bad_entry=argument)
         elif name == "empty_mask" and has_result:
             cluster.deliver(worker_id, bad_entry=argument, status=RowStatus.MASK_EMPTY)
+        elif name == "late_mask" and has_result:
+            cluster.deliver(worker_id, bad_entry=argument, status=RowStatus.MASK_LATE)
         elif name == "remove" and workers:
             cluster.remove_worker(worker_id)
         elif name == "drain" and len(workers) > 1:

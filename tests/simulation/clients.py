@@ -9,6 +9,7 @@ from router.request import Request, RequestSpec
 from router.resolve import sequence_seed
 from service.columns import pack
 from service.errors import OctavoError, Reason
+from tests.simulation.grammars import message_of
 from tests.simulation.nodes import DIGEST, MODEL, RouterNode
 from tests.simulation.plan import RequestPlan
 from tests.simulation.reference import assets, rules_of, undisturbed
@@ -96,6 +97,7 @@ class Client:
             arrival=self._arrival,
             deadline=self._deadline,
             resumed=self._accepted,
+            grammar=None if plan.grammar is None else message_of(plan.grammar),
         )
         outputs = []
         for index, received in enumerate(self._received):

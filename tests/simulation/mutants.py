@@ -14,12 +14,16 @@ from router.session import RouterSession
 from scheduler.core import Reason, Scheduler, planner
 from scheduler.core.rows import Rows
 from scheduler.core.state import SchedulerState
+from worker.grammar.matcher import RowMatcher
+from worker.grammar.rows import ConstrainedRows
 from worker.plan_codec import encode_output
 from worker.session import WorkerSession
 
 _router_receive = RouterSession.receive
 _worker_message = WorkerSession.on_message
 _submission = Request.submission
+_new_matcher = RowMatcher.__init__
+_apply_rows = ConstrainedRows.apply
 _schedule_running = planner.schedule_running
 
 
@@ -101,6 +105,22 @@ def _schedules_not_all(state: SchedulerState, worker: Any, batch: Any) -> None:
         _schedule_running(state, worker, batch)
 
 
+def _no_replay(self: RowMatcher, start: Any, ends: Any, outputs: Any) -> None:
+    """A request that goes on elsewhere begins its grammar anew."""
+    _new_matcher(self, start, ends, ())
+    self._num_outputs = len(outputs)
+
+
+def _keeps_matchers(self: ConstrainedRows, step: Any) -> Any:
+    """Whoever comes into a row follows the grammar of who was there before."""
+    before = dict(self._rows)
+    found = _apply_rows(self, step)
+    for row, constrained in before.items():
+        if row in self._rows and self._rows[row] is not constrained:
+            self._rows[row].matcher = constrained.matcher
+    return found
+
+
 @contextmanager
 def _patched(*changes: tuple[Any, str, object]) -> Iterator[None]:
     with ExitStack() as stack:
@@ -126,5 +146,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     "no halving": lambda: _patched((SchedulerState, "_suspect", _blame_all)),
     FORGETS_ROWS: lambda: _patched((planner, "schedule_running", _schedules_not_all)),
     "no free on cancel": lambda: _patched((Scheduler, "cancel", _no_free_on_cancel)),
+    "no replay of a grammar": lambda: _patched((RowMatcher, "__init__", _no_replay)),
+    "a grammar outlives its row": lambda: _patched((ConstrainedRows, "apply", _keeps_matchers)),
 }
 """Name to a context in which the defect is there. A forgetful router alone is no defect: the index check makes up for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,9 +15,10 @@ from scheduler.hub import Hub, HubSettings
 from scheduler.peers import RouterPeer, WorkerPeer
 from scheduler.spread import choose_move
 from service.errors import OctavoError
+from tests.simulation.grammars import Grammars
 from tests.simulation.network import Network, Stream
-from tests.simulation.plan import Plan
-from tests.simulation.reference import EOS_EVERY, MAX_MODEL_LEN, VOCABULARY
+from tests.simulation.plan import MAX_MODEL_LEN, VOCABULARY, Plan
+from tests.simulation.reference import EOS_EVERY
 from tests.simulation.world import Node
 from worker.backend import BackendError
 from worker.backends.mock import MockBackend, MockSettings
@@ -164,7 +166,8 @@ class WorkerNode(Node):
         info = self._backend.load(lambda what, done, total: None)
         assets = mock_assets(VOCABULARY, MAX_MODEL_LEN)
         selection = Selection(self._backend, "mock", MODEL, assets, DIGEST)
-        self.session = WorkerSession(identity_of(selection, info, rng.getrandbits(60), self.name))
+        self.session = WorkerSession(identity_of(selection, info, rng.getrandbits(60), self.name, grammars=True))
+        self._grammars = Grammars(random.Random(rng.getrandbits(60)))
         self._stream: Stream | None = None
         self._device_free_at = 0.0
         self._poisoned: set[int] = set()
@@ -192,6 +195,7 @@ class WorkerNode(Node):
         chosen.accept(stream)
         stream.listen(self, self._on_message, self._on_end, self._on_ghost)
         self._backend.reset()
+        self._grammars.reset()
         self._poisoned.clear()
         self._broken = False
         stream.send(self, self.session.connected(self.world.now))
@@ -250,10 +254,13 @@ class WorkerNode(Node):
             if self.fail_next:
                 self.fail_next = False
                 raise BackendError("scripted")
+            masks = self._grammars.begin(step)
             self._backend.begin(step)
             self._backend.forward(step)
-            self._backend.sample(step)
+            self._backend.sample(step, masks)
             output = self._backend.collect()
+            if masks is not None:
+                masks.took(output)
         except BackendError as error:
             if str(error) != "scripted":
                 self.world.violated(f"{self.name}: {error}")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 
+from service.grammar import Grammar
+
+VOCABULARY = 700
+MAX_MODEL_LEN = 160
 FAULT_SECONDS = 3.0  # faults and requests begin within this
 SETTLE_SECONDS = 40.0  # after which everything must have ended
 
@@ -28,6 +33,7 @@ class RequestPlan:
     deadline: float | None
     hang_up: float | None
     poison: bool
+    grammar: Grammar | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,14 @@ class Plan:
     faults: tuple[Fault, ...]
 
 
+_GRAMMARS = (
+    Grammar("regex", "(ab|c[0-9]{1,3})+"),
+    Grammar("choice", json.dumps(["yes", "no", "perhaps in a while"])),
+    Grammar("json_schema", json.dumps({"type": "array", "items": {"enum": ["x", 12, None]}, "minItems": 2})),
+    Grammar("lark", 'start: "[" WORD ("," WORD)* "]"\nWORD: / w[0-9]{3}/'),
+)
+
+
 def make_plan(seed: int) -> Plan:
     """The plan of a seed."""
     rng = random.Random(f"plan {seed}")
@@ -69,12 +83,13 @@ def make_plan(seed: int) -> Plan:
         max_rows=rng.choice((3, 6)),
         step_seconds=rng.choice((0.002, 0.01, 0.03)),
         prefix_caching=rng.random() < 0.8,
-        requests=tuple(_request(rng, number, prefixes) for number in range(rng.randint(6, 16))),
+        requests=tuple(_request(rng, seed, number, prefixes) for number in range(rng.randint(6, 16))),
         faults=tuple(_fault(rng) for _ in range(rng.randint(1, 5))),
     )
 
 
-def _request(rng: random.Random, number: int, prefixes: list[tuple[int, ...]]) -> RequestPlan:
+def _request(rng: random.Random, seed: int, number: int, prefixes: list[tuple[int, ...]]) -> RequestPlan:
+    grammars = random.Random(f"grammar {seed} {number}")
     poison = rng.random() < 0.02
     tail = (7,) * poison + tuple(rng.randrange(258, 700) for _ in range(rng.randint(1, 20)))
     begin = rng.uniform(0, FAULT_SECONDS)
@@ -93,6 +108,7 @@ def _request(rng: random.Random, number: int, prefixes: list[tuple[int, ...]]) -
         deadline=begin + rng.uniform(0.2, 3) if rng.random() < 0.08 else None,
         hang_up=begin + rng.uniform(0, 1.5) if rng.random() < 0.15 else None,
         poison=poison,
+        grammar=grammars.choice(_GRAMMARS) if grammars.random() < 0.4 else None,
     )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 from octavo.v1 import common_pb2
 
 from router.assets import ModelAssets
 from router.output import FinishRules, Output
-from tests.simulation.plan import RequestPlan
-from worker.backends.mock import EOS_TOKEN_ID
+from tests.simulation.grammars import ends_of, mask_of, start_of
+from tests.simulation.plan import MAX_MODEL_LEN, VOCABULARY, RequestPlan
+from worker.backends.mock import EOS_TOKEN_ID, masked_choice
 from worker.backends.mock_assets import mock_assets
+from worker.grammar.matcher import RowMatcher
 
-VOCABULARY = 700
-MAX_MODEL_LEN = 160
 EOS_EVERY = 60
 _MASK = (1 << 64) - 1
 
@@ -37,11 +38,17 @@ def undisturbed(plan: RequestPlan, index: int, seed: int) -> Output:
     output = Output(index, rules_of(plan), assets().table.detokenizer(True))
     prefix = sum(_mix(token, position) for position, token in enumerate(plan.prompt)) & _MASK
     length, count = len(plan.prompt), 0
+    matcher = None
+    if plan.grammar is not None:
+        matcher = RowMatcher(start_of(plan.grammar), ends_of(plan.min_tokens), ())
     while not output.finish_reason:
         mixed = _mix(prefix ^ (seed if plan.temperature > 0 else 0), count)
         token = mixed % (VOCABULARY - 258) + 258
         if (mixed >> 32) % EOS_EVERY == 0 and count >= plan.min_tokens:
             token = EOS_TOKEN_ID
+        if matcher is not None:
+            token = masked_choice(np.uint64(mixed), mask_of(matcher))
+            matcher.advance(token)
         output.append([token])
         prefix = (prefix + _mix(token, length)) & _MASK
         length, count = length + 1, count + 1
@@ -59,4 +66,5 @@ def rules_of(plan: RequestPlan) -> FinishRules:
         min_tokens=plan.min_tokens,
         stop_token_ids=frozenset({EOS_TOKEN_ID}),
         stops=StopStrings([plan.stop]) if plan.stop else None,
+        under_grammar=plan.grammar is not None,
     )

@@ -48,6 +48,27 @@ def test_generate_streams_the_text() -> None:
         assert not request.sampling.HasField("temperature")
 
 
+def test_generate_takes_a_grammar_of_each_kind(tmp_path: Path) -> None:
+    schema, lark = tmp_path / "schema.json", tmp_path / "numbers.lark"
+    schema.write_text('{"type": "integer"}')
+    lark.write_text("start: /[0-9]+/")
+    with FakeRouter() as router:
+        for arguments in (
+            ("--json-schema", str(schema)),
+            ("--regex", "a+"),
+            ("--choice", "yes", "--choice", "no"),
+            ("--grammar", str(lark)),
+        ):
+            assert run("generate", "hi", *arguments, OCTAVO_ADDRESS=router.address).exit_code == 0
+        grammars = [request.grammar for request in router.requests]
+        assert grammars[0].json_schema == schema.read_text() and grammars[1].regex == "a+"
+        assert list(grammars[2].choice.values) == ["yes", "no"] and grammars[3].lark == lark.read_text()
+        both = run("generate", "hi", "--regex", "a", "--choice", "b", OCTAVO_ADDRESS=router.address)
+        missing = run("generate", "hi", "--json-schema", "nowhere.json", OCTAVO_ADDRESS=router.address)
+    assert both.exit_code == missing.exit_code == 1
+    assert "at most one kind" in both.stderr and "nowhere.json" in missing.stderr
+
+
 def test_generate_reads_stdin_and_uses_the_template() -> None:
     with FakeRouter() as router:
         assert run("generate", "-", "--chat", "--address", router.address, stdin="from a pipe").exit_code == 0

@@ -183,6 +183,13 @@ def test_options_land_in_their_fields() -> None:
     assert (request.model, request.priority) == ("m", -1)
 
 
+def test_a_schema_may_be_a_mapping() -> None:
+    assert prompt_request("x", {"json_schema": {"type": "integer"}}).grammar.json_schema == '{"type": "integer"}'
+    assert prompt_request("x", {"json_schema": "{}"}).grammar.json_schema == "{}"
+    with pytest.raises(OctavoError, match=r"grammar\.json_schema"):
+        prompt_request("x", {"json_schema": {"type": object()}})  # type: ignore[dict-item]
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from router.assets import AssetStore, ModelAssets
 from router.attach import Attachments
 from router.gate import Gate
+from router.grammar import GrammarChecker
 from router.hub import Hub
 from router.inference import Inference
 from router.prepare import Clocks, Preparation, TextPool
@@ -215,10 +216,12 @@ class RouterUnderTest:
         self.pool = TextPool()
         self.attachments = Attachments(self.hub, grpc.aio.insecure_channel)
         self.store = AssetStore(self.attachments.fetch_assets, self.pool.executor)
+        self.grammars = GrammarChecker()
         self.preparation = Preparation(
             self.session.models,
             self.store,
             self.pool,
+            self.grammars,
             TicketOffice(secret),
             Clocks(self.hub.now, lambda: 1_750_000_000.0),
         )
@@ -250,6 +253,7 @@ class RouterUnderTest:
         await self.attachments.close()
         self.clock.cancel()
         await self.store.close()
+        await self.grammars.close()
         self.pool.close()
 
 

@@ -74,6 +74,50 @@ def text_of(messages: list[inference_pb2.GenerateResponse]) -> str:
     return "".join(message.delta.text for message in messages)
 
 
+def test_a_grammar_is_checked_and_travels() -> None:
+    grammar = common_pb2.Grammar(regex="h.*")
+
+    async def main() -> None:
+        async with cluster(say_text) as (scheduler, router):
+            request = inference_pb2.CompleteRequest(request=ask(n=2))
+            request.request.grammar.CopyFrom(grammar)
+            await router.stub.Complete(request)
+            assert [submit.grammar for submit in scheduler.submits()] == [grammar, grammar]
+            request.request.grammar.regex = "h(("
+            error = await refuse(router.stub.Complete(request))
+            assert error.reason is Reason.GRAMMAR_INVALID and error.violations[0].field == "grammar.regex"
+            assert len(scheduler.submits()) == 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("sampling", [{"ignore_eos": True}, {"min_tokens": 400}])
+def test_under_a_grammar_an_end_token_ends_whatever_else_was_asked(sampling: Any) -> None:
+    """The worker lets it through only where nothing else is allowed. An ignored one is no stop token for the scheduler, so the request
+    is cancelled there, as after a stop string.
+    """
+
+    async def say_too_much(message: Message, say: Say) -> None:
+        if message.HasField("submit"):
+            handle = message.submit.handle
+            await say(tokens(0, (handle, 0, [*IDS, EOS, EOS], 0)))
+
+    async def main() -> None:
+        async with cluster(say_too_much) as (scheduler, router):
+            request = ask(**sampling)
+            request.grammar.regex = ".*"
+            messages = await collect(router.stub.Generate(request))
+            assert text_of(messages) == TEXT
+            finished = messages[-1].finished
+            assert finished.finish_reason == common_pb2.FINISH_REASON_STOP
+            assert finished.usage.completion_tokens == len(IDS) + 1
+            await eventually(lambda: len(scheduler.cancels()) == 1)
+            stops = scheduler.submits()[0].sampling.stop_token_ids
+            assert (pack([EOS], "int32") in stops) != bool(request.sampling.ignore_eos)
+
+    asyncio.run(main())
+
+
 def test_complete_answers_once_with_all_outputs() -> None:
     async def main() -> None:
         async with cluster(say_text) as (scheduler, router):

@@ -88,7 +88,6 @@ def test_inputs_that_are_empty_or_odd() -> None:
 @pytest.mark.parametrize(
     ("more", "field"),
     [
-        ({"grammar": common_pb2.Grammar(regex="a+")}, "grammar"),
         ({"adapter": "lora"}, "adapter"),
     ],
 )
@@ -96,6 +95,21 @@ def test_what_is_not_supported_is_refused_by_name(more: dict[str, Any], field: s
     with pytest.raises(OctavoError, match=field) as caught:
         check_request(inference_pb2.GenerateRequest(text="x", **more))
     assert caught.value.reason is Reason.UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("grammar", "field"),
+    [
+        (common_pb2.Grammar(), "grammar"),
+        (common_pb2.Grammar(regex=""), "grammar.regex"),
+        (common_pb2.Grammar(lark="x" * 300_000), "grammar.lark"),
+        (common_pb2.Grammar(choice=common_pb2.Choices()), "grammar.choice.values"),
+        (common_pb2.Grammar(choice=common_pb2.Choices(values=["a", ""])), "grammar.choice.values[1]"),
+        (common_pb2.Grammar(choice=common_pb2.Choices(values=["a"] * 5_000)), "grammar.choice.values"),
+    ],
+)
+def test_grammars_of_a_wrong_size(grammar: common_pb2.Grammar, field: str) -> None:
+    assert refused(inference_pb2.GenerateRequest(text="x", grammar=grammar)) == [field]
 
 
 def resolved(params: PARAMS, model: ModelAssets = ASSETS, num_prompt_tokens: int = 10) -> common_pb2.SamplingSpec:

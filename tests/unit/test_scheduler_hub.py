@@ -195,7 +195,9 @@ def test_logprobs_go_to_the_entry_that_they_describe(cluster: Cluster) -> None:
         ({"prompt": [scheduler_pb2.Segment(token_ids=b"abc")]}, Reason.PROTOCOL_VIOLATION),
         ({"prompt": [scheduler_pb2.Segment(placeholder=3)]}, Reason.UNSUPPORTED),
         ({"task": scheduler_pb2.TASK_EMBED}, Reason.UNSUPPORTED),
-        ({"grammar": common_pb2.Grammar(regex="a")}, Reason.UNSUPPORTED),
+        ({"grammar": common_pb2.Grammar(regex="a")}, Reason.UNSUPPORTED),  # this worker does not claim it
+        ({"grammar": common_pb2.Grammar()}, Reason.INVALID_ARGUMENT),
+        ({"grammar": common_pb2.Grammar(regex="a" * 300_000)}, Reason.INVALID_ARGUMENT),
         ({"adapter": "a"}, Reason.UNSUPPORTED),
         ({"sampling": common_pb2.SamplingSpec(max_tokens=0)}, Reason.INVALID_ARGUMENT),
         ({"digest": b"x" * 32}, Reason.MODEL_CHANGED),

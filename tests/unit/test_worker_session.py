@@ -10,6 +10,7 @@ from octavo.v1 import common_pb2, scheduler_pb2, step_pb2
 
 from service.columns import pack
 from service.errors import OctavoError, Reason
+from service.grammar import Grammar
 from worker.backend import BackendInfo, KVGroup
 from worker.session import Execute, Identity, Leave, WorkerSession
 from worker.step import StepOutput
@@ -86,6 +87,32 @@ def test_a_plan_becomes_a_step_and_its_output_a_result(enlisted: WorkerSession) 
     assert message is not None
     assert message.result.token_ids == i32(42)
     assert message.result.num_tokens == u8(1)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "grammar", "problem"),
+    [
+        (["grammar"], common_pb2.Grammar(regex="a+"), ""),
+        ([], common_pb2.Grammar(regex="a+"), "was not claimed"),
+        (["grammar"], common_pb2.Grammar(), "must be one of"),
+        (["grammar"], common_pb2.Grammar(lark="x" * 300_000), "at most"),
+    ],
+)
+def test_a_grammar_comes_with_its_row(capabilities: list[str], grammar: common_pb2.Grammar, problem: str) -> None:
+    hello = scheduler_pb2.WorkerHello(incarnation=5, model="m", model_digest=b"d" * 32, capabilities=capabilities)
+    session = WorkerSession(Identity(hello, INFO, {}))
+    session.connected(0.0)
+    list(session.on_message(welcome(), 0.0))
+    message = prefill(new_rows=[new_row(grammar=grammar, sampling=sampling(min_tokens=2))])
+    if problem:
+        with pytest.raises(OctavoError, match=problem):
+            list(session.on_message(message, 1.0))
+        return
+    (action,) = session.on_message(message, 1.0)
+    assert isinstance(action, Execute)
+    (row,) = action.step.new_rows
+    assert row.grammar == Grammar("regex", "a+")
+    assert (row.sampling.min_tokens, row.sampling_after_mask.min_tokens) == (2, 0)
 
 
 def test_a_decode_needs_no_token_and_no_block_until_one_is_full(enlisted: WorkerSession) -> None:

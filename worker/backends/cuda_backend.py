@@ -25,7 +25,7 @@ from kernels.launcher import KernelLibrary, LaunchError
 from kernels.operands import StepTensors
 from kernels.ops import KernelOps
 from kernels.shapes import KernelShape, ShapeError, decode_split, kernel_specs
-from worker.backend import BackendError, BackendInfo, FatalBackendError, KVGroup, Progress
+from worker.backend import BackendError, BackendInfo, FatalBackendError, KVGroup, Masks, Progress
 from worker.backends.cuda_graphs import GraphCache, bucket_for, buckets
 from worker.backends.cuda_memory import MemoryPlan
 from worker.backends.cuda_model import CudaDecoder, Workspace, allocate_workspace, prefill_tiles
@@ -251,7 +251,7 @@ class CudaBackend:
                 self._decoder.forward(total, self._step, count, on_device, bool((scheduled == 1).any()))
         self._rows.computed[step.rows] += scheduled
 
-    def sample(self, step: Step) -> None:
+    def sample(self, step: Step, masks: Masks | None = None) -> None:
         slot = self._slot
         if slot is None:
             raise BackendError(f"step {step.step_id}: sample without begin")
@@ -262,6 +262,8 @@ class CudaBackend:
         with self._on_stream():
             if self._rows.describing and len(step.rows):
                 slot.described += self._prompts.describe(step)
+            if masks is not None:
+                self._rows.set_masks(rows[masks.places], masks.wait())  # the device runs the model meanwhile
             if count:
                 self._sample(rows, count)
                 slot.described += self._prompts.describe_samples(rows, sampling)

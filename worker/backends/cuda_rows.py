@@ -53,12 +53,16 @@ class DeviceRows:
         self.flags = np.zeros(max_rows, np.uint32)
         self.params: list[SamplingParams | None] = [None] * max_rows
         self._extras: dict[int, list[torch.Tensor]] = {}
+        # What rows under a grammar may choose in this step; their `allowed` points here.
+        self._masks = torch.zeros((max_rows, -(-vocab_size // 32)), dtype=torch.int32, device=device)
+        self._allowed: dict[int, Int32Array] = {}  # of rows under a grammar that have allowed_token_ids as well
         self.describing: set[int] = set()  # rows that want log-probabilities of any kind
 
     @staticmethod
     def device_bytes(max_rows: int, max_model_len: int, block_size: int, vocab_size: int) -> int:
         """What the tensors of such a table take."""
-        return 4 * max_rows * (ROW_WORDS + max_model_len + -(-max_model_len // block_size) + vocab_size)
+        words = ROW_WORDS + max_model_len + -(-max_model_len // block_size) + vocab_size + -(-vocab_size // 32)
+        return 4 * max_rows * words
 
     def reset(self) -> None:
         """Forget every row."""
@@ -89,6 +93,13 @@ class DeviceRows:
             jobs = upload(np.array(counted, np.int32), self._device)
             self._ops.count_tokens(jobs, self.fields, self.tokens, self.counts)
 
+    def set_masks(self, rows: Int32Array, bits: Int32Array) -> None:
+        """Enqueue what rows under a grammar may choose next: rows int32 [C], bits int32 [C, vocab / 32], the lowest bit first."""
+        for at, row in enumerate(rows.tolist()):
+            if row in self._allowed:
+                bits[at] &= self._allowed[row]
+        self._masks.index_copy_(0, upload(rows, self._device).long(), upload(bits, self._device))
+
     def _upload(self, segments: list[_Segment]) -> None:
         if not segments:
             return
@@ -103,15 +114,16 @@ class DeviceRows:
         self.flags[row] = 0
         self.params[row] = None
         self._extras.pop(row, None)
+        self._allowed.pop(row, None)
         self.describing.discard(row)
 
     def _start(self, new: NewRow, segments: list[_Segment]) -> None:
-        row, params = new.row, new.sampling
+        row, params = new.row, new.sampling_after_mask
         self._free(row)
         self.params[row] = params
         self.num_prompt[row] = new.num_prompt_tokens
         self.computed[row] = new.num_computed
-        self.flags[row] = sampling_flags(params)
+        self.flags[row] = sampling_flags(params) | (PROCESS if new.grammar is not None else 0)
         if params.logprobs is not None or params.prompt_logprobs is not None:
             self.describing.add(row)
         segments.append(_Segment(row * ROW_WORDS, self._pack_fields(new)))
@@ -119,7 +131,7 @@ class DeviceRows:
         self._append_blocks(row, new.block_ids, segments)
 
     def _pack_fields(self, new: NewRow) -> Int32Array:
-        params = new.sampling
+        params = new.sampling_after_mask
         fields = np.zeros(1, ROW_FIELDS)
         greedy = params.temperature == 0
         for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"):
@@ -143,7 +155,11 @@ class DeviceRows:
         if flat.size:
             kept.append(upload(flat, self._device))
             fields["extras"] = kept[-1].data_ptr()
-        if params.allowed_token_ids:
+        if new.grammar is not None:
+            fields["allowed"] = self._masks[new.row].data_ptr()
+            if params.allowed_token_ids:
+                self._allowed[new.row] = allowed_bits(params.allowed_token_ids, self._vocab_size)
+        elif params.allowed_token_ids:
             kept.append(upload(allowed_bits(params.allowed_token_ids, self._vocab_size), self._device))
             fields["allowed"] = kept[-1].data_ptr()
         self._extras[new.row] = kept

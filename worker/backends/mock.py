@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from worker.backend import BackendError, BackendInfo, KVGroup, Progress
-from worker.step import Float32Array, Int32Array, LogprobColumns, NewRow, SamplingParams, Step, StepOutput
+from worker.backend import BackendError, BackendInfo, KVGroup, Masks, Progress
+from worker.grammar.matcher import allowed
+from worker.step import Float32Array, Int32Array, LogprobColumns, NewRow, RowStatus, SamplingParams, Step, StepOutput
 
 EOS_TOKEN_ID = 257
 
@@ -141,13 +142,19 @@ class MockBackend:
         self._last_hash = values[first + counts - 1]
         self._note_prompt_logprobs(rows, before, counts)
 
-    def sample(self, step: Step) -> None:
+    def sample(self, step: Step, masks: Masks | None = None) -> None:
         """Choose the tokens, append them to their rows, and put the output where `collect` finds it."""
         sampling = step.num_samples > 0
         rows = step.rows[sampling]
         hashes = self._last_hash[sampling]
         index = self._known[rows] - self._prompt_len[rows]
         tokens = self._choose(rows, hashes, index)
+        status = np.zeros(rows.size, np.int32)
+        if masks is not None:
+            for place, bits in zip(masks.places.tolist(), masks.wait(), strict=True):
+                token = masked_choice(self._mixed(rows, hashes, index)[place], allowed(bits, self._settings.vocab_size))
+                tokens[place], status[place] = (token, RowStatus.OK) if token >= 0 else (0, RowStatus.MASK_EMPTY)
+        fine = status == RowStatus.OK
         self._tokens[rows, self._known[rows]] = tokens
         logprobs = self._logprobs(step, rows, tokens) if self._wants_logprobs or self._prompt_logprobs else None
         self._known[rows] += 1
@@ -158,9 +165,9 @@ class MockBackend:
         self._device_free_at = started + device_s
         output = StepOutput(
             step_id=step.step_id,
-            num_tokens=np.ones(rows.size, np.int32),
-            row_status=np.zeros(rows.size, np.int32),
-            token_ids=tokens,
+            num_tokens=fine.astype(np.int32),
+            row_status=status,
+            token_ids=tokens[fine],
             logprobs=logprobs,
             device_ns=int(device_s * 1e9),
             gap_ns=gap_ns,
@@ -190,7 +197,7 @@ class MockBackend:
         self._block_table[row, :blocks] = new.block_ids
         self._num_blocks[row] = blocks
         self._seed[row] = np.uint64(new.seed if new.sampling.temperature > 0 else 0)
-        self._sampling[row] = new.sampling
+        self._sampling[row] = new.sampling_after_mask
         if new.sampling.logprobs is not None or new.sampling.prompt_logprobs is not None:
             self._wants_logprobs.add(row)
 
@@ -208,7 +215,7 @@ class MockBackend:
         return self._slot_hash[slots]
 
     def _choose(self, rows: Int32Array, hashes: _UInt64Array, index: Int32Array) -> Int32Array:
-        mixed = _mix(hashes ^ self._seed[rows], index.astype(np.uint64))
+        mixed = self._mixed(rows, hashes, index)
         # Ids from 258 on are words; the ids below are bytes, BOS and EOS.
         tokens = (mixed % np.uint64(self._settings.vocab_size - 258)).astype(np.int32) + 258
         if self._settings.eos_every:
@@ -217,6 +224,9 @@ class MockBackend:
                 if index[at] >= self._sampling[rows[at]].min_tokens:
                     tokens[at] = EOS_TOKEN_ID
         return tokens
+
+    def _mixed(self, rows: Int32Array, hashes: _UInt64Array, index: Int32Array) -> _UInt64Array:
+        return _mix(hashes ^ self._seed[rows], index.astype(np.uint64))
 
     def _note_prompt_logprobs(self, rows: Int32Array, before: Int32Array, counts: Int32Array) -> None:
         self._prompt_logprobs = []
@@ -269,6 +279,22 @@ class MockBackend:
             self._device_free_at = math.inf
         if settings.fail_at_step == self._steps:
             raise BackendError("mock: this step was scripted to fail")
+
+
+def masked_choice(mixed: np.uint64, mask: npt.NDArray[np.bool_]) -> int:
+    """The token of a row under a grammar, given its hash and what is allowed, bool [vocab]; -1 where nothing is.
+
+    It likes to end, one time in four where it may, and bytes better than words: else its outputs would have no end.
+    """
+    ids = np.flatnonzero(mask)
+    if not ids.size:
+        return -1
+    if mask[EOS_TOKEN_ID] and (ids.size == 1 or int(mixed >> np.uint64(40)) % 4 == 0):
+        return EOS_TOKEN_ID
+    ids = ids[ids != EOS_TOKEN_ID]
+    octets = ids[ids < 256]
+    ids = octets if octets.size else ids
+    return int(ids[int(mixed % np.uint64(ids.size))])
 
 
 def _mix(value: _UInt64Array, salt: _UInt64Array) -> _UInt64Array:

@@ -23,7 +23,7 @@ from worker.checkpoint.digest import (
     read_assets,
     tokenizer_digest,
 )
-from worker.session import HASH_VERSION, PROTOCOL, Identity
+from worker.session import GRAMMAR, HASH_VERSION, PROTOCOL, Identity
 from worker.settings import WorkerSettings
 
 
@@ -59,7 +59,9 @@ def select(settings: WorkerSettings) -> Selection:
     return Selection(backend, kind, name, assets, digest)
 
 
-def identity_of(selection: Selection, info: BackendInfo, incarnation: int, name: str) -> Identity:
+def identity_of(
+    selection: Selection, info: BackendInfo, incarnation: int, name: str, *, grammars: bool = False
+) -> Identity:
     """The worker's Hello and assets, once the backend is loaded. The shell adds its own address."""
     numerics = hashlib.sha256(info.numerics.encode() + selection.model_digest).digest()
     hello = scheduler_pb2.WorkerHello(
@@ -78,6 +80,7 @@ def identity_of(selection: Selection, info: BackendInfo, incarnation: int, name:
         name=name,
         backend=selection.kind,
         kv_dtype=info.kv_dtype,
+        capabilities=[GRAMMAR] if grammars else [],
     )
     for group in info.kv_groups:
         hello.kv_groups.add(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from worker.backend import BackendError, BackendInfo, KVGroup, Progress
+from worker.backend import BackendError, BackendInfo, KVGroup, Masks, Progress
 from worker.backends.torch_memory import available_bytes, check_sequence_fits, choose_num_blocks
 from worker.backends.torch_rows import RowState
 from worker.checkpoint.config import ModelConfig, load_config
@@ -173,7 +173,7 @@ class TorchBackend:
         state.num_computed[step.rows] += counts
 
     @torch.inference_mode()
-    def sample(self, step: Step) -> None:
+    def sample(self, step: Step, masks: Masks | None = None) -> None:
         state = self._rows
         collector = LogprobCollector()
         self._describe_prompts(step, collector)
@@ -183,7 +183,7 @@ class TorchBackend:
         if len(rows):
             last = np.cumsum(step.num_scheduled)[sampling] - 1
             logits = self._decoder.logits(self._hidden.index_select(0, torch.from_numpy(last.astype(np.int64))))
-            tokens, status = sample(logits, [state.context(row) for row in rows.tolist()])
+            tokens, status = sample(logits, [state.context(row) for row in rows.tolist()], masks)
             for i, row in enumerate(rows.tolist()):
                 params = state.params[row]
                 if params is not None and params.logprobs is not None and status[i] == RowStatus.OK:

@@ -94,9 +94,9 @@ class RowState:
         self.num_prompt[row] = new.num_prompt_tokens
         for block in new.block_ids.tolist():
             self._append_block(row, block)
-        self.params[row] = new.sampling
+        self.params[row] = params = new.sampling_after_mask
         self._seeds[row] = new.seed
-        self._plain[row] = is_plain_greedy(new.sampling)
+        self._plain[row] = is_plain_greedy(params)
 
     def _append_block(self, row: int, block: int) -> None:
         count = self.num_blocks[row]

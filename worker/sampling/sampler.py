@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from worker.backend import Masks
+from worker.grammar.matcher import allowed
 from worker.sampling.philox import gumbel
 from worker.sampling.processors import apply_masks, apply_penalties, survivors
 from worker.step import Int32Array, RowStatus, SamplingParams
@@ -46,23 +48,46 @@ def is_plain_greedy(params: SamplingParams) -> bool:
     )
 
 
-def sample(logits: torch.Tensor, contexts: list[RowContext | None]) -> tuple[Int32Array, Int32Array]:
+def sample(
+    logits: torch.Tensor, contexts: list[RowContext | None], masks: Masks | None = None
+) -> tuple[Int32Array, Int32Array]:
     """Token ids and RowStatus, each int32 [n], for raw logits float32 [n, vocab].
 
     A context of None stands for a plain greedy row. The logits are left as they were. A token id means nothing where the status
-    is not OK.
+    is not OK. Rows with a mask come last: the others are done while it is made.
     """
     best = logits.max(dim=-1)  # NaN wins a max, so one look at the value finds a bad row
     tokens = best.indices.to(torch.int32).numpy()
     status = np.where(best.values.isfinite().numpy(), np.int32(RowStatus.OK), np.int32(RowStatus.NAN))
+    places = [] if masks is None else masks.places.tolist()
+    constrained = set(places)
     for i, context in enumerate(contexts):
-        if context is not None and status[i] == RowStatus.OK:
-            token = _sample_row(logits[i].clone(), context)
-            if token is None:
-                status[i] = RowStatus.MASK_EMPTY
-            else:
-                tokens[i] = token
+        if context is not None and status[i] == RowStatus.OK and i not in constrained:
+            _place(_sample_row(logits[i].clone(), context), i, tokens, status)
+    if masks is not None:
+        for i, bits in zip(places, masks.wait(), strict=True):
+            if status[i] == RowStatus.OK:
+                _place(_sample_masked(logits[i], bits, contexts[i]), i, tokens, status)
     return tokens, status
+
+
+def _place(token: int | None, i: int, tokens: Int32Array, status: Int32Array) -> None:
+    if token is None:
+        status[i] = RowStatus.MASK_EMPTY
+    else:
+        tokens[i] = token
+
+
+def _sample_masked(logits: torch.Tensor, bits: Int32Array, context: RowContext | None) -> int | None:
+    """The token of a row under a grammar; its logits are copied where anything but the mask changes them."""
+    ids = torch.from_numpy(np.flatnonzero(allowed(bits, len(logits))))
+    if len(ids) == 0:
+        return None
+    if context is None:
+        return int(ids[logits[ids].argmax()])
+    masked = torch.full_like(logits, -math.inf)
+    masked[ids] = logits[ids]
+    return _sample_row(masked, context)
 
 
 def _sample_row(logits: torch.Tensor, context: RowContext) -> int | None:

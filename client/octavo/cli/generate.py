@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,8 @@ from octavo.cli.problem import CommandProblem
 from octavo.cli.terminal import Answer, stderr_console, stdout_console
 from octavo.client import GenerateOptions
 from rich.table import Table
+
+_STRUCTURE = "Structure (at most one)"
 
 Prompt = Annotated[str, typer.Argument(help="Text to continue; '-' reads it from standard input.", show_default=False)]
 
@@ -34,8 +37,23 @@ def generate(
     seed: options.Seed = None,
     stop: options.Stop = None,
     ignore_eos: options.IgnoreEos = False,
-    json_schema: Annotated[str | None, typer.Option(help="JSON schema that the output follows.")] = None,
-    regex: Annotated[str | None, typer.Option(help="Regular expression that the output matches.")] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with a JSON schema that the output follows; {} means any JSON.", rich_help_panel=_STRUCTURE
+        ),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Regular expression that the whole output matches.", rich_help_panel=_STRUCTURE)
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(help="The output is this, or another --choice.", rich_help_panel=_STRUCTURE),
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(help="File with a grammar in Lark syntax that the output follows.", rich_help_panel=_STRUCTURE),
+    ] = None,
     address: options.Address = None,
     token_file: options.TokenFile = None,
     tls: options.Tls = False,
@@ -54,8 +72,10 @@ def generate(
         "seed": seed,
         "stop": stop,
         "ignore_eos": ignore_eos,
-        "json_schema": json_schema,
+        "json_schema": read_file(json_schema),
         "regex": regex,
+        "choice": choice,
+        "lark": read_file(grammar),
     }
     chosen = chosen_options(given)
     with options.open_client(address, token_file, tls, tls_ca) as client:
@@ -88,6 +108,18 @@ def read_text(argument: str) -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise CommandProblem(f"standard input is not UTF-8: {error}") from None
+
+
+def read_file(path: Path | None) -> str | None:
+    """The text of a file that an option names."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandProblem(f"{path} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise CommandProblem(f"{path}: {error.strerror}") from None
 
 
 def tokenize(

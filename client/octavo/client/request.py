@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict
@@ -39,7 +40,7 @@ class GenerateOptions(TypedDict, total=False):
     n: int
     logprobs: int
     prompt_logprobs: int
-    json_schema: str
+    json_schema: str | Mapping[str, Any]
     regex: str
     lark: str
     choice: Sequence[str]
@@ -144,6 +145,9 @@ def _request(options: GenerateOptions) -> pb.GenerateRequest:
         elif name == "choice":
             with _field("grammar.choice"):
                 _assign(request.grammar.choice, "values", value)
+        elif name == "json_schema" and not isinstance(value, str):
+            with _field("grammar.json_schema"):
+                request.grammar.json_schema = json.dumps(value)
         elif name in _GRAMMAR:
             with _field(f"grammar.{name}"):
                 setattr(request.grammar, name, value)

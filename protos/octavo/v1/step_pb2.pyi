@@ -19,12 +19,14 @@ class RowStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROW_STATUS_UNSPECIFIED: _ClassVar[RowStatus]
     ROW_STATUS_NAN: _ClassVar[RowStatus]
     ROW_STATUS_MASK_EMPTY: _ClassVar[RowStatus]
+    ROW_STATUS_MASK_LATE: _ClassVar[RowStatus]
 STEP_STATUS_UNSPECIFIED: StepStatus
 STEP_STATUS_OK: StepStatus
 STEP_STATUS_FAILED: StepStatus
 ROW_STATUS_UNSPECIFIED: RowStatus
 ROW_STATUS_NAN: RowStatus
 ROW_STATUS_MASK_EMPTY: RowStatus
+ROW_STATUS_MASK_LATE: RowStatus
 
 class StepPlan(_message.Message):
     __slots__ = ("epoch", "step_id", "new_rows", "freed_rows", "rows", "num_scheduled", "num_samples", "append_rows", "append_block_ids", "append_kv_groups", "chunk_rows", "chunk_lens", "chunk_token_ids", "num_draft_tokens", "draft_token_ids", "adapter_slots")

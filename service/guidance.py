@@ -1,0 +1,129 @@
+"""How llguidance is asked. One place for the router, which compiles each grammar before it accepts a request, and the worker, which
+follows it: same library, same limits, same tokenizer, so the same answer.
+
+What a grammar can't be held to is refused, never approximated: unknown JSON schema keywords, `oneOf` whose branches overlap.
+"""
+
+from __future__ import annotations
+
+import json
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+
+from service.grammar import Grammar, GrammarError
+
+_MAX_PROBLEM_CHARACTERS = 500
+# JSON may have white space anywhere, and a model that has begun with it may never stop. Enough for what people and programs write: a
+# few blanks, or one line's end and an indentation.
+_WHITESPACE = r"(\x20{1,4}|\r?\n[\x20\t]{0,40})"
+
+
+def load_tokenizer(tokenizer_json: bytes, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+    """llguidance's view of a tokenizer. Holds Python's lock for its whole time, half a second for 49,152 tokens: not for a process
+    that serves. Raises GrammarError.
+    """
+    if not eos_token_ids:
+        raise GrammarError("the model has no end-of-sequence token, so an output could not end where its grammar does")
+    try:
+        return LLTokenizer(tokenizer_json.decode(), n_vocab=vocab_size, eos_token=list(eos_token_ids))
+    except BaseException as error:
+        if not _is_llguidance_error(error):
+            raise
+        raise GrammarError(
+            f"the model's tokenizer is none that grammars can be compiled for: {_short(error)}"
+        ) from None
+
+
+def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
+    """A matcher at the grammar's beginning. Most of the time is spent without Python's lock. Raises GrammarError."""
+    try:
+        matcher = LLMatcher(tokenizer, _to_llguidance(grammar), log_level=0, limits=_limits())
+        problem = matcher.get_error()
+    except BaseException as error:
+        if not _is_llguidance_error(error):
+            raise
+        problem = str(error) or type(error).__name__
+    if problem:
+        raise GrammarError(_short(problem))
+    return matcher
+
+
+def _to_llguidance(grammar: Grammar) -> str:
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.text, 'd')}/")
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(grammar.text)
+    if grammar.kind == "choice":
+        quoted = (json.dumps(value, ensure_ascii=False) for value in json.loads(grammar.text))
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(quoted))
+    try:
+        schema = json.loads(grammar.text)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"no JSON: {_short(error)}") from None
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise GrammarError("must be an object, or true" if schema is not False else "no output satisfies it")
+    _refuse_what_is_compiled_wrongly(schema)
+    # A schema may choose its own white space ("x-guidance"), but not that what can't be held to is left out.
+    return LLMatcher.grammar_from_json_schema(
+        json.dumps(schema),
+        defaults={"whitespace_pattern": _WHITESPACE},
+        overrides={"lenient": False, "coerce_one_of": False},
+    )
+
+
+def _refuse_what_is_compiled_wrongly(schema: dict[str, object]) -> None:
+    """llguidance 1.9.1 lets a number be its excluded bound where that is whole and the other bound is less than 1 away: the digits
+    before the point alone are then taken for a number inside. Integers are right. Bounds in two parts of an allOf are not seen here.
+    """
+    parts: list[object] = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        if not isinstance(part, dict):
+            continue
+        parts += part.values()
+        low, high = (_bounds(part, name) for name in ("inimum", "aximum"))
+        for excluded, other in ((low[0], high), (high[0], low)):
+            near = [
+                bound for bound in other if bound is not None and excluded is not None and abs(bound - excluded) < 1
+            ]
+            if excluded is not None and excluded == int(excluded) and near and part.get("type") != "integer":
+                raise GrammarError(
+                    f"a range of numbers that excludes {excluded:g} and ends at {near[0]:g} is not supported"
+                )
+
+
+def _bounds(part: dict[str, object], name: str) -> tuple[float | None, float | None]:
+    """The excluded and the included bound of a schema, if they are numbers."""
+    return _number(part.get(f"exclusiveM{name}")), _number(part.get(f"m{name}"))
+
+
+def _number(value: object) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(
+        value, bool
+    )  # in draft 4 exclusiveMinimum is true or false
+    return float(value) if isinstance(value, int | float) and is_number and abs(value) < 1e15 else None
+
+
+def _limits() -> LLParserLimits:
+    """Half of llguidance's own fuel for a mask (about 7 ms), a fifth of its states (2 kB each)."""
+    return LLParserLimits(
+        step_lexer_fuel=100_000,
+        step_max_items=25_000,
+        max_lexer_states=50_000,
+        max_grammar_size=200_000,
+        verbose_errors=False,
+    )
+
+
+def _is_llguidance_error(error: BaseException) -> bool:
+    """ValueError and its like for what it refuses; its panics are no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _short(problem: object) -> str:
+    text = " ".join(str(problem).split())
+    return text if len(text) <= _MAX_PROBLEM_CHARACTERS else text[:_MAX_PROBLEM_CHARACTERS] + "…"

@@ -1,0 +1,203 @@
+"""The router's check of grammars: answers, and what a hostile grammar or a broken helper costs (its own request, nothing else)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from octavo.v1 import common_pb2
+
+from router import grammar_helper
+from router.assets import ModelAssets
+from router.grammar import GrammarChecker
+from router.models import KnownModel
+from service.errors import OctavoError, Reason
+from worker.backends.mock_assets import mock_assets
+
+MODEL = KnownModel("m", b"d" * 32, 160, 700, 1)
+ASSETS = ModelAssets.load(mock_assets(700, 160))
+
+
+@asynccontextmanager
+async def checker(*command: str, patience: float = 60.0) -> AsyncIterator[GrammarChecker]:
+    made = GrammarChecker(command, patience) if command else GrammarChecker(patience=patience)
+    try:
+        yield made
+    finally:
+        await made.close()
+        assert made._helper is None
+
+
+async def reason_of(check: Coroutine[Any, Any, None]) -> OctavoError | None:
+    try:
+        await check
+    except OctavoError as error:
+        return error
+    return None
+
+
+def regex(text: str) -> common_pb2.Grammar:
+    return common_pb2.Grammar(regex=text)
+
+
+def script(answers: str) -> tuple[str, str, str]:
+    """A helper that runs these lines with `jobs()`, which yields the first frame of each job, and `answer(text)`."""
+    return (
+        sys.executable,
+        "-c",
+        "import sys, time, os, json\n"
+        "from router.grammar_helper import frame, read_frame\n"
+        "def jobs():\n"
+        "    while (head := read_frame(sys.stdin.buffer)) is not None:\n"
+        "        [read_frame(sys.stdin.buffer) for _ in range(2 if head[:1] == b'T' else 1)]\n"
+        "        yield head\n"
+        "def answer(problem):\n"
+        "    sys.stdout.buffer.write(frame(json.dumps({'problem': problem}).encode())); sys.stdout.buffer.flush()\n"
+        + answers,
+    )
+
+
+def test_good_ones_pass_and_bad_ones_are_named() -> None:
+    async def main() -> None:
+        async with checker() as grammars:
+            for good in (regex("a+"), common_pb2.Grammar(json_schema="{}"), common_pb2.Grammar(lark="start: <eos>")):
+                assert await reason_of(grammars.check(good, MODEL, ASSETS)) is None
+            bad = {"regex": "a((", "json_schema": "[", "lark": "start: <no_such_token>"}
+            for kind, text in bad.items():
+                error = await reason_of(grammars.check(common_pb2.Grammar(**{kind: text}), MODEL, ASSETS))
+                assert error is not None and error.reason is Reason.GRAMMAR_INVALID
+                assert error.violations[0].field == f"grammar.{kind}"
+                assert len(error.violations[0].description) < 600
+
+    asyncio.run(main())
+
+
+def test_answers_are_kept_and_shared() -> None:
+    lines = "for head in jobs():\n    answer('' if head[:1] == b'T' else f'{time.monotonic_ns()}')\n"
+
+    async def main() -> None:
+        async with checker(*script(lines)) as grammars:
+            same = [grammars.check(regex("a"), MODEL, ASSETS) for _ in range(9)]
+            errors = await asyncio.gather(*map(reason_of, same))
+            again = await reason_of(grammars.check(regex("a"), MODEL, ASSETS))
+            assert len({str(error) for error in [*errors, again]}) == 1
+            other = await reason_of(grammars.check(regex("b"), MODEL, ASSETS))
+            assert str(other) != str(again)
+
+    asyncio.run(main())
+
+
+def test_no_more_answers_are_kept_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.grammar._KEPT", 3)
+
+    async def main() -> None:
+        async with checker() as grammars:
+            for number in range(9):
+                await grammars.check(regex(f"a{{{number}}}b"), MODEL, ASSETS)
+            assert len(grammars._answers) <= 4
+
+    asyncio.run(main())
+
+
+def test_a_helper_that_dies_costs_one_answer() -> None:
+    lines = "for head in jobs():\n    os._exit(9) if head[:1] == b'G' else answer('')\n"
+
+    async def main() -> None:
+        async with checker(*script(lines)) as grammars:
+            for text in ("a", "b"):
+                error = await reason_of(grammars.check(regex(text), MODEL, ASSETS))
+                assert error is not None and error.reason is Reason.GRAMMAR_INVALID and "too much" in error.message
+
+    asyncio.run(main())
+
+
+def test_a_helper_that_hangs_is_ended_and_the_loop_turns_meanwhile() -> None:
+    lines = "for head in jobs():\n    time.sleep(1000) if head[:1] == b'G' else answer('')\n"
+
+    async def main() -> None:
+        async with checker(*script(lines), patience=1.0) as grammars:
+            task = asyncio.create_task(reason_of(grammars.check(regex("a"), MODEL, ASSETS)))
+            turns = 0
+            while not task.done():
+                await asyncio.sleep(0.01)
+                turns += 1
+            error = await task
+            assert error is not None and error.reason is Reason.QUEUE_FULL and error.retry_after_ms
+            assert turns >= 3
+            assert not grammars._answers  # it may have been the machine's fault
+
+    asyncio.run(main())
+
+
+def test_who_gives_up_does_not_end_it_for_the_others() -> None:
+    async def main() -> None:
+        async with checker() as grammars:
+            first = asyncio.create_task(grammars.check(regex("a"), MODEL, ASSETS))
+            second = asyncio.create_task(grammars.check(regex("a"), MODEL, ASSETS))
+            await asyncio.sleep(0)
+            first.cancel()
+            await second
+            assert first.cancelled() or first.cancelling()
+
+    asyncio.run(main())
+
+
+def test_too_many_at_a_time_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.grammar._MAX_WAITING", 2)
+
+    async def main() -> None:
+        async with checker() as grammars:
+            tasks = [asyncio.create_task(reason_of(grammars.check(regex(f"a{n}"), MODEL, ASSETS))) for n in range(5)]
+            errors = await asyncio.gather(*tasks)
+            refused = [error for error in errors if error is not None]
+            assert len(refused) == 3 and {error.reason for error in refused} == {Reason.QUEUE_FULL}
+
+    asyncio.run(main())
+
+
+def test_a_model_without_an_end_token_takes_no_grammar() -> None:
+    files = {**ASSETS.files, "config.json": b"{}", "generation_config.json": b"{}", "tokenizer_config.json": b"{}"}
+    endless = ModelAssets.load(files)
+
+    async def main() -> None:
+        async with checker() as grammars:
+            error = await reason_of(grammars.check(regex("a"), MODEL, endless))
+            assert error is not None and error.reason is Reason.UNSUPPORTED and "end-of-sequence" in error.message
+
+    asyncio.run(main())
+
+
+def in_child(work: Any) -> int:
+    """Runs `work` in a forked child; its wait status."""
+    child = os.fork()
+    if child == 0:
+        code = 0
+        try:
+            work()
+        except MemoryError:
+            code = 77
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+def test_processor_time_and_memory_end_the_helper_not_the_router() -> None:
+    def spin() -> None:
+        grammar_helper._bound()
+        grammar_helper._allow_cpu(1)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            pass
+
+    def eat() -> None:
+        grammar_helper._bound()
+        bytearray(2 * grammar_helper._MEMORY_BYTES)
+
+    assert os.WIFSIGNALED(in_child(spin))
+    assert os.waitstatus_to_exitcode(in_child(eat)) == 77

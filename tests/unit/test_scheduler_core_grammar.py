@@ -1,0 +1,118 @@
+"""Requests under grammars in the scheduler: who may run them, and what becomes of a row whose mask came too late."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from scheduler.core import (
+    Reason,
+    Request,
+    RowStatus,
+    SamplingParams,
+    Scheduler,
+    StepPlan,
+    StepResult,
+    Unsupported,
+    WorkerSpec,
+)
+from scheduler.core.state import MASK_DELAY
+
+DIGEST = b"d" * 32
+PLAIN = WorkerSpec("m", DIGEST, max_rows=4, max_num_batched_tokens=16, max_model_len=64, block_size=4, num_blocks=64)
+ABLE = replace(PLAIN, grammars=True)
+
+
+def request(handle: int, *, under_grammar: bool = True, max_tokens: int = 4) -> Request:
+    prompt = np.arange(6) + 100 * handle
+    return Request(1, handle, "m", prompt, SamplingParams(max_tokens), under_grammar=under_grammar)
+
+
+def answer(plan: StepPlan, status: list[int]) -> StepResult:
+    column = np.array(status, np.uint8)
+    good = column == RowStatus.OK
+    tokens = np.full(int(good.sum()), 7, np.int32)
+    return StepResult(plan.step_id, good.astype(np.uint8), tokens, column if column.any() else None)
+
+
+def planned(scheduler: Scheduler, now: float = 0.0, worker_id: int = 1) -> StepPlan:
+    plan = scheduler.plan(worker_id, now)
+    assert plan is not None
+    scheduler.check_integrity()
+    return plan
+
+
+def test_only_workers_that_can_follow_a_grammar_get_it() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, PLAIN)
+    with pytest.raises(Unsupported):
+        scheduler.submit(request(1), 0.0)
+    scheduler.add_worker(2, ABLE)
+    for handle in range(1, 4):
+        scheduler.submit(request(handle), 0.0)
+    assert scheduler.plan(1, 0.0) is None
+    assert len(planned(scheduler, worker_id=2).new_rows) == 3
+    scheduler.submit(request(9, under_grammar=False), 0.0)
+
+
+def test_one_whose_last_able_worker_left_is_told_so() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, ABLE)
+    scheduler.submit(request(1), 0.0)
+    scheduler.add_worker(2, PLAIN)
+    scheduler.remove_worker(1, 0.0)
+    assert scheduler.plan(2, 0.0) is None
+    (failed,) = scheduler.take_failed()
+    assert failed.reason is Reason.UNSUPPORTED
+
+
+def test_a_late_mask_costs_its_row_only_and_for_a_moment() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, ABLE)
+    scheduler.submit(request(1), 0.0)
+    scheduler.submit(request(2, under_grammar=False), 0.0)
+    first, second = planned(scheduler), planned(scheduler)
+    late = [int(row.request.under_grammar) * RowStatus.MASK_LATE for row in first.new_rows]
+    (events,) = scheduler.apply(1, answer(first, late), 1.0)
+    assert events.handles.tolist() == [1, 2] and events.num_tokens.tolist() == [0, 1]
+    assert not events.finish_reason.any()
+    scheduler.check_integrity()
+    # The plan in flight names it still; what comes of that is dropped.
+    (events,) = scheduler.apply(1, answer(second, late), 1.0)
+    assert events.handles.tolist() == [2]
+    third = planned(scheduler, 1.0)
+    assert third.rows.size == 1 and not third.new_rows and third.freed_rows.size == 1
+    assert scheduler.counters.late_masks == 1
+    # After a moment it is planned again, its prompt found in the cache.
+    assert scheduler.next_deadline() == 1.0 + MASK_DELAY
+    scheduler.expire(1.0 + MASK_DELAY)
+    (again,) = planned(scheduler, 2.0).new_rows
+    assert again.request.handle == 1 and again.num_computed == 4
+    assert scheduler.next_deadline() is None
+
+
+def test_one_that_waits_for_its_grammar_can_be_cancelled() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, ABLE)
+    scheduler.submit(request(1), 0.0)
+    scheduler.apply(1, answer(planned(scheduler), [RowStatus.MASK_LATE]), 0.0)
+    assert scheduler.cancel((1, 1), 0.0)
+    scheduler.expire(1.0)
+    scheduler.check_integrity()
+    assert scheduler.load().waiting == 0
+
+
+def test_one_that_waits_for_its_grammar_outlives_its_worker() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, ABLE)
+    scheduler.submit(request(1), 0.0)
+    scheduler.apply(1, answer(planned(scheduler), [RowStatus.MASK_LATE]), 0.0)
+    scheduler.remove_worker(1, 0.0)
+    scheduler.expire(1.0)
+    scheduler.check_integrity()
+    # Nobody else holds the model: in time it is told so.
+    assert scheduler.next_deadline() == 60.0
+    scheduler.add_worker(2, ABLE)
+    assert len(planned(scheduler, worker_id=2).new_rows) == 1

@@ -1,0 +1,221 @@
+"""The grammar thread between the engine's two: masks follow tokens, and what is slow or wrong holds up nobody else."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from llguidance import LLMatcher
+
+from service.grammar import Grammar, GrammarError
+from service.guidance import compile_grammar
+from worker.backend import BackendError
+from worker.backends.mock import EOS_TOKEN_ID, MockBackend, MockSettings
+from worker.backends.mock_assets import mock_assets
+from worker.engine import Engine
+from worker.grammar.load import load_runner
+from worker.step import Int32Array, NewRow, RowStatus, SamplingParams, Step, StepOutput
+
+VOCAB = 700
+NONE = np.zeros(0, np.int32)
+ABC = Grammar("regex", "abcdefgh")
+SLOW = Grammar("regex", "slow")
+BROKEN = Grammar("regex", "broken")
+
+
+def ids(*values: int) -> Int32Array:
+    return np.array(values, np.int32)
+
+
+def make_step(step_id: int, rows: list[int], **more: Any) -> Step:
+    """One decode, or the prompt of a new row, for each of `rows`."""
+    new = {row.row: row for row in more.get("new_rows", ())}
+    counts = [new[row].token_ids.size - new[row].num_computed if row in new else 1 for row in rows]
+    fields: dict[str, Any] = dict.fromkeys(Step.__dataclass_fields__, NONE)
+    fields |= {"step_id": step_id, "new_rows": (), "rows": ids(*rows), "num_scheduled": ids(*counts)}
+    fields["num_samples"] = np.ones(len(rows), np.int32)
+    return Step(**(fields | more))
+
+
+def new_row(row: int, grammar: Grammar | None, outputs: bytes = b"", **sampling: Any) -> NewRow:
+    tokens = ids(300, 301, 302, *outputs)
+    params = SamplingParams(temperature=0.0, stop_token_ids=(EOS_TOKEN_ID,), **sampling)
+    return NewRow(row, tokens, 3, 0, np.arange(8, dtype=np.int32) + 8 * row, 1, params, grammar)
+
+
+class Running:
+    """An engine on the mock, with grammars; outputs, failures and deaths as they come."""
+
+    def __init__(self) -> None:
+        self.heard: queue.Queue[StepOutput | str | BaseException] = queue.Queue()
+        backend = MockBackend(MockSettings(vocab_size=VOCAB, block_size=4, num_blocks=64, max_rows=4, max_model_len=64))
+        self.engine = Engine(
+            backend,
+            lambda epoch, output: self.heard.put(output),
+            lambda epoch, step_id, text: self.heard.put(text),
+            self.heard.put,
+        )
+        self.engine.start()
+        self.engine.load(lambda what, done, total: None).result(10)
+        runner = load_runner(mock_assets(VOCAB, 64), VOCAB)
+        assert runner is not None
+        self.engine.use_grammars(runner)
+
+    def run(self, *steps: Step) -> list[StepOutput]:
+        """All at once, as a scheduler that runs ahead sends them."""
+        for step in steps:
+            self.engine.submit(1, step)
+        outputs = [self.heard.get(timeout=20) for _ in steps]
+        assert all(isinstance(output, StepOutput) for output in outputs), outputs
+        return outputs  # type: ignore[return-value]
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    monkeypatch.setattr("worker.grammar.runner.PATIENCE", 20.0)  # the machine may be busy
+    running = Running()
+    yield running
+    assert running.engine.close(20)
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """SLOW is compiled once the event is set, BROKEN never."""
+    go_on = threading.Event()
+
+    def compiled(grammar: Grammar, tokenizer: Any) -> LLMatcher:
+        if grammar == BROKEN:
+            raise GrammarError("broken")
+        if grammar == SLOW and not go_on.wait(20):
+            raise GrammarError("nobody let it go on")
+        return compile_grammar(grammar, tokenizer)
+
+    monkeypatch.setattr("worker.grammar.compiled.compile_grammar", compiled)
+    yield go_on
+    go_on.set()
+
+
+def text_of(outputs: list[StepOutput], place: int = 0) -> str:
+    """Of the sampling row at this place, in steps where all rows have a token."""
+    return bytes(int(output.token_ids[place]) for output in outputs).decode("latin-1")
+
+
+def test_masks_follow_the_tokens_of_steps_that_run_ahead(running: Running) -> None:
+    first = make_step(1, [0, 1], new_rows=(new_row(0, ABC), new_row(1, None)))
+    outputs = running.run(first, *(make_step(n, [0, 1]) for n in range(2, 9)))
+    assert text_of(outputs) == "abcdefgh"
+    assert running.run(make_step(9, [0]))[0].token_ids.tolist() == [EOS_TOKEN_ID]
+    # A scheduler sees the end late: the row goes on meanwhile, and nothing is wrong with it.
+    assert running.run(make_step(10, [0]))[0].token_ids.tolist() == [EOS_TOKEN_ID]
+
+
+def test_rows_without_a_grammar_get_what_they_would_get_alone(running: Running) -> None:
+    steps = [make_step(n, [1]) for n in range(2, 6)]
+    alone = running.run(make_step(1, [1], new_rows=(new_row(1, None),)), *steps)
+    running.run(make_step(6, [], freed_rows=ids(1)))
+    both = [make_step(n, [0, 1]) for n in range(8, 12)]
+    beside = running.run(make_step(7, [0, 1], new_rows=(new_row(0, ABC), new_row(1, None))), *both)
+    assert [int(output.token_ids[1]) for output in beside] == [int(output.token_ids[0]) for output in alone]
+
+
+def test_outputs_of_an_earlier_life_are_replayed_wherever_they_come_from(running: Running) -> None:
+    (output,) = running.run(make_step(1, [2], new_rows=(new_row(2, ABC, b"abcd"),)))
+    assert output.token_ids.tolist() == [ord("e")]
+    # The last prompt token and the outputs come as a chunk.
+    row = NewRow(3, ids(300, 301), 3, 0, np.arange(8, dtype=np.int32), 1, SamplingParams(temperature=0.0), ABC)
+    start = make_step(2, [3], new_rows=(row,), num_samples=np.zeros(1, np.int32))
+    more = {"chunk_rows": ids(3), "chunk_lens": ids(4), "chunk_token_ids": ids(302, *b"abc"), "num_scheduled": ids(4)}
+    outputs = running.run(start, make_step(3, [3], **more), make_step(4, [3]))
+    assert text_of(outputs[1:]) == "de"
+
+
+def test_a_row_that_is_given_to_another_request_forgets_its_grammar(running: Running) -> None:
+    running.run(make_step(1, [0], new_rows=(new_row(0, ABC),)), make_step(2, [0]))
+    outputs = running.run(
+        make_step(3, [0], freed_rows=ids(0), new_rows=(new_row(0, ABC),)),
+        make_step(4, [0]),
+        make_step(5, [0], freed_rows=ids(0), new_rows=(new_row(0, None),)),
+    )
+    assert text_of(outputs[:2]) == "ab" and outputs[2].token_ids[0] >= 258
+
+
+def test_a_grammar_that_takes_long_to_compile_holds_up_nobody(
+    running: Running, compiling: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.run(make_step(1, [2], new_rows=(new_row(2, ABC),)), make_step(2, [], freed_rows=ids(2)))
+    monkeypatch.setattr("worker.grammar.runner.PATIENCE", 0.005)
+    rows = (new_row(0, SLOW), new_row(1, None), new_row(2, ABC))
+    outputs = running.run(make_step(3, [0, 1, 2], new_rows=rows), *(make_step(n, [0, 1, 2]) for n in range(4, 7)))
+    late, ok = RowStatus.MASK_LATE, RowStatus.OK
+    assert [output.row_status.tolist() for output in outputs] == [[late, ok, ok]] * 4
+    assert bytes(int(output.token_ids[1]) for output in outputs) == b"abcd"
+    # Even when it is compiled its row stays behind: tokens are missing in it. Started again, it is like any other.
+    compiling.set()
+    assert running.run(make_step(7, [0]))[0].row_status.tolist() == [late]
+    restarted = make_step(8, [0], freed_rows=ids(0), new_rows=(new_row(0, SLOW),))
+    while (output := running.run(restarted)[0]).row_status.tolist() == [late]:
+        pass
+    assert output.token_ids.tolist() == [ord("s")]
+
+
+def test_a_grammar_that_can_not_be_compiled_here_ends_its_row_only(
+    running: Running, compiling: threading.Event
+) -> None:
+    rows = (new_row(0, BROKEN), new_row(1, ABC))
+    outputs = running.run(make_step(1, [0, 1], new_rows=rows), make_step(2, [0, 1]))
+    assert [output.row_status.tolist() for output in outputs] == [[RowStatus.MASK_EMPTY, RowStatus.OK]] * 2
+    assert text_of(outputs) == "ab"
+
+
+def test_outputs_that_the_grammar_does_not_allow_end_their_row_only(running: Running) -> None:
+    rows = (new_row(0, ABC, b"abX"), new_row(1, ABC, b"ab"))
+    (output,) = running.run(make_step(1, [0, 1], new_rows=rows))
+    assert output.row_status.tolist() == [RowStatus.MASK_EMPTY, RowStatus.OK]
+    assert output.token_ids.tolist() == [ord("c")]
+
+
+@pytest.mark.parametrize("where", ["begin", "forward", "sample", "collect"])
+def test_a_failed_step_leaves_nobody_waiting(running: Running, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    running.run(make_step(1, [0], new_rows=(new_row(0, ABC),)))
+
+    def fail(*args: Any) -> Any:
+        raise BackendError("scripted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MockBackend, where, fail)
+        running.engine.submit(1, make_step(2, [0]))
+        running.engine.submit(1, make_step(3, [0]))
+        assert "scripted" in str(running.heard.get(timeout=20))
+        running.engine.reset().result(20)
+    while not running.heard.empty():
+        running.heard.get()
+    outputs = running.run(make_step(1, [0], new_rows=(new_row(0, ABC),)), make_step(2, [0]))
+    assert text_of(outputs) == "ab"
+
+
+def test_a_dead_grammar_thread_ends_the_process(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.grammar.runner.RowMatcher", _no_matcher())
+    running.engine.submit(1, make_step(1, [0], new_rows=(new_row(0, ABC),)))
+    assert isinstance(running.heard.get(timeout=20), ZeroDivisionError)
+    # The launch thread would wait for ever; in the test it is let go.
+    assert running.engine._grammars is not None
+    monkeypatch.undo()
+    _release(running)
+
+
+def _no_matcher() -> Callable[..., Any]:
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError
+
+    return fail
+
+
+def _release(running: Running) -> None:
+    runner = running.engine._grammars
+    assert runner is not None
+    for row in list(runner._waiting):
+        runner._give_up(row, late=False)
