@@ -252,7 +252,7 @@ def test_each_refusal_names_its_field() -> None:
                         },
                     },
                     400,
-                    "response_format",
+                    "response_format.json_schema",
                 ),
                 ({"messages": HELLO, "adapter": "lora"}, 400, "adapter"),
                 ({"messages": HELLO, "resume_grace_ms": 5}, 400, "resume_grace_ms"),
@@ -500,7 +500,7 @@ def test_a_response_refuses_what_is_no_plain_text() -> None:
                 ({"input": 5}, "input"),
                 (
                     {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "no type"}}}},
-                    "text.format",
+                    "text.format.json_schema",
                 ),
                 ({"max_output_tokens": 0}, "max_output_tokens"),
                 ({"foo": 1}, "foo"),
