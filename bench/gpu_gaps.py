@@ -34,7 +34,7 @@ def gaps_of(engine: OfflineEngine, rows: int, steps: int, arrivals: bool, vocab_
     found: list[float] = []
     while len(found) < steps:
         # Staggered lengths spread the ends, and so the arrivals that follow them.
-        count = rows * steps // OUTPUTS if arrivals else rows
+        count = max(rows, rows * steps // OUTPUTS) if arrivals else rows
         lengths = [generator.randint(2, 2 * OUTPUTS) if arrivals else OUTPUTS for _ in range(count)]
         requests = [Request([generator.randrange(vocab_size) for _ in range(PROMPT)], length) for length in lengths]
         run = engine.run(requests)

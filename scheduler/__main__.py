@@ -59,7 +59,9 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
         watermark=settings.watermark,
         no_worker_timeout=settings.no_worker_timeout,
     )
-    hub_settings = HubSettings(settings.heartbeat_ms, settings.lease_ms, settings.run_ahead, core=core)
+    hub_settings = HubSettings(
+        settings.heartbeat_ms, settings.lease_ms, settings.run_ahead, settings.max_run_ahead, core=core
+    )
     hub = Hub(hub_settings, life.incarnation, first_epoch=secrets.randbits(62))
     hub.trace = life.trace
     service = SchedulerService(hub, settings.heartbeat_ms / 3e3)

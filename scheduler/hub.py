@@ -20,6 +20,7 @@ from scheduler.core import InvalidField, QueueFull, Scheduler, SchedulerError, S
 from scheduler.leaving import Leaving
 from scheduler.news import News
 from scheduler.peers import Peer, RouterPeer, WorkerPeer
+from scheduler.run_ahead import RunAhead
 from service.errors import OctavoError, Reason
 from service.trace import Trace
 
@@ -33,6 +34,7 @@ class HubSettings:
     heartbeat_ms: int = 75
     lease_ms: int = 250
     run_ahead: int = 2
+    max_run_ahead: int = 4
     redial_patience_s: float = 5.0
     core: Settings = field(default_factory=Settings)
 
@@ -56,6 +58,7 @@ class Hub:
         self.trace: Trace | None = None
         """Gets the spans of plans and results: the only clock here, and nothing is decided by it."""
         self._settings = settings
+        self._max_run_ahead = max(settings.run_ahead, settings.max_run_ahead)
         self._incarnation = incarnation
         self._epoch = first_epoch
         self._next_peer = 1
@@ -117,12 +120,13 @@ class Hub:
         if self.draining:
             raise OctavoError(Reason.DRAINING, "this scheduler is leaving")
         try:
-            spec = decode_hello(hello, self._settings.run_ahead)
+            spec = decode_hello(hello, self._max_run_ahead)
         except InvalidField as error:
             raise OctavoError(Reason.INVALID_ARGUMENT, f"Hello: {error}") from None
         self._catalogue.check(hello)
         self._replace_earlier_stream(hello.incarnation, now)
-        worker = WorkerPeer(*self._identify(), heard_at=now, spoke_at=now, name=hello.name, hello=hello)
+        ahead = RunAhead(self._settings.run_ahead, self._max_run_ahead)
+        worker = WorkerPeer(*self._identify(), heard_at=now, spoke_at=now, name=hello.name, hello=hello, ahead=ahead)
         try:
             self.core.add_worker(worker.peer_id, spec, hello.incarnation)
         except InvalidField as error:
@@ -132,7 +136,7 @@ class Hub:
         welcome = scheduler_pb2.WorkerWelcome(
             incarnation=self._incarnation,
             protocol=PROTOCOL,
-            run_ahead=self._settings.run_ahead,
+            run_ahead=self._max_run_ahead,
             heartbeat_ms=self._settings.heartbeat_ms,
             lease_ms=self._settings.lease_ms,
         )
@@ -200,7 +204,10 @@ class Hub:
         for worker_id in self.core.workers_to_plan():
             worker = self.workers[worker_id]
             began = trace.now() if trace is not None else 0
-            while (plan := self.core.plan(worker_id, now)) is not None:
+            while worker.pace.in_flight < worker.ahead.depth:
+                plan = self.core.plan(worker_id, now)
+                if plan is None:
+                    break
                 if trace is not None:
                     began = trace.add("plan", plan.step_id, began)
                 worker.last_plan = summarise_plan(plan)
@@ -310,7 +317,8 @@ class Hub:
             self.core.drain_worker(worker.peer_id)
             worker.cut_off(OctavoError(Reason.LOST, f"step {result.step_id} failed; enlist again"))
         worker.last_step = result.step_id
-        worker.pace.returned(result.step_id, now)
+        elapsed, apart = worker.pace.returned(result.step_id, now)
+        worker.ahead.returned(elapsed, result.device_ns / 1e9, apart)
         for columns in events:
             self._news.tell_tokens(columns, logprobs)
         if self.trace is not None:

@@ -9,6 +9,7 @@ from octavo.v1 import scheduler_pb2
 
 from scheduler.assets import Incoming
 from scheduler.outbox import Outbox, Overflow, RouterOutbox, Tokens
+from scheduler.run_ahead import RunAhead
 from service.errors import OctavoError, Reason
 
 _MAX_ROUTER_MESSAGES = 65_536
@@ -87,18 +88,26 @@ class Pace:
         self._step_s = 0.0
         self._token_s = float("inf")
         self._steps = 0
+        self._returned_at = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        """Plans that were sent and have not come back."""
+        return len(self._planned)
 
     def planned(self, step_id: int, num_tokens: int, now: float) -> None:
         """A plan was sent."""
         self._planned[step_id] = (now, max(1, num_tokens))
 
-    def returned(self, step_id: int, now: float) -> None:
-        """Its result came."""
+    def returned(self, step_id: int, now: float) -> tuple[float, float]:
+        """Its result came. Seconds since its plan was sent, and since the result before it."""
         then, num_tokens = self._planned.pop(step_id)
         elapsed = now - then
         self._step_s = max(elapsed if num_tokens < 32 else 0.0, 0.95 * self._step_s)
         self._token_s = min(elapsed / num_tokens, 1.05 * self._token_s)
         self._steps += 1
+        apart, self._returned_at = now - self._returned_at, now
+        return elapsed, apart
 
     def overdue(self, now: float) -> float:
         """Seconds that the oldest plan has waited beyond reason; 0 if all is well."""
@@ -125,6 +134,7 @@ class WorkerPeer(Peer):
     last_plan: scheduler_pb2.PlanSummary = field(default_factory=scheduler_pb2.PlanSummary)
     last_step: int = 0
     pace: Pace = field(default_factory=lambda: Pace())
+    ahead: RunAhead = field(default_factory=lambda: RunAhead(1, 1))
 
     def put(self, message: scheduler_pb2.EnlistResponse) -> None:
         """Send, or cut a stream that does not read."""

@@ -34,7 +34,11 @@ class _World:
     def __init__(self, random: Random) -> None:
         self.random = random
         self.now = 1000.0
-        self.hub = Hub(HubSettings(run_ahead=random.randint(1, 3)), incarnation=9, first_epoch=random.getrandbits(60))
+        self.hub = Hub(
+            HubSettings(run_ahead=random.randint(1, 3), max_run_ahead=random.randint(1, 4)),
+            incarnation=9,
+            first_epoch=random.getrandbits(60),
+        )
         self.hub.tick(self.now)
         self.worker = GoodWorker(self.hub, self.now)
         self.worker.pump(self.now)

@@ -38,7 +38,9 @@ class _World:
         self.random = random
         self.now = 1000.0
         self.backend, self.info = backend, info
-        self.hub = Hub(HubSettings(run_ahead=random.randint(1, 3)), 9, random.getrandbits(60))
+        self.hub = Hub(
+            HubSettings(run_ahead=random.randint(1, 3), max_run_ahead=random.randint(1, 4)), 9, random.getrandbits(60)
+        )
         self.hub.tick(self.now)
         self.router = self.hub.attach(scheduler_pb2.RouterHello(incarnation=1, protocol=1), self.now)
         self.handles = 0

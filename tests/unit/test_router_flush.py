@@ -17,7 +17,7 @@ def test_light_load_leaves_at_once() -> None:
 
 
 def test_heavy_load_waits_for_the_window_and_is_merged() -> None:
-    policy: FlushPolicy[int] = FlushPolicy(interval=0.008, burst=4)
+    policy: FlushPolicy[int] = FlushPolicy(interval=0.008, burst=4, per_message=0.002)
     assert [policy.mark(key, 0.0) for key in range(6)] == [True] * 4 + [False] * 2
     assert policy.due_at == 0.008
     for key in (5, 4, 5, 1):
@@ -26,10 +26,34 @@ def test_heavy_load_waits_for_the_window_and_is_merged() -> None:
     assert policy.due_at is None
 
 
+def test_a_few_streams_of_a_fast_model_wait_for_a_moment_only_and_many_are_merged() -> None:
+    """Steps of 1 ms, a token for every stream in each: at 20 streams no token waits for long, at 200 eight go into a message."""
+    for streams, longest, merged in ((8, 0.0, 1.0), (20, 0.0021, 2.1), (200, 0.008, 7.5)):
+        policy: FlushPolicy[int] = FlushPolicy(interval=0.008, burst=16, per_message=1e-4)
+        since: dict[int, float] = {}
+        messages, worst = 0, 0.0
+        for step in range(2_000):
+            now = step * 0.001
+            for key in range(streams):
+                if policy.mark(key, now):
+                    messages += 1
+                else:
+                    since.setdefault(key, now)
+            due_at = policy.due_at
+            if due_at is not None and due_at < now + 0.001:
+                for key in policy.take(due_at):
+                    worst = max(worst, due_at - since.pop(key))
+                    messages += 1
+        assert worst <= longest + 1e-9
+        assert streams * 2_000 / messages >= merged * 0.9
+        if streams < 100:
+            assert streams * 2_000 / messages <= 2.5
+
+
 def test_no_one_waits_longer_than_the_interval() -> None:
     """Any arrivals: each mark leaves at once or at a window's end that is at most one interval away."""
     generator = random.Random(1)
-    policy: FlushPolicy[int] = FlushPolicy(interval=0.008, burst=2)
+    policy: FlushPolicy[int] = FlushPolicy(interval=0.008, burst=2, per_message=1.0)
     now, since, messages = 0.0, {}, 0
     for _ in range(5_000):
         now += generator.expovariate(3_000)
