@@ -137,7 +137,8 @@ class GrammarChecker:
         return str(answer["problem"])
 
     async def _start_helper(self) -> asyncio.subprocess.Process:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        # Nothing of ours that it does not need: it runs what others wrote.
+        environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._helper = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,6 +173,30 @@ def test_a_model_without_an_end_token_takes_no_grammar() -> None:
             assert error is not None and error.reason is Reason.UNSUPPORTED and "end-of-sequence" in error.message
 
     asyncio.run(main())
+
+
+def test_the_helper_ends_with_its_router_and_knows_none_of_its_secrets() -> None:
+    program = (
+        "import asyncio, os\n"
+        "from tests.unit.test_router_grammar import ASSETS, MODEL, regex\n"
+        "from router.grammar import GrammarChecker\n"
+        "async def main():\n"
+        "    grammars = GrammarChecker()\n"
+        "    await grammars.check(regex('a'), MODEL, ASSETS)\n"
+        "    print(grammars._helper.pid, flush=True)\n"
+        "    with open(f'/proc/{grammars._helper.pid}/environ', 'rb') as file:\n"
+        "        print(b'SECRET' in file.read(), flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "asyncio.run(main())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SECRET": "x"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    pid, knows = done.stdout.split()
+    assert knows == "False"
+    until = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < until, "the helper outlives its router"
+        time.sleep(0.02)
 
 
 def in_child(work: Any) -> int:
