@@ -27,7 +27,7 @@ log = logging.getLogger("octavo.router.grammar")
 _KEPT = 1_024
 _MAX_WAITING = 64
 _ANSWER_BYTES = 1 << 16
-_TOO_MUCH = "compiling it takes too much time or memory"
+_TOO_MUCH = "it can't be compiled: it takes too much time or memory, or is nested too deeply"
 
 
 class HelperGone(Exception):

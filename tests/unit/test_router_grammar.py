@@ -80,6 +80,20 @@ def test_good_ones_pass_and_bad_ones_are_named() -> None:
     asyncio.run(main())
 
 
+def test_what_would_overflow_a_stack_is_refused_and_the_next_one_is_answered() -> None:
+    """Here it overflows that of the helper, which is smaller than any of a worker's."""
+    rules = "\n".join(f'r{i}: "a" r{i + 1}' for i in range(5_000))
+
+    async def main() -> None:
+        async with checker() as grammars:
+            deep = common_pb2.Grammar(lark=f'start: r0\n{rules}\nr5000: "b"')
+            error = await reason_of(grammars.check(deep, MODEL, ASSETS))
+            assert error is not None and error.reason is Reason.GRAMMAR_INVALID and "nested too deeply" in error.message
+            assert await reason_of(grammars.check(regex("a"), MODEL, ASSETS)) is None
+
+    asyncio.run(main())
+
+
 def test_answers_are_kept_and_shared() -> None:
     lines = "for head in jobs():\n    answer('' if head[:1] == b'T' else f'{time.monotonic_ns()}')\n"
 
