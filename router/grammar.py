@@ -27,7 +27,7 @@ log = logging.getLogger("octavo.router.grammar")
 _KEPT = 1_024
 _MAX_WAITING = 64
 _ANSWER_BYTES = 1 << 16
-_TOO_MUCH = "compiling it takes too much time or memory"
+_TOO_MUCH = "it can't be compiled: it takes too much time or memory, or is nested too deeply"
 
 
 class HelperGone(Exception):
@@ -137,7 +137,8 @@ class GrammarChecker:
         return str(answer["problem"])
 
     async def _start_helper(self) -> asyncio.subprocess.Process:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        # Nothing of ours that it does not need: it runs what others wrote.
+        environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._helper = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 from collections import OrderedDict
 from typing import BinaryIO
 
@@ -24,6 +25,7 @@ from service.guidance import compile_grammar, load_tokenizer
 
 CPU_SECONDS = 2  # for a job; a tokenizer has more
 _TOKENIZER_CPU_SECONDS = 30
+_STACK_BYTES = 1 << 20  # half of what llguidance's own threads have in a worker, an eighth of Python's there
 _MEMORY_BYTES = 1 << 30  # beyond what is mapped at the start
 _MAX_FRAME_BYTES = 256 << 20
 _TOKENIZERS = 4
@@ -47,8 +49,17 @@ def frame(data: bytes) -> bytes:
 
 
 def main() -> int:
-    """Serve until standard input ends."""
+    """Serve until standard input ends. On a small stack: what is nested so deeply that it would overflow a worker's is found here."""
     _bound()
+    ended: list[int] = []
+    threading.stack_size(_STACK_BYTES)
+    thread = threading.Thread(target=lambda: ended.append(_serve()))
+    thread.start()
+    thread.join()
+    return ended[0] if ended else 1
+
+
+def _serve() -> int:
     tokenizers: OrderedDict[bytes, LLTokenizer] = OrderedDict()
     while (head := read_frame(sys.stdin.buffer)) is not None:
         kind, name = head[:1], head[1:]

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import TypeVar
 
 import numpy as np
-from octavo.v1 import inference_pb2
+from octavo.v1 import common_pb2, inference_pb2
 
 from router.assets import AssetStore, ModelAssets
 from router.grammar import GrammarChecker
@@ -109,7 +109,7 @@ class Preparation:
             ticket = Ticket(_new_id(), tenant, round(wall * 1e3), seed, model.digest, hashlib.sha256(column).digest())
         elif ticket.prompt_hash != hashlib.sha256(column).digest():
             raise invalid("the ticket belongs to a request with another prompt")
-        grammar = message.grammar if message.HasField("grammar") else None
+        grammar = _own_copy(message.grammar) if message.HasField("grammar") else None
         spec_of = await self._resolve(message.sampling, assets, limits, len(prompt), under_grammar=grammar is not None)
         if grammar is not None:
             await self._grammars.check(grammar, model, assets)
@@ -257,6 +257,13 @@ def _too_long(count: int, limits: ModelLimits) -> OctavoError:
         Reason.PROMPT_TOO_LONG,
         f"{count} prompt tokens exceed the model's context of {limits.max_model_len} tokens",
     )
+
+
+def _own_copy(grammar: common_pb2.Grammar) -> common_pb2.Grammar:
+    """A part of a message keeps all of it in memory, the prompt's text too."""
+    copy = common_pb2.Grammar()
+    copy.CopyFrom(grammar)
+    return copy
 
 
 def _new_id() -> str:

@@ -76,12 +76,15 @@ def _to_llguidance(grammar: Grammar) -> str:
 def _refuse_what_is_compiled_wrongly(schema: dict[str, object]) -> None:
     """llguidance 1.9.1 lets a number be its excluded bound where that is whole and the other bound is less than 1 away: the digits
     before the point alone are then taken for a number inside. Integers are right. Bounds in two parts of an allOf are not seen here.
+    Near the smallest number of 64 bits it recurses until the stack is used up.
     """
     parts: list[object] = [schema]
     while parts:
         part = parts.pop()
         if isinstance(part, list):
             parts += part
+        if isinstance(part, int | float) and -1e19 < part < -(2**62):
+            raise GrammarError(f"the number {part:g} is not supported")
         if not isinstance(part, dict):
             continue
         parts += part.values()

@@ -34,7 +34,7 @@ def hello_of(info: BackendInfo, model: str, digest: bytes, incarnation: int) -> 
         incarnation=incarnation, protocol=1, model=model, model_digest=digest, tokenizer_digest=digest,
         numerics_digest=digest, hash_version=1, vocab_size=info.vocab_size, max_model_len=info.max_model_len,
         max_rows=info.max_rows, max_num_batched_tokens=info.max_num_batched_tokens, name=model, backend="mock",
-        kv_dtype="uint64", capabilities=["x"], address="127.0.0.1:1",
+        kv_dtype="uint64", capabilities=["x", "grammar"], address="127.0.0.1:1",
         kv_groups=[
             scheduler_pb2.KvGroup(
                 id=0, block_size=group.block_size, num_blocks=group.num_blocks, bytes_per_block=group.bytes_per_block

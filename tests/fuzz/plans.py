@@ -8,6 +8,7 @@ import numpy as np
 from octavo.v1 import step_pb2
 
 from service.columns import pack
+from tests.fuzz.submits import grammar
 from worker.backend import BackendInfo
 
 
@@ -32,6 +33,8 @@ def edge_plan(random: Random, info: BackendInfo, epoch: int, step_id: int) -> st
             seed=random.getrandbits(64),
             sampling={"top_p": 1, "repetition_penalty": 1, "temperature": random.choice((0, 1))},
         )  # fmt: skip
+        if random.random() < 0.1:
+            plan.new_rows[-1].grammar.CopyFrom(grammar(random))
         if random.random() < 0.9:
             rows.append(_near(random, row, info.max_rows))
             counts.append(max(0, known - computed + random.choice((0, 0, 0, 0, 1, -1))))

@@ -39,6 +39,19 @@ def sampling(random: Random, vocab: int) -> common_pb2.SamplingSpec:
     return spec
 
 
+def grammar(random: Random) -> common_pb2.Grammar:
+    """One of each kind, or none."""
+    return random.choice(
+        (
+            common_pb2.Grammar(json_schema='{"type": "integer"}'),
+            common_pb2.Grammar(regex="[a-c]{2,5}"),
+            common_pb2.Grammar(lark='start: "x" INT?\nINT: /[0-9]+/'),
+            common_pb2.Grammar(choice=common_pb2.Choices(values=["yes", "no"])),
+            common_pb2.Grammar(),
+        )
+    )
+
+
 def submit(random: Random, handle: int, model: str, digest: bytes, vocab: int) -> scheduler_pb2.Submit:
     """A request, new or resumed."""
     prompt = ids(random, vocab, 1, 24)
@@ -55,6 +68,8 @@ def submit(random: Random, handle: int, model: str, digest: bytes, vocab: int) -
     if random.random() < 0.25:
         message.output_token_ids = ids(random, vocab, 1, 6)
         message.sampling.max_tokens += 6
+    if random.random() < 0.2:
+        message.grammar.CopyFrom(grammar(random))
     if random.random() < 0.2:
         message.remaining_ms = random.randrange(3000)
     if random.random() < 0.1:

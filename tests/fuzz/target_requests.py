@@ -27,6 +27,7 @@ from service.keys import Authenticator
 from tests.fuzz import messages, values
 from tests.fuzz.harness import EPISODE, Target, Verdict
 from tests.fuzz.peers import MAX_MODEL_LEN, VOCAB
+from tests.fuzz.submits import grammar
 from tests.fuzz.target_router import assets, served
 from worker.plan_codec import decode_sampling
 
@@ -176,6 +177,8 @@ class _World:
             request.chat.CopyFrom(self._chat())
         else:
             request.token_ids.ids.extend(random.randrange(VOCAB) for _ in range(random.randint(1, 20)))
+        if self.random.random() < 0.2:
+            request.grammar.CopyFrom(grammar(self.random))
         params = request.sampling
         params.max_tokens, params.min_tokens = random.randint(2, 9), random.randint(0, 2)
         if random.random() < 0.5:

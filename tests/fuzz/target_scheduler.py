@@ -122,7 +122,9 @@ class _World:
             "mock", "", "", hello.vocab_size, hello.max_model_len, hello.max_rows, hello.max_num_batched_tokens,
             (KVGroup(0, group.block_size, group.num_blocks, 1, None),),
         )  # fmt: skip
-        self.evil_worker, self.books, self.ledger = worker, RowBooks(info), Ledger(info)
+        # Nobody gets a grammar who did not claim to take it.
+        books = RowBooks(info, grammars="grammar" in hello.capabilities)
+        self.evil_worker, self.books, self.ledger = worker, books, Ledger(info)
         self.plans.clear()
         self.valid.clear()
 

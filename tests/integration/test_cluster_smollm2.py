@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,26 @@ def test_a_schema_holds_beside_penalties_logprobs_and_siblings(client: Client) -
         assert output.finish_reason == common_pb2.FINISH_REASON_STOP
         jsonschema.validate(json.loads(output.text), schema)
         assert len(output.logprobs) == len(output.token_ids)
+
+
+def test_rows_under_grammars_leave_their_neighbours_as_they_are(client: Client) -> None:
+    plain: list[dict[str, Any]] = [
+        {"prompt": "The capital of France is", "temperature": 0.0, "max_tokens": 24},
+        {"prompt": "Once upon a time", "temperature": 0.8, "seed": 4, "max_tokens": 24},
+    ]
+    masked: list[dict[str, Any]] = [
+        {"prompt": "Numbers:", "regex": "[0-9]{1,3}(, [0-9]{1,3}){5}", "seed": 1, "max_tokens": 60},
+        {"prompt": "JSON:", "json_schema": "{}", "seed": 2, "max_tokens": 20},
+        {"prompt": "Yes or no?", "choice": ["yes", "no"], "seed": 3, "max_tokens": 9},
+    ]
+
+    def run(options: dict[str, Any]) -> list[int]:
+        return list(client.complete(**options).outputs[0].token_ids)
+
+    alone = [run(options) for options in (*plain, *masked)]
+    with ThreadPoolExecutor(5) as pool:
+        together = list(pool.map(run, (*plain, *masked)))
+    assert together == alone
 
 
 def test_a_chat_gives_the_goldens_tokens_and_text(client: Client) -> None:

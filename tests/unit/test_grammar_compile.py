@@ -93,6 +93,8 @@ def test_white_space_in_json_is_bounded(tokenizer: LLTokenizer) -> None:
         (Grammar("json_schema", '{"oneOf": [{"type": "integer"}, {"minimum": 3, "type": "integer"}]}'), "oneOf"),
         (Grammar("json_schema", '{"type": "number", "exclusiveMinimum": 2, "maximum": 2.5}'), "excludes 2"),
         (Grammar("json_schema", '{"anyOf": [{"items": {"minimum": -0.5, "exclusiveMaximum": 0}}]}'), "excludes 0"),
+        (Grammar("json_schema", '{"enum": [[-9223372036854775808]]}'), "the number"),
+        (Grammar("json_schema", '{"type": "integer", "minimum": -9.2233720368547758e18, "maximum": 0}'), "the number"),
         (Grammar("json_schema", '{"$ref": "https://example.com/s"}'), "example.com"),
     ],
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +76,20 @@ def test_good_ones_pass_and_bad_ones_are_named() -> None:
                 assert error is not None and error.reason is Reason.GRAMMAR_INVALID
                 assert error.violations[0].field == f"grammar.{kind}"
                 assert len(error.violations[0].description) < 600
+
+    asyncio.run(main())
+
+
+def test_what_would_overflow_a_stack_is_refused_and_the_next_one_is_answered() -> None:
+    """Here it overflows that of the helper, which is smaller than any of a worker's."""
+    rules = "\n".join(f'r{i}: "a" r{i + 1}' for i in range(5_000))
+
+    async def main() -> None:
+        async with checker() as grammars:
+            deep = common_pb2.Grammar(lark=f'start: r0\n{rules}\nr5000: "b"')
+            error = await reason_of(grammars.check(deep, MODEL, ASSETS))
+            assert error is not None and error.reason is Reason.GRAMMAR_INVALID and "nested too deeply" in error.message
+            assert await reason_of(grammars.check(regex("a"), MODEL, ASSETS)) is None
 
     asyncio.run(main())
 
@@ -171,6 +187,30 @@ def test_a_model_without_an_end_token_takes_no_grammar() -> None:
             assert error is not None and error.reason is Reason.UNSUPPORTED and "end-of-sequence" in error.message
 
     asyncio.run(main())
+
+
+def test_the_helper_ends_with_its_router_and_knows_none_of_its_secrets() -> None:
+    program = (
+        "import asyncio, os\n"
+        "from tests.unit.test_router_grammar import ASSETS, MODEL, regex\n"
+        "from router.grammar import GrammarChecker\n"
+        "async def main():\n"
+        "    grammars = GrammarChecker()\n"
+        "    await grammars.check(regex('a'), MODEL, ASSETS)\n"
+        "    print(grammars._helper.pid, flush=True)\n"
+        "    with open(f'/proc/{grammars._helper.pid}/environ', 'rb') as file:\n"
+        "        print(b'SECRET' in file.read(), flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "asyncio.run(main())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SECRET": "x"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    pid, knows = done.stdout.split()
+    assert knows == "False"
+    until = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < until, "the helper outlives its router"
+        time.sleep(0.02)
 
 
 def in_child(work: Any) -> int:
