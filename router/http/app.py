@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from router.http.ask import Ask, Options, check_text
 from router.http.body import Gone, Receive, Scope, Send, header, read_body, read_object
@@ -52,7 +53,7 @@ class Gateway:
         self._authenticator = authenticator
         self._registry = registry
 
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         """The ASGI application."""
         routes = [
             self._route("/v1/chat/completions", ("GET", "POST"), self._chat),
@@ -68,7 +69,13 @@ class Gateway:
             self._route("/ready", ("GET",), self._readiness, role=None),
         ]
         handlers: dict[Any, Any] = {HTTPException: self._no_route, Exception: _defect}
-        return Starlette(routes=routes, exception_handlers=handlers)
+        inner = Starlette(routes=routes, exception_handlers=handlers)
+
+        async def application(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["octavo.send"] = send  # not wrapped, for what is sent token by token
+            await inner(scope, receive, send)
+
+        return application
 
     def _route(self, path: str, methods: tuple[str, ...], answer: Answer, role: Role | None = Role.CLIENT) -> Route:
         """`role`: what a caller has to be at least; None lets everybody in."""

@@ -34,6 +34,7 @@ class EventStream:
 
     def __init__(self, scope: Scope, send: Send, calls: Sequence[Call]) -> None:
         self._send = send
+        self._send_body: Send = scope.get("octavo.send", send)
         self._abort: Callable[[], None] = scope.get("extensions", {}).get("octavo.abort", lambda: None)
         self.calls = calls
         self._wrote_at = time.monotonic()
@@ -48,7 +49,7 @@ class EventStream:
         """Waits while the client reads slower than this, with what fits into the connection's buffer."""
         self._blocked += 1
         try:
-            await self._send({"type": "http.response.body", "body": events, "more_body": not last})
+            await self._send_body({"type": "http.response.body", "body": events, "more_body": not last})
         finally:
             self._blocked -= 1
         self.silent = False
