@@ -57,6 +57,8 @@ class Ask:
     first_tokens: Sequence[str] = field(
         default=()
     )  # of each prompt that is echoed with log-probabilities: its first token's text
+    echo: bool = False
+    keep_last: int | None = None  # tokens of each prompt; -1: as many as there is room for
     prompt_only: bool = False  # no output is wanted, and one token made because nothing less can be
 
     @property

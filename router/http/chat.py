@@ -11,7 +11,16 @@ from router.http.ask import Ask, Options, check_grace, take_streaming
 from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields
 from router.http.grammar import take_grammar
-from router.http.jsontext import FINISH_REASONS, chat_logprobs, dumps, prompt_logprobs, quoted, stop_reason, usage
+from router.http.jsontext import (
+    FINISH_REASONS,
+    chat_logprobs,
+    dumps,
+    dumps_long,
+    prompt_logprobs,
+    quoted,
+    stop_reason,
+    usage,
+)
 from router.http.messages import take_chat
 from router.http.sampling import take_request, take_sampling
 from router.validate import MAX_LOGPROBS
@@ -106,7 +115,7 @@ class ChatView:
         }
         if outputs[0].prompt_logprobs:
             whole["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs)
-        return dumps(whole).encode()
+        return dumps_long(whole).encode()
 
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream: the role of each choice."""

@@ -9,9 +9,18 @@ from octavo.v1 import inference_pb2
 
 from router.http.ask import Ask, Options, check_grace, take_streaming
 from router.http.errors import Names, Problem, invalid
-from router.http.fields import Fields, integer
+from router.http.fields import Fields, token_ids
 from router.http.grammar import take_grammar
-from router.http.jsontext import FINISH_REASONS, completion_logprobs, dumps, prompt_logprobs, quoted, stop_reason, usage
+from router.http.jsontext import (
+    FINISH_REASONS,
+    completion_logprobs,
+    dumps,
+    dumps_long,
+    prompt_logprobs,
+    quoted,
+    stop_reason,
+    usage,
+)
 from router.http.sampling import take_request, take_sampling
 from router.inference import Inference
 
@@ -21,8 +30,8 @@ MAX_PROMPTS = 128
 MAX_CHOICES = 1_024
 
 
-async def read_completions(body: dict[str, Any], options: Options, inference: Inference) -> Ask:
-    """The request. `inference` tokenizes and detokenizes where the prompt itself is asked for. Raises HttpError and OctavoError."""
+def read_completions(body: dict[str, Any], options: Options) -> Ask:
+    """The request; `settle` has to follow. Raises HttpError for what is wrong with it."""
     fields = Fields(body)
     common = inference_pb2.GenerateRequest()
     stream, include_usage = take_streaming(fields)
@@ -71,18 +80,26 @@ async def read_completions(body: dict[str, Any], options: Options, inference: In
         include_usage=include_usage,
         timeout=options.timeout,
         prompt_only=prompt_only,
+        keep_last=keep_last,
+        echo=echo,
     )
     if len(ask.requests) * ask.n > MAX_CHOICES:
         raise invalid("n", f"{len(ask.requests)} prompts of {ask.n} outputs are more than {MAX_CHOICES} choices")
     if len(ask.requests) > 1 and common.resume_grace_ms:
         raise invalid("resume_grace_ms", "is for one prompt only")
-    if keep_last is not None:
-        await _truncate(ask, keep_last, inference)
-    if echo:
-        ask.echoes = [await _text_of(request, inference) for request in ask.requests]
-        if params.HasField("logprobs"):
-            ask.first_tokens = [await _use_token_ids(request, inference) for request in ask.requests]
+    if keep_last == 0:
+        raise invalid("truncate_prompt_tokens", "must be -1 or at least 1")
     return ask
+
+
+async def settle(ask: Ask, inference: Inference) -> None:
+    """What needs the model's tokenizer, where the prompts themselves are to be cut or shown. Raises OctavoError."""
+    if ask.keep_last is not None:
+        await _truncate(ask, ask.keep_last, inference)
+    if ask.echo:
+        ask.echoes = [await _text_of(request, inference) for request in ask.requests]
+        if ask.requests[0].sampling.HasField("logprobs"):
+            ask.first_tokens = [await _use_token_ids(request, inference) for request in ask.requests]
 
 
 def _take_max_tokens(fields: Fields, params: inference_pb2.SamplingParams) -> None:
@@ -99,7 +116,7 @@ def _take_prompts(fields: Fields) -> list[str | list[int]]:
     if not isinstance(given, list) or not given:
         raise invalid(path, "must be a string, a list of token ids, or a list of either")
     if not isinstance(given[0], str | list):
-        return [[integer(token_id, f"{path}[{at}]") for at, token_id in enumerate(given)]]
+        return [token_ids(given, path)]
     if len(given) > MAX_PROMPTS:
         raise invalid(path, f"must have at most {MAX_PROMPTS} prompts, has {len(given)}")
     prompts: list[str | list[int]] = []
@@ -107,7 +124,7 @@ def _take_prompts(fields: Fields) -> list[str | list[int]]:
         if isinstance(one, str):
             prompts.append(one)
         elif isinstance(one, list):
-            prompts.append([integer(token_id, f"{path}[{index}][{at}]") for at, token_id in enumerate(one)])
+            prompts.append(token_ids(one, f"{path}[{index}]"))
         else:
             raise invalid(f"{path}[{index}]", "must be a string or a list of token ids")
     return prompts
@@ -130,8 +147,6 @@ def _request(
 
 async def _truncate(ask: Ask, keep_last: int, inference: Inference) -> None:
     """Keep the last tokens of each prompt; -1: as many as the context takes beside the output."""
-    if keep_last == 0:
-        raise invalid("truncate_prompt_tokens", "must be -1 or at least 1")
     for request in ask.requests:
         model, _ = await inference.texts.model(request.model)
         room = model.max_model_len - request.sampling.max_tokens
@@ -200,7 +215,7 @@ class CompletionView:
                 (answer.outputs[0].usage for answer in answers),
             ),
         }
-        return dumps(whole).encode()
+        return dumps_long(whole).encode()
 
     def _choice(self, prompt: int, first: inference_pb2.Output, output: inference_pb2.Output) -> dict[str, Any]:
         text, entries = self._echoes[prompt] + output.text, list(output.logprobs)

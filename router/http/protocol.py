@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from router.http.errors import Problem
 
 _LINGER_SECONDS = 1.0
+_OFFER = (b"connection", b"upgrade", b"http2-settings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,13 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self._in_headers:
             self._header_bytes += len(data)
         if self._header_bytes > self._limits.header_bytes:
@@ -96,12 +104,29 @@ class HttpProtocol(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._limits.header_bytes:
             self._refusal = _headers_too_large(self._limits)
             raise ValueError  # the parser passes it on as a bad request
+        if self.parser.should_upgrade():
+            return
         self._arm(self._limits.body_seconds, self._too_slow)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._disarm()
         super().on_message_complete()
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        """A client may offer another protocol, as Java's does, and we decline. The parser has taken the offer and left the body
+        unread, so another one gets the request without it.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(Problem(405, "this is no proxy"))
+            return
+        lines = [method + b" " + self.url + b" HTTP/1.1"]
+        lines += [name + b": " + value for name, value in self.headers if name not in _OFFER]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     # ---- refusals
 

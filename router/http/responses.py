@@ -11,7 +11,7 @@ from router.http.ask import Ask, Options, check_grace
 from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields
 from router.http.grammar import take_grammar
-from router.http.jsontext import dumps
+from router.http.jsontext import dumps, dumps_long
 from router.http.messages import take_message, take_template
 from router.http.sampling import take_request, take_sampling
 from router.validate import MAX_MESSAGES
@@ -107,7 +107,7 @@ class ResponseView:
         (answer,) = answers
         (output,) = answer.outputs
         self._begin(answer.request_id, answer.model)
-        return dumps(self._whole(output.text, output.finish_reason, output.usage)).encode()
+        return dumps_long(self._whole(output.text, output.finish_reason, output.usage)).encode()
 
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream."""

@@ -16,7 +16,7 @@ from unittest import mock
 from router.http.ask import Ask, Options, check_text
 from router.http.body import parse
 from router.http.chat import ChatView, read_chat
-from router.http.completions import CompletionView, read_completions
+from router.http.completions import CompletionView, read_completions, settle
 from router.http.errors import HttpError, Problem, problem_of
 from router.http.models import detokenize, tokenize
 from router.http.responses import ResponseView, read_responses
@@ -41,19 +41,20 @@ class _World(World):
     async def attack(self) -> Verdict:
         kind = self.random.randrange(10)
         document, path = self._document(kind)
-        data = mutated_json(self.random, document, _WORDS) if self.random.random() < 0.85 else self._invented()
+        mutated = self.random.random() < 0.85
+        data = mutated_json(self.random, document, _WORDS) if mutated else self._invented()
         try:
             await self._take(path, parse(data))
         except HttpError as error:
             self._check(error.problem)
-            return Verdict(True, False)
+            return Verdict(mutated, False)
         except OctavoError as error:
             self._check(problem_of(error))
-            return Verdict(True, False)
+            return Verdict(mutated, False)
         except UnicodeEncodeError as error:
             self._check(check_text(error).problem)
-            return Verdict(True, False)
-        return Verdict(True, True)
+            return Verdict(mutated, False)
+        return Verdict(mutated, True)
 
     async def _take(self, path: str, body: dict[str, Any]) -> None:
         inference: Inference = self.inference
@@ -69,7 +70,8 @@ class _World(World):
             ask = read_chat(body, Options())
             view = ChatView(ask)
         elif path == "completions":
-            ask = await read_completions(body, Options(), inference)
+            ask = read_completions(body, Options())
+            await settle(ask, inference)
             view = CompletionView(ask)
         else:
             ask = read_responses(body, Options())

@@ -389,6 +389,48 @@ def test_a_request_that_does_not_come_is_hung_up_on() -> None:
     asyncio.run(main())
 
 
+def test_an_offer_of_another_protocol_is_declined_and_the_body_is_read() -> None:
+    """As Java's client does: HTTP/2 on every first request, with a body."""
+
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            connection = await at.connect()
+            offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAMAAABk"}
+            for _ in range(2):
+                await connection.send("POST", "/v1/completions", {"prompt": "hello", "max_tokens": 40}, **offer)
+                assert (await connection.reply()).json()["choices"][0]["text"] == TEXT
+            head = b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
+            body = b'{"prompt": "hello", "max_tokens": 40}'
+            for piece in (head, b"content-length: %d\r\n\r\n" % len(body), body[:5], body[5:]):
+                connection.writer.write(piece)
+                await connection.writer.drain()
+                await asyncio.sleep(0.01)
+            assert (await connection.reply()).json()["choices"][0]["text"] == TEXT
+            await connection.close()
+            assert (await at.ask("CONNECT", "x:443")).status == 405
+
+    asyncio.run(main())
+
+
+def test_bodies_that_are_read_at_once_have_a_bound() -> None:
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            at.gateway._bodies._max_bytes = 100_000
+            held = await at.connect()
+            held.writer.write(
+                b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 90000\r\n\r\n"
+            )
+            held.writer.write(b" " * 80_000)
+            await eventually(lambda: at.gateway._bodies._held >= 80_000)
+            reply = await at.ask("POST", CHAT, {"messages": HELLO, "user": "x" * 30_000})
+            assert reply.status == 429
+            await held.close()
+            await eventually(lambda: at.gateway._bodies._held == 0)
+            assert (await at.ask("POST", CHAT, {"messages": HELLO, "user": "x" * 30_000})).status == 200
+
+    asyncio.run(main())
+
+
 def test_one_connection_serves_many_requests() -> None:
     async def main() -> None:
         async with door(say_text) as (_, at):
