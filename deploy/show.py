@@ -45,7 +45,7 @@ def processes(states: Mapping[str, State], ready: Path) -> None:
                 "running" if told and state.state == "STARTING" else state.state.lower(),
                 str(state.pid or "-"),
                 f"{state.uptime} s",
-                told.address if told else "-",
+                "-" if told is None else f"{told.address}, http {told.http}" if told.http else told.address,
                 probe(told.address).lower() if told else "-",
                 f"http://{told.metrics}/metrics" if told else "-",
             )
