@@ -8,6 +8,8 @@ import json
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -287,6 +289,22 @@ def test_a_stream_goes_on_after_its_connection_broke(cluster: LocalCluster) -> N
         chunks = [json.loads(line[6:]) for line in rest.decode().splitlines() if line.startswith("data: {")]
         assert seen + content(chunks) == whole
     wait_until(lambda: all_free(cluster))
+
+
+def test_octavo_bench_measures_any_server_that_speaks_it(cluster: LocalCluster, tmp_path: Path) -> None:
+    url, result = f"http://{cluster.gateways[0]}/v1", tmp_path / "result.json"
+    shape = ["--requests", "6", "-c", "2", "--output-len", "9", "--json", str(result)]
+    done = subprocess.run(
+        [Path(sys.executable).parent / "octavo", "bench", "--openai", url, *shape],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(result.read_text())["results"]
+    assert (figures["finished"], figures["failed"], figures["output_tokens"]) == (6, 0, 54)
+    assert figures["ttft_ms"]["count"] == 6
 
 
 def test_keys_and_tls(tmp_path: Path) -> None:
