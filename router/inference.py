@@ -78,19 +78,22 @@ class Inference:
             yield call
 
     @asynccontextmanager
-    async def resuming(self, request_id: str, tenant: str) -> AsyncIterator[Call]:
-        """A parked request, for its client who came again and knows its id; `rewind` brings it to where that one stands.
+    async def resuming(
+        self, request_id: str, tenant: str, stands: Callable[[Call], Mapping[int, Mark]]
+    ) -> AsyncIterator[Call]:
+        """A parked request, brought to where its client `stands`, by output index, who came again and knows its id.
 
-        Raises INVALID_ARGUMENT where there is none, and Expired where there was one.
+        Raises INVALID_ARGUMENT where there is none, Expired where there was one, and QUEUE_FULL where it has to come later.
         """
         call = await self.parking.take(request_id, tenant)
+        try:
+            await rewind(call, stands(call), self._pool)
+        except BaseException:
+            if not self.parking.park(call):
+                self._end(call)
+            raise
         async with self._held(call):
-            self.hub.resume(call.stream, heartbeats=False)
             yield call
-
-    async def rewind(self, call: Call, marks: Mapping[int, Mark]) -> None:
-        """Bring a resumed call to where its client stands, by output index. Raises ReplayError."""
-        await rewind(call, marks, self._pool)
 
     @asynccontextmanager
     async def _held(self, call: Call) -> AsyncIterator[None]:
@@ -252,7 +255,7 @@ class Inference:
                 return False
             marks[state.index] = Mark(len(known), state.text_bytes, state.finished)
         try:
-            await self.rewind(call, marks)
+            await rewind(call, marks, self._pool)
         except ReplayError:
             return False
         if call.claim.key or message.idempotency_key:

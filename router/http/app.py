@@ -18,10 +18,11 @@ from starlette.types import ASGIApp
 from router.http.ask import Ask, Options, check_text
 from router.http.body import Bodies, Gone, Receive, Scope, Send, header, read_body
 from router.http.chat import ChatView, read_chat
-from router.http.completions import CompletionView, read_completions, settle
+from router.http.completions import CompletionView, read_completions
 from router.http.errors import HttpError, Names, Problem, problem_of
 from router.http.models import detokenize, model_list, one_model, tokenize
 from router.http.responses import ResponseView, read_responses
+from router.http.settle import settle
 from router.http.stream import Streams, headers_of
 from router.http.tasks import together, while_connected
 from router.http.view import View
@@ -102,7 +103,6 @@ class Gateway:
             return
         options = Options.read(scope)
         ask = await self._bodies.read(scope, receive, lambda body: read_completions(body, options))
-        await settle(ask, self.inference)
         await self._answer(ask, CompletionView(ask), caller, scope, receive, send)
 
     async def _responses(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
@@ -132,6 +132,7 @@ class Gateway:
 
     async def _answer(self, ask: Ask, view: View, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            await settle(ask, self.inference)
             if ask.stream:
                 job = self.streams.run(ask, view, self.inference, caller.tenant, scope, send)
                 await while_connected(scope, receive, job)

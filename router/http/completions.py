@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from octavo.v1 import inference_pb2
 
-from router.http.ask import Ask, Options, check_grace, take_streaming
+from router.http.ask import Ask, Options, check_grace, take_keep_last, take_streaming
 from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields, token_ids
 from router.http.grammar import take_grammar
@@ -22,7 +23,6 @@ from router.http.jsontext import (
     usage,
 )
 from router.http.sampling import take_request, take_sampling
-from router.inference import Inference
 
 DONE = b"data: [DONE]\n\n"
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -51,7 +51,7 @@ def read_completions(body: dict[str, Any], options: Options) -> Ask:
             "echo" if echo else "prompt_logprobs",
             "can't be combined with stream where no output or prompt log-probabilities are wanted",
         )
-    keep_last = fields.integer("truncate_prompt_tokens", -1)
+    keep_last = take_keep_last(fields)
     fields.only("best_of", params.n if params.HasField("n") else 1)
     fields.only("add_special_tokens", True)
     fields.only("suffix", "")
@@ -87,19 +87,7 @@ def read_completions(body: dict[str, Any], options: Options) -> Ask:
         raise invalid("n", f"{len(ask.requests)} prompts of {ask.n} outputs are more than {MAX_CHOICES} choices")
     if len(ask.requests) > 1 and common.resume_grace_ms:
         raise invalid("resume_grace_ms", "is for one prompt only")
-    if keep_last == 0:
-        raise invalid("truncate_prompt_tokens", "must be -1 or at least 1")
     return ask
-
-
-async def settle(ask: Ask, inference: Inference) -> None:
-    """What needs the model's tokenizer, where the prompts themselves are to be cut or shown. Raises OctavoError."""
-    if ask.keep_last is not None:
-        await _truncate(ask, ask.keep_last, inference)
-    if ask.echo:
-        ask.echoes = [await _text_of(request, inference) for request in ask.requests]
-        if ask.requests[0].sampling.HasField("logprobs"):
-            ask.first_tokens = [await _use_token_ids(request, inference) for request in ask.requests]
 
 
 def _take_max_tokens(fields: Fields, params: inference_pb2.SamplingParams) -> None:
@@ -145,56 +133,25 @@ def _request(
     return request
 
 
-async def _truncate(ask: Ask, keep_last: int, inference: Inference) -> None:
-    """Keep the last tokens of each prompt; -1: as many as the context takes beside the output."""
-    for request in ask.requests:
-        model, _ = await inference.texts.model(request.model)
-        room = model.max_model_len - request.sampling.max_tokens
-        most = max(1, room if keep_last < 0 else keep_last)
-        ids = await _ids_of(request, inference)
-        request.token_ids.ids[:] = ids[-most:]
-
-
-async def _use_token_ids(request: inference_pb2.GenerateRequest, inference: Inference) -> str:
-    """The prompt as ids from now on. Returns the first one's text, which no log-probability tells."""
-    ids = await _ids_of(request, inference)
-    request.token_ids.ids[:] = ids
-    _, assets = await inference.texts.model(request.model)
-    return assets.table.token_bytes(ids[0]).decode(errors="replace") if ids else ""
-
-
-async def _ids_of(request: inference_pb2.GenerateRequest, inference: Inference) -> list[int]:
-    if request.WhichOneof("input") == "token_ids":
-        return list(request.token_ids.ids)
-    answer = await inference.texts.tokenize(inference_pb2.TokenizeRequest(model=request.model, text=request.text))
-    return list(answer.token_ids)
-
-
-async def _text_of(request: inference_pb2.GenerateRequest, inference: Inference) -> str:
-    """The prompt as text: as it was given, or what its tokens stand for."""
-    if request.WhichOneof("input") == "text":
-        return request.text
-    asked = inference_pb2.DetokenizeRequest(model=request.model, token_ids=request.token_ids.ids)
-    if request.sampling.HasField("skip_special_tokens"):
-        asked.skip_special_tokens = request.sampling.skip_special_tokens
-    return (await inference.texts.detokenize(asked)).text
-
-
 class CompletionView:
     """How a completion is shown. Choice p·n + i is output i of prompt p."""
 
     def __init__(self, ask: Ask) -> None:
         params = ask.requests[0].sampling
         self._logprobs = params.HasField("logprobs")
-        self._prompt_logprobs = params.HasField("prompt_logprobs") and not ask.echoes
+        self._prompt_logprobs = params.HasField("prompt_logprobs") and not ask.echo
         self._n = ask.n
-        self._echoes = ask.echoes or [""] * len(ask.requests)
         self._asked = ask
         self._created = int(time.time())
         self._head = b""
         self._tail = b'],"usage":null}\n\n' if ask.include_usage else b"]}\n\n"
         self._usages: dict[tuple[int, int], inference_pb2.Usage] = {}
         self._offsets: dict[int, int] = {}  # characters shown of each choice
+
+    @property
+    def _echoes(self) -> Sequence[str]:
+        """What the output of each prompt begins with."""
+        return self._asked.echoes or [""] * len(self._asked.requests)
 
     def answer(self, answers: list[inference_pb2.CompleteResponse]) -> bytes:
         """The whole."""

@@ -16,10 +16,11 @@ from unittest import mock
 from router.http.ask import Ask, Options, check_text
 from router.http.body import parse
 from router.http.chat import ChatView, read_chat
-from router.http.completions import CompletionView, read_completions, settle
+from router.http.completions import CompletionView, read_completions
 from router.http.errors import HttpError, Problem, problem_of
 from router.http.models import detokenize, tokenize
 from router.http.responses import ResponseView, read_responses
+from router.http.settle import settle
 from router.http.view import View
 from router.inference import Inference
 from service.errors import OctavoError
@@ -71,11 +72,11 @@ class _World(World):
             view = ChatView(ask)
         elif path == "completions":
             ask = read_completions(body, Options())
-            await settle(ask, inference)
             view = CompletionView(ask)
         else:
             ask = read_responses(body, Options())
             view = ResponseView(body)
+        await settle(ask, inference)
         for request in ask.requests:
             request.SerializeToString()
         started = []

@@ -327,6 +327,11 @@ def test_a_prompt_is_cut_to_its_last_tokens() -> None:
                 body = {"prompt": "hello world " * 300, "truncate_prompt_tokens": keep}
                 assert (await at.ask("POST", "/v1/completions", body)).status == 200
                 assert scheduler.submits()[-1].num_prompt_tokens == length
+            turns = [{"role": "user", "content": "hello " * 600}]
+            assert (
+                await at.ask("POST", CHAT, {"messages": turns, "truncate_prompt_tokens": 7, "max_tokens": 9})
+            ).status == 200
+            assert scheduler.submits()[-1].num_prompt_tokens == 7
             wrong = await at.ask("POST", "/v1/completions", {"prompt": "x", "truncate_prompt_tokens": 0})
             assert wrong.error["param"] == "truncate_prompt_tokens"
 

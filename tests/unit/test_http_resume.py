@@ -191,6 +191,23 @@ def test_only_its_own_tenant_goes_on_and_strange_ids_are_told_apart() -> None:
     asyncio.run(main())
 
 
+def test_who_has_to_come_again_later_finds_it_there() -> None:
+    """The threads that would bring it back have too much to do: that is told, and the stream is kept."""
+
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            connection, events = await begin(at)
+            got = [event async for event in events]
+            await connection.close()
+            at.router.pool._max_waiting = 0
+            reply = await resume(at, id_of(got[2]))
+            assert reply.status == 429
+            at.router.pool._max_waiting = 1 << 20
+            assert text_of(got[:3] + events_of(await resume(at, id_of(got[2])))) == TEXT
+
+    asyncio.run(main())
+
+
 def test_when_nobody_comes_again_all_is_given_up() -> None:
     async def main() -> None:
         async with door(stay_silent) as (scheduler, at):
