@@ -11,6 +11,7 @@ from octavo.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 from router.hub import heartbeat
 from router.inference import Inference
+from router.parking import Call
 from router.prepare import Prepared
 from router.pulse import CALM, Terms
 from service.auth import caller_of
@@ -45,20 +46,30 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await _write(context, inference_pb2.GenerateResponse(heartbeat=heartbeat(terms)))
 
         tenant, deadline = self._tenant(context), self._deadline(context)
-        async with inference.running(request, tenant, deadline, bounded=True, patience=patience) as call:
-            started = await inference.started(call, beat)
-            if request.heartbeats:
-                started.heartbeat.CopyFrom(heartbeat())
-            await _write(context, inference_pb2.GenerateResponse(started=started))
-            running = call.request
-            while True:
-                for message in inference.hub.outgoing(call.stream):
-                    await _write(context, message)
-                if running.error is not None:
-                    raise running.error
-                if running.delivered:
-                    return
-                await call.stream.wait()
+        call: Call | None = None
+        try:
+            async with inference.running(request, tenant, deadline, bounded=True, patience=patience) as call:
+                started = await inference.started(call, beat)
+                if request.heartbeats:
+                    started.heartbeat.CopyFrom(heartbeat())
+                await _write(context, inference_pb2.GenerateResponse(started=started))
+                await self._stream(call, context)
+        except asyncio.CancelledError:
+            # gRPC tells a client nothing of a handler that was cancelled by others.
+            if call is not None and call.taken is not None:
+                raise OctavoError(Reason.DUPLICATE_REQUEST, "the stream goes on at another connection") from None
+            raise
+
+    async def _stream(self, call: Call, context: Any) -> None:
+        running, hub = call.request, self._inference.hub
+        while True:
+            for message in hub.outgoing(call.stream):
+                await _write(context, message)
+            if running.error is not None:
+                raise running.error
+            if running.delivered:
+                return
+            await call.stream.wait()
 
     @answers_errors
     async def Complete(self, request: inference_pb2.CompleteRequest, context: Any) -> inference_pb2.CompleteResponse:
