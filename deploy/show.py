@@ -61,7 +61,9 @@ def summary(cluster: Cluster, already: bool = False) -> None:
     lines = {
         "model": cluster.model,
         "router": f"{', '.join(cluster.router)}   (gRPC, with reflection and health)",
-        "http": ", ".join(f"http://{address}/v1" for address in cluster.http) + "   (OpenAI's API)",
+        "http": ", ".join(f"http://{address}/v1" for address in cluster.http) + "   (OpenAI's API)"
+        if cluster.http
+        else "none",
         "scheduler": ", ".join(cluster.scheduler) or "inside the compose network",
         "redis": cluster.redis or "none",
     }

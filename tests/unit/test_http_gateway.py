@@ -243,7 +243,7 @@ def test_each_refusal_names_its_field() -> None:
                 ({"messages": []}, 400, "messages"),
                 ({"messages": [{"role": "alien", "content": "x"}]}, 400, "messages[0].role"),
                 ({"messages": [{"role": "user", "content": "hello " * 600}]}, 400, "messages"),
-                ({"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "response_format"),
+                ({"messages": HELLO, "guided_regex": "("}, 400, "guided_regex"),
                 ({"messages": HELLO, "adapter": "lora"}, 400, "adapter"),
                 ({"messages": HELLO, "resume_grace_ms": 5}, 400, "resume_grace_ms"),
                 ({"messages": HELLO, "logit_bias": {"5": 101}}, 400, "logit_bias[5]"),
@@ -535,7 +535,7 @@ def test_a_response_refuses_what_is_no_plain_text() -> None:
                 ({"reasoning": {"effort": "low"}}, "reasoning"),
                 ({"input": [{"type": "function_call_output"}]}, "input[0].type"),
                 ({"input": 5}, "input"),
-                ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}}, "text.format"),
+                ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": 5}}}}, "text.format"),
                 ({"max_output_tokens": 0}, "max_output_tokens"),
                 ({"foo": 1}, "foo"),
             ):
