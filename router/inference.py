@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from octavo.v1 import inference_pb2, scheduler_pb2
 
 from router.assets import AssetStore
+from router.collect import collect
 from router.gate import Gate
 from router.hub import Hub
 from router.idempotency import Claim, IdempotencyKeys
@@ -146,23 +147,17 @@ class Inference:
             wrong.raise_if_any()
         async with self.running(message, tenant, deadline, bounded=False) as call:
             request = call.request
-            outputs = [inference_pb2.Output(index=s.output.index) for s in request.sequences]
-            texts: list[list[str]] = [[] for _ in outputs]
             while not request.done:
                 await call.stream.wait()
                 if request.error is not None:
                     raise request.error
-            for event in request.take():
-                _collect(event, outputs, texts)
-            for output, text in zip(outputs, texts, strict=True):
-                output.text = "".join(text)
             started = call.prepared.started
             return inference_pb2.CompleteResponse(
                 request_id=started.request_id,
                 model=started.model,
                 digest=started.digest,
                 seed=started.seed,
-                outputs=outputs,
+                outputs=collect(request),
             )
 
     async def _enter(
@@ -284,23 +279,3 @@ class Inference:
         self.keys.release(call.claim, ran=request.delivered and request.error is None)
         self._stats.ended(request, now)
         self._gate.leave(call.tenant, now)
-
-
-def _collect(
-    message: inference_pb2.GenerateResponse, outputs: list[inference_pb2.Output], texts: list[list[str]]
-) -> None:
-    if message.HasField("delta"):
-        delta = message.delta
-        texts[delta.index].append(delta.text)
-        output = outputs[delta.index]
-        output.token_ids.extend(delta.token_ids)
-        output.logprobs.extend(delta.logprobs)
-        output.prompt_logprobs.extend(delta.prompt_logprobs)
-        return
-    finished = message.finished
-    output = outputs[finished.index]
-    output.finish_reason = finished.finish_reason
-    if finished.HasField("stop_match"):
-        output.stop_match.CopyFrom(finished.stop_match)
-    output.usage.CopyFrom(finished.usage)
-    output.timing.CopyFrom(finished.timing)
