@@ -149,8 +149,8 @@ class Inference:
             request = call.request
             while not request.done:
                 await call.stream.wait()
-                if request.error is not None:
-                    raise request.error
+            if request.error is not None:  # also one that it had from the beginning
+                raise request.error
             started = call.prepared.started
             return inference_pb2.CompleteResponse(
                 request_id=started.request_id,
