@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from typing import Any
 
 import pytest
 from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 
 from router.http.protocol import Limits
+from router.http.server import HttpServer
+from service.settings import CommonSettings, SettingsError
 from tests.unit.http_door import Connection, Door, data_of, door, text_of
 from tests.unit.test_router_fakes import Say, eventually, tokens
 from tests.unit.test_router_service import IDS, TEXT, Message, full_queue, say_text, stay_silent
@@ -541,5 +545,15 @@ def test_a_response_refuses_what_is_no_plain_text() -> None:
             ):
                 reply = await at.ask("POST", "/v1/responses", {"input": "hello"} | more)
                 assert (reply.status, reply.error["param"]) == (400, param), more
+
+    asyncio.run(main())
+
+
+def test_an_address_that_is_taken_is_a_setting_that_can_not_be_used() -> None:
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            second = HttpServer(at.gateway.app(), CommonSettings(), at.server.address)
+            with pytest.raises(SettingsError, match=os.strerror(errno.EADDRINUSE)):
+                await second.start()
 
     asyncio.run(main())
