@@ -126,6 +126,35 @@ def test_a_client_that_hangs_up_cancels_at_once(streamed: bool) -> None:
     asyncio.run(main())
 
 
+def test_a_hang_up_is_seen_though_another_request_waits_behind() -> None:
+    async def main() -> None:
+        async with door(one_token) as (scheduler, at):
+            connection = await at.connect()
+            for _ in range(2):
+                await connection.send("POST", CHAT, {"messages": HELLO})
+            await eventually(lambda: len(scheduler.submits()) == 1)
+            await asyncio.sleep(0.05)  # the second one has come, too
+            connection.writer.transport.abort()
+            await eventually(lambda: len(scheduler.cancels()) == 1, seconds=2)
+            assert len(scheduler.submits()) == 1 and at.router.gate.num_inside == 0
+
+    asyncio.run(main())
+
+
+def test_garbage_behind_a_stream_does_not_get_into_it() -> None:
+    async def main() -> None:
+        async with door(one_token) as (_, at):
+            connection = await stream(at)
+            await connection.head()
+            connection.writer.write(b"no http\r\n\r\n")
+            async with asyncio.timeout(5):
+                rest = await connection.reader.read()
+            assert b"HTTP/1.1 400" not in rest
+            await eventually(lambda: at.router.session.num_requests == 0)
+
+    asyncio.run(main())
+
+
 def test_a_full_queue_is_told_with_the_time_to_come_again() -> None:
     async def main() -> None:
         async with door(full_queue) as (_, at):
