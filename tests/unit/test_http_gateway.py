@@ -146,6 +146,7 @@ def test_garbage_behind_a_stream_does_not_get_into_it() -> None:
         async with door(one_token) as (_, at):
             connection = await stream(at)
             await connection.head()
+            await connection.send("GET", "/health")  # waits for its turn
             connection.writer.write(b"no http\r\n\r\n")
             async with asyncio.timeout(5):
                 rest = await connection.reader.read()
