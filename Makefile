@@ -22,7 +22,7 @@ SANITIZE := --report-api-errors no --error-exitcode 1 $(addprefix --kernel-name 
 KERNEL_TESTS := tests/gpu/test_gpu_sampling.py tests/gpu/test_gpu_layers.py tests/gpu/test_gpu_attention.py
 
 .DEFAULT_GOAL := help
-.PHONY: help up down logs ps worker env dev client test test-gpu test-gpu-sanitize soak lint protos protos-check bench clean
+.PHONY: help up down logs ps worker env dev client test test-gpu test-gpu-sanitize test-clients soak lint protos protos-check bench clean
 
 help: ## this list
 	@echo "Octavo: an LLM server of gRPC microservices. Targets:"
@@ -52,7 +52,7 @@ worker: ## add a worker to the running cluster (MODEL= or QUANTIZATION= for anot
 	@$(IF_MADE) $(LOCAL) worker --model "$(MODEL)" --backend "$(BACKEND)" --quantization "$(QUANTIZATION)"
 
 test: dev ## all tests that need no GPU (PYTEST_ARGS=)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not clients" $(PYTEST_ARGS)
 
 test-gpu: dev ## the tests that need a CUDA device; on a machine without one they say so
 	@$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
@@ -60,6 +60,10 @@ test-gpu: dev ## the tests that need a CUDA device; on a machine without one the
 test-gpu-sanitize: dev ## the tests of single kernels under compute-sanitizer: memory accesses, then races
 	compute-sanitizer --tool memcheck $(SANITIZE) $(BIN)/python -m pytest -m gpu $(KERNEL_TESTS)
 	compute-sanitizer --tool racecheck $(SANITIZE) $(BIN)/python -m pytest -m gpu $(KERNEL_TESTS)
+
+test-clients: dev ## OpenAI's and other clients, each in its own environment, against a cluster (installs them: needs a network once)
+	@$(BIN)/python -m tests.clients.environments
+	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
 
 soak: env ## 20 minutes of mixed load on a cluster of its own; memory, files, tasks and blocks end where they started (SOAK_ARGS=)
 	@$(BIN)/python -m deploy.soak $(SOAK_ARGS)

@@ -45,7 +45,7 @@ def processes(states: Mapping[str, State], ready: Path) -> None:
                 "running" if told and state.state == "STARTING" else state.state.lower(),
                 str(state.pid or "-"),
                 f"{state.uptime} s",
-                told.address if told else "-",
+                "-" if told is None else f"{told.address}, http {told.http}" if told.http else told.address,
                 probe(told.address).lower() if told else "-",
                 f"http://{told.metrics}/metrics" if told else "-",
             )
@@ -61,7 +61,9 @@ def summary(cluster: Cluster, already: bool = False) -> None:
     lines = {
         "model": cluster.model,
         "router": f"{', '.join(cluster.router)}   (gRPC, with reflection and health)",
-        "http": ", ".join(f"http://{address}/v1" for address in cluster.http) + "   (OpenAI's API)",
+        "http": ", ".join(f"http://{address}/v1" for address in cluster.http) + "   (OpenAI's API)"
+        if cluster.http
+        else "none",
         "scheduler": ", ".join(cluster.scheduler) or "inside the compose network",
         "redis": cluster.redis or "none",
     }

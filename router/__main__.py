@@ -93,6 +93,7 @@ class Router:
             max_parked=settings.max_parked,
             max_buffered_tokens=settings.max_buffered_tokens,
         )
+        self._stats.watch_parked(lambda: self.inference.parking.num_parked)
         self.service = InferenceService(self.inference, authenticator)
         self.gateway = Gateway(
             self.inference, self.pool, authenticator, self.metrics.registry, settings.http_keep_alive_seconds

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from octavo.v1 import inference_pb2, scheduler_pb2
 
 from router.assets import AssetStore
+from router.collect import collect
 from router.gate import Gate
 from router.hub import Hub
 from router.idempotency import Claim, IdempotencyKeys
@@ -78,19 +79,22 @@ class Inference:
             yield call
 
     @asynccontextmanager
-    async def resuming(self, request_id: str, tenant: str) -> AsyncIterator[Call]:
-        """A parked request, for its client who came again and knows its id; `rewind` brings it to where that one stands.
+    async def resuming(
+        self, request_id: str, tenant: str, stands: Callable[[Call], Mapping[int, Mark]]
+    ) -> AsyncIterator[Call]:
+        """A parked request, brought to where its client `stands`, by output index, who came again and knows its id.
 
-        Raises INVALID_ARGUMENT where there is none, and Expired where there was one.
+        Raises INVALID_ARGUMENT where there is none, Expired where there was one, and QUEUE_FULL where it has to come later.
         """
         call = await self.parking.take(request_id, tenant)
+        try:
+            await rewind(call, stands(call), self._pool)
+        except BaseException:
+            if not self.parking.park(call):
+                self._end(call)
+            raise
         async with self._held(call):
-            self.hub.resume(call.stream, heartbeats=False)
             yield call
-
-    async def rewind(self, call: Call, marks: Mapping[int, Mark]) -> None:
-        """Bring a resumed call to where its client stands, by output index. Raises ReplayError."""
-        await rewind(call, marks, self._pool)
 
     @asynccontextmanager
     async def _held(self, call: Call) -> AsyncIterator[None]:
@@ -143,23 +147,17 @@ class Inference:
             wrong.raise_if_any()
         async with self.running(message, tenant, deadline, bounded=False) as call:
             request = call.request
-            outputs = [inference_pb2.Output(index=s.output.index) for s in request.sequences]
-            texts: list[list[str]] = [[] for _ in outputs]
             while not request.done:
                 await call.stream.wait()
-                if request.error is not None:
-                    raise request.error
-            for event in request.take():
-                _collect(event, outputs, texts)
-            for output, text in zip(outputs, texts, strict=True):
-                output.text = "".join(text)
+            if request.error is not None:  # also one that it had from the beginning
+                raise request.error
             started = call.prepared.started
             return inference_pb2.CompleteResponse(
                 request_id=started.request_id,
                 model=started.model,
                 digest=started.digest,
                 seed=started.seed,
-                outputs=outputs,
+                outputs=collect(request),
             )
 
     async def _enter(
@@ -252,7 +250,7 @@ class Inference:
                 return False
             marks[state.index] = Mark(len(known), state.text_bytes, state.finished)
         try:
-            await self.rewind(call, marks)
+            await rewind(call, marks, self._pool)
         except ReplayError:
             return False
         if call.claim.key or message.idempotency_key:
@@ -281,23 +279,3 @@ class Inference:
         self.keys.release(call.claim, ran=request.delivered and request.error is None)
         self._stats.ended(request, now)
         self._gate.leave(call.tenant, now)
-
-
-def _collect(
-    message: inference_pb2.GenerateResponse, outputs: list[inference_pb2.Output], texts: list[list[str]]
-) -> None:
-    if message.HasField("delta"):
-        delta = message.delta
-        texts[delta.index].append(delta.text)
-        output = outputs[delta.index]
-        output.token_ids.extend(delta.token_ids)
-        output.logprobs.extend(delta.logprobs)
-        output.prompt_logprobs.extend(delta.prompt_logprobs)
-        return
-    finished = message.finished
-    output = outputs[finished.index]
-    output.finish_reason = finished.finish_reason
-    if finished.HasField("stop_match"):
-        output.stop_match.CopyFrom(finished.stop_match)
-    output.usage.CopyFrom(finished.usage)
-    output.timing.CopyFrom(finished.timing)

@@ -43,6 +43,7 @@ class Call:
     view: Any = None  # what its door needs to go on with the answer, and nobody else understands
     holder: asyncio.Task[Any] | None = None  # serves its client
     ended: bool = False  # neither the session nor the gate know of it any more
+    taken: asyncio.Future[None] | None = None  # another connection has asked for it; done when its holder has let go
     timer: asyncio.TimerHandle | None = field(default=None)
 
     @property
@@ -104,13 +105,13 @@ class Parking:
         if call.timer is not None:
             call.timer.cancel()
             call.timer = None
-        call.holder = None
+        self._let_go(call)
         self._calls.pop(call.request_id, None)
         self._parked.pop(call.request_id, None)
 
     def park(self, call: Call) -> bool:
         """Keep a call whose client is gone; False where there is no room for it, or it may not be kept."""
-        call.holder = None
+        self._let_go(call)
         if self._calls.get(call.request_id) is not call:
             return False
         if not self._make_room(call):
@@ -127,9 +128,9 @@ class Parking:
         """
         call = self._calls.get(request_id)
         if call is not None and call.tenant == tenant and call.holder is not None:
-            holder = call.holder
-            holder.cancel()
-            await asyncio.wait([holder])
+            taken = call.taken = call.taken or asyncio.get_running_loop().create_future()
+            call.holder.cancel()
+            await asyncio.wait([taken])
             call = self._calls.get(request_id)  # its holder has parked it, unless it ended
         if call is None or call.tenant != tenant or call.holder is not None:
             raise self._missing(request_id, tenant)
@@ -137,7 +138,7 @@ class Parking:
             call.timer.cancel()
             call.timer = None
         self._parked.pop(request_id, None)
-        call.holder = asyncio.current_task()
+        call.holder, call.taken = asyncio.current_task(), None
         return call
 
     def find(self, request_id: str, tenant: str) -> Call | None:
@@ -149,6 +150,11 @@ class Parking:
         """Give up all that have no client."""
         for call in list(self._parked.values()):
             self._expire(call)
+
+    def _let_go(self, call: Call) -> None:
+        call.holder = None
+        if call.taken is not None and not call.taken.done():
+            call.taken.set_result(None)
 
     def _make_room(self, call: Call) -> bool:
         """Those that ended go first: their clients most likely have everything."""

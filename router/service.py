@@ -11,6 +11,7 @@ from octavo.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 from router.hub import heartbeat
 from router.inference import Inference
+from router.parking import Call
 from router.prepare import Prepared
 from router.pulse import CALM, Terms
 from service.auth import caller_of
@@ -45,26 +46,36 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await _write(context, inference_pb2.GenerateResponse(heartbeat=heartbeat(terms)))
 
         tenant, deadline = self._tenant(context), self._deadline(context)
-        async with inference.running(request, tenant, deadline, bounded=True, patience=patience) as call:
-            started = await inference.started(call, beat)
-            if request.heartbeats:
-                started.heartbeat.CopyFrom(heartbeat())
-            await _write(context, inference_pb2.GenerateResponse(started=started))
-            running, trace = call.request, inference.hub.trace
-            while True:
-                began = trace.now() if trace is not None else 0
-                messages = inference.hub.outgoing(call.stream)
-                encoded = trace.now() if trace is not None else 0
-                for message in messages:
-                    await _write(context, message)
-                if trace is not None and any(message.HasField("delta") for message in messages):
-                    trace.add("detokenize", running.spec.seed, began, encoded)
-                    trace.add("send", running.spec.seed, encoded)
-                if running.error is not None:
-                    raise running.error
-                if running.delivered:
-                    return
-                await call.stream.wait()
+        call: Call | None = None
+        try:
+            async with inference.running(request, tenant, deadline, bounded=True, patience=patience) as call:
+                started = await inference.started(call, beat)
+                if request.heartbeats:
+                    started.heartbeat.CopyFrom(heartbeat())
+                await _write(context, inference_pb2.GenerateResponse(started=started))
+                await self._stream(call, context)
+        except asyncio.CancelledError:
+            # gRPC tells a client nothing of a handler that was cancelled by others.
+            if call is not None and call.taken is not None:
+                raise OctavoError(Reason.DUPLICATE_REQUEST, "the stream goes on at another connection") from None
+            raise
+
+    async def _stream(self, call: Call, context: Any) -> None:
+        running, hub, trace = call.request, self._inference.hub, self._inference.hub.trace
+        while True:
+            began = trace.now() if trace is not None else 0
+            messages = hub.outgoing(call.stream)
+            encoded = trace.now() if trace is not None else 0
+            for message in messages:
+                await _write(context, message)
+            if trace is not None and any(message.HasField("delta") for message in messages):
+                trace.add("detokenize", running.spec.seed, began, encoded)
+                trace.add("send", running.spec.seed, encoded)
+            if running.error is not None:
+                raise running.error
+            if running.delivered:
+                return
+            await call.stream.wait()
 
     @answers_errors
     async def Complete(self, request: inference_pb2.CompleteRequest, context: Any) -> inference_pb2.CompleteResponse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily
@@ -32,6 +32,7 @@ class Stats:
     """Counters of one router process."""
 
     def __init__(self, registry: CollectorRegistry, session: RouterSession) -> None:
+        self._registry = registry
         self._requests = Counter(
             "octavo_router_requests", "Requests that ended, by reason of failure or ok", ["outcome"], registry=registry
         )
@@ -61,6 +62,11 @@ class Stats:
         }
         for name, (text, read) in gauges.items():
             Gauge(name, text, registry=registry).set_function(read)
+
+    def watch_parked(self, read: Callable[[], int]) -> None:
+        """Where the number of parked requests can be read."""
+        text = "Requests that are kept for clients that are gone"
+        Gauge("octavo_router_requests_parked", text, registry=self._registry).set_function(read)
 
     def refused(self, reason: str) -> None:
         """A request was refused before it ran."""

@@ -13,14 +13,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from router.http.ask import Ask, Options, check_text
-from router.http.body import Gone, Receive, Scope, Send, header, read_body, read_object
+from router.http.body import Bodies, Gone, Receive, Scope, Send, header, read_body
 from router.http.chat import ChatView, read_chat
 from router.http.completions import CompletionView, read_completions
 from router.http.errors import HttpError, Names, Problem, problem_of
 from router.http.models import detokenize, model_list, one_model, tokenize
 from router.http.responses import ResponseView, read_responses
+from router.http.settle import settle
 from router.http.stream import Streams, headers_of
 from router.http.tasks import together, while_connected
 from router.http.view import View
@@ -30,6 +32,7 @@ from service.errors import OctavoError, Reason
 from service.keys import Authenticator, Caller, Role
 
 Answer = Callable[[Scope, Receive, Send, Caller], Awaitable[None]]
+_LARGE = 64 << 10  # bytes of messages: about a millisecond to write as JSON
 _NOBODY = Caller("", Role.CLIENT)
 
 
@@ -49,10 +52,11 @@ class Gateway:
         self.streams = Streams(keep_alive)
         self.ready = False
         self._pool = pool
+        self._bodies = Bodies(pool)
         self._authenticator = authenticator
         self._registry = registry
 
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         """The ASGI application."""
         routes = [
             self._route("/v1/chat/completions", ("GET", "POST"), self._chat),
@@ -68,7 +72,14 @@ class Gateway:
             self._route("/ready", ("GET",), self._readiness, role=None),
         ]
         handlers: dict[Any, Any] = {HTTPException: self._no_route, Exception: _defect}
-        return Starlette(routes=routes, exception_handlers=handlers)
+        inner = Starlette(routes=routes, exception_handlers=handlers)
+        inner.router.redirect_slashes = False
+
+        async def application(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["octavo.send"] = send  # not wrapped, for what is sent token by token
+            await inner(scope, receive, send)
+
+        return application
 
     def _route(self, path: str, methods: tuple[str, ...], answer: Answer, role: Role | None = Role.CLIENT) -> Route:
         """`role`: what a caller has to be at least; None lets everybody in."""
@@ -83,22 +94,25 @@ class Gateway:
     async def _chat(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
         if await self._resumed(scope, receive, send, caller):
             return
-        ask = read_chat(await read_object(scope, receive, self._pool), Options.read(scope))
+        options = Options.read(scope)
+        ask = await self._bodies.read(scope, receive, lambda body: read_chat(body, options))
         await self._answer(ask, ChatView(ask), caller, scope, receive, send)
 
     async def _completions(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
         if await self._resumed(scope, receive, send, caller):
             return
-        body = await read_object(scope, receive, self._pool)
-        ask = await read_completions(body, Options.read(scope), self.inference)
+        options = Options.read(scope)
+        ask = await self._bodies.read(scope, receive, lambda body: read_completions(body, options))
         await self._answer(ask, CompletionView(ask), caller, scope, receive, send)
 
     async def _responses(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
         if await self._resumed(scope, receive, send, caller):
             return
-        body = await read_object(scope, receive, self._pool)
-        ask = read_responses(body, Options.read(scope))
-        await self._answer(ask, ResponseView(body), caller, scope, receive, send)
+        options = Options.read(scope)
+        ask, view = await self._bodies.read(
+            scope, receive, lambda body: (read_responses(body, options), ResponseView(body))
+        )
+        await self._answer(ask, view, caller, scope, receive, send)
 
     async def _resumed(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> bool:
         """Whether the client came again for a stream that it knows, and was served. What its body says was said before."""
@@ -118,12 +132,15 @@ class Gateway:
 
     async def _answer(self, ask: Ask, view: View, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            await settle(ask, self.inference)
             if ask.stream:
                 job = self.streams.run(ask, view, self.inference, caller.tenant, scope, send)
                 await while_connected(scope, receive, job)
             else:
                 answers = await while_connected(scope, receive, self._complete(ask, caller.tenant))
-                await _send(send, Response(view.answer(answers), media_type="application/json"), headers_of(answers[0]))
+                size = sum(answer.ByteSize() for answer in answers)
+                text = view.answer(answers) if size < _LARGE else await self._pool.run(0, lambda: view.answer(answers))
+                await _send(send, Response(text, media_type="application/json"), headers_of(answers[0]))
         except OctavoError as error:
             raise HttpError(problem_of(error, ask.names)) from None
 
@@ -141,11 +158,11 @@ class Gateway:
         await _send(send, JSONResponse(one_model(self.inference, scope["path_params"]["name"])))
 
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
-        answer = await tokenize(await read_object(scope, receive, self._pool), self.inference)
+        answer = await tokenize(await self._bodies.read(scope, receive, lambda body: body), self.inference)
         await _send(send, JSONResponse(answer))
 
     async def _detokenize(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
-        answer = await detokenize(await read_object(scope, receive, self._pool), self.inference)
+        answer = await detokenize(await self._bodies.read(scope, receive, lambda body: body), self.inference)
         await _send(send, JSONResponse(answer))
 
     async def _version(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:

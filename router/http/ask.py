@@ -57,7 +57,15 @@ class Ask:
     first_tokens: Sequence[str] = field(
         default=()
     )  # of each prompt that is echoed with log-probabilities: its first token's text
+    echo: bool = False
+    keep_last: int | None = None  # tokens of each prompt; -1: as many as there is room for
     prompt_only: bool = False  # no output is wanted, and one token made because nothing less can be
+
+    def forget_prompts(self) -> None:
+        """They are on their way, and may be megabytes; the answer takes its time."""
+        for request in self.requests:
+            for kind in ("text", "chat", "token_ids"):
+                request.ClearField(kind)
 
     @property
     def n(self) -> int:
@@ -79,6 +87,14 @@ def take_streaming(fields: Fields) -> tuple[bool, bool]:
     options.only("continuous_usage_stats", False)
     options.finish()
     return stream, include_usage
+
+
+def take_keep_last(fields: Fields) -> int | None:
+    """Tokens of the prompt that are kept; -1: as many as there is room for."""
+    keep_last = fields.integer("truncate_prompt_tokens", -1)
+    if keep_last == 0:
+        raise invalid(fields.path("truncate_prompt_tokens"), "must be -1 or at least 1")
+    return keep_last
 
 
 def check_grace(request: inference_pb2.GenerateRequest, stream: bool) -> None:

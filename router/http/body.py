@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from router.http.errors import HttpError, Problem, invalid
 from router.prepare import TextPool
+from service.errors import OctavoError, Reason
+
+T = TypeVar("T")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -28,21 +31,44 @@ def header(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
 
 
-async def read_object(scope: Scope, receive: Receive, pool: TextPool) -> dict[str, Any]:
-    """The object in the body. Raises HttpError 400, 413 or 415, and Gone."""
-    kind = (header(scope, b"content-type") or "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # so that no page of another site can send one: browsers ask first
-        raise HttpError(Problem(415, "the request needs content-type: application/json", "content-type"))
-    if (header(scope, b"content-encoding") or "identity") != "identity":
-        raise HttpError(Problem(415, "a compressed body is not supported", "content-encoding"))
-    body = await read_body(scope, receive)
-    if len(body) <= _INLINE_BYTES:
-        return parse(body)
-    return await pool.run(len(body), lambda: parse(body))
+class Bodies:
+    """Reads the bodies of a process; all that are being read hold so much memory at most. Owned by the event loop."""
+
+    def __init__(self, pool: TextPool, max_bytes: int = 256 << 20) -> None:
+        self._pool = pool
+        self._max_bytes = max_bytes
+        self._held = 0
+
+    async def read(self, scope: Scope, receive: Receive, translate: Callable[[dict[str, Any]], T]) -> T:
+        """What `translate` makes of the object in the body; a large one is dealt with in a thread.
+
+        Raises HttpError 400, 413 or 415, QUEUE_FULL, what `translate` raises, and Gone.
+        """
+        kind = (header(scope, b"content-type") or "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # so that no page of another site can send one: browsers ask first
+            raise HttpError(Problem(415, "the request needs content-type: application/json", "content-type"))
+        if (header(scope, b"content-encoding") or "identity") != "identity":
+            raise HttpError(Problem(415, "a compressed body is not supported", "content-encoding"))
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            if self._held + size > self._max_bytes:
+                raise OctavoError(Reason.QUEUE_FULL, "too many large requests are being read", retry_after_ms=500)
+            self._held += size
+            held += size
+
+        try:
+            body = await read_body(scope, receive, hold)
+            if len(body) <= _INLINE_BYTES:
+                return translate(parse(body))
+            return await self._pool.run(len(body), lambda: translate(parse(body)))
+        finally:
+            self._held -= held
 
 
-async def read_body(scope: Scope, receive: Receive) -> bytes:
-    """All of it. Raises HttpError 413 as soon as it is too much, and Gone."""
+async def read_body(scope: Scope, receive: Receive, hold: Callable[[int], None] = lambda size: None) -> bytes:
+    """All of it. `hold` is told of each piece. Raises HttpError 413 for too much, what `hold` raises, and Gone."""
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
         if header(scope, b"expect") is None:
@@ -61,6 +87,7 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
             if message.get("more_body", False):
                 await _discard(receive, size)
             raise _too_large()
+        hold(len(chunk))
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)

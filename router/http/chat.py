@@ -7,11 +7,20 @@ from typing import Any
 
 from octavo.v1 import inference_pb2
 
-from router.http.ask import Ask, Options, check_grace, take_streaming
+from router.http.ask import Ask, Options, check_grace, take_keep_last, take_streaming
 from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields
 from router.http.grammar import take_grammar
-from router.http.jsontext import FINISH_REASONS, chat_logprobs, dumps, prompt_logprobs, quoted, stop_reason, usage
+from router.http.jsontext import (
+    FINISH_REASONS,
+    chat_logprobs,
+    dumps,
+    dumps_long,
+    prompt_logprobs,
+    quoted,
+    stop_reason,
+    usage,
+)
 from router.http.messages import take_chat
 from router.http.sampling import take_request, take_sampling
 from router.validate import MAX_LOGPROBS
@@ -31,7 +40,8 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
     _take_logprobs(fields, request.sampling)
     if stream and request.sampling.HasField("prompt_logprobs"):
         raise invalid("prompt_logprobs", "can't be combined with stream")
-    fields.refuse(("truncate_prompt_tokens", "echo", "best_of"))
+    keep_last = take_keep_last(fields)
+    fields.refuse(("echo", "best_of"))
     grammar = take_grammar(fields, request.grammar)
     take_request(fields, request)
     fields.finish()
@@ -48,7 +58,14 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
             ("grammar", grammar or "response_format"),
         )
     )
-    return Ask(requests=[request], names=names, stream=stream, include_usage=include_usage, timeout=options.timeout)
+    return Ask(
+        requests=[request],
+        names=names,
+        stream=stream,
+        include_usage=include_usage,
+        timeout=options.timeout,
+        keep_last=keep_last,
+    )
 
 
 def _take_max_tokens(fields: Fields, params: inference_pb2.SamplingParams) -> str:
@@ -106,7 +123,7 @@ class ChatView:
         }
         if outputs[0].prompt_logprobs:
             whole["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs)
-        return dumps(whole).encode()
+        return dumps_long(whole).encode()
 
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream: the role of each choice."""

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from octavo.v1 import inference_pb2
 
-from router.http.ask import Ask, Options, check_grace, take_streaming
+from router.http.ask import Ask, Options, check_grace, take_keep_last, take_streaming
 from router.http.errors import Names, Problem, invalid
-from router.http.fields import Fields, integer
+from router.http.fields import Fields, token_ids
 from router.http.grammar import take_grammar
-from router.http.jsontext import FINISH_REASONS, completion_logprobs, dumps, prompt_logprobs, quoted, stop_reason, usage
+from router.http.jsontext import (
+    FINISH_REASONS,
+    completion_logprobs,
+    dumps,
+    dumps_long,
+    prompt_logprobs,
+    quoted,
+    stop_reason,
+    usage,
+)
 from router.http.sampling import take_request, take_sampling
-from router.inference import Inference
 
 DONE = b"data: [DONE]\n\n"
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -21,8 +30,8 @@ MAX_PROMPTS = 128
 MAX_CHOICES = 1_024
 
 
-async def read_completions(body: dict[str, Any], options: Options, inference: Inference) -> Ask:
-    """The request. `inference` tokenizes and detokenizes where the prompt itself is asked for. Raises HttpError and OctavoError."""
+def read_completions(body: dict[str, Any], options: Options) -> Ask:
+    """The request; `settle` has to follow. Raises HttpError for what is wrong with it."""
     fields = Fields(body)
     common = inference_pb2.GenerateRequest()
     stream, include_usage = take_streaming(fields)
@@ -42,7 +51,7 @@ async def read_completions(body: dict[str, Any], options: Options, inference: In
             "echo" if echo else "prompt_logprobs",
             "can't be combined with stream where no output or prompt log-probabilities are wanted",
         )
-    keep_last = fields.integer("truncate_prompt_tokens", -1)
+    keep_last = take_keep_last(fields)
     fields.only("best_of", params.n if params.HasField("n") else 1)
     fields.only("add_special_tokens", True)
     fields.only("suffix", "")
@@ -71,17 +80,13 @@ async def read_completions(body: dict[str, Any], options: Options, inference: In
         include_usage=include_usage,
         timeout=options.timeout,
         prompt_only=prompt_only,
+        keep_last=keep_last,
+        echo=echo,
     )
     if len(ask.requests) * ask.n > MAX_CHOICES:
         raise invalid("n", f"{len(ask.requests)} prompts of {ask.n} outputs are more than {MAX_CHOICES} choices")
     if len(ask.requests) > 1 and common.resume_grace_ms:
         raise invalid("resume_grace_ms", "is for one prompt only")
-    if keep_last is not None:
-        await _truncate(ask, keep_last, inference)
-    if echo:
-        ask.echoes = [await _text_of(request, inference) for request in ask.requests]
-        if params.HasField("logprobs"):
-            ask.first_tokens = [await _use_token_ids(request, inference) for request in ask.requests]
     return ask
 
 
@@ -99,7 +104,7 @@ def _take_prompts(fields: Fields) -> list[str | list[int]]:
     if not isinstance(given, list) or not given:
         raise invalid(path, "must be a string, a list of token ids, or a list of either")
     if not isinstance(given[0], str | list):
-        return [[integer(token_id, f"{path}[{at}]") for at, token_id in enumerate(given)]]
+        return [token_ids(given, path)]
     if len(given) > MAX_PROMPTS:
         raise invalid(path, f"must have at most {MAX_PROMPTS} prompts, has {len(given)}")
     prompts: list[str | list[int]] = []
@@ -107,7 +112,7 @@ def _take_prompts(fields: Fields) -> list[str | list[int]]:
         if isinstance(one, str):
             prompts.append(one)
         elif isinstance(one, list):
-            prompts.append([integer(token_id, f"{path}[{index}][{at}]") for at, token_id in enumerate(one)])
+            prompts.append(token_ids(one, f"{path}[{index}]"))
         else:
             raise invalid(f"{path}[{index}]", "must be a string or a list of token ids")
     return prompts
@@ -128,58 +133,25 @@ def _request(
     return request
 
 
-async def _truncate(ask: Ask, keep_last: int, inference: Inference) -> None:
-    """Keep the last tokens of each prompt; -1: as many as the context takes beside the output."""
-    if keep_last == 0:
-        raise invalid("truncate_prompt_tokens", "must be -1 or at least 1")
-    for request in ask.requests:
-        model, _ = await inference.texts.model(request.model)
-        room = model.max_model_len - request.sampling.max_tokens
-        most = max(1, room if keep_last < 0 else keep_last)
-        ids = await _ids_of(request, inference)
-        request.token_ids.ids[:] = ids[-most:]
-
-
-async def _use_token_ids(request: inference_pb2.GenerateRequest, inference: Inference) -> str:
-    """The prompt as ids from now on. Returns the first one's text, which no log-probability tells."""
-    ids = await _ids_of(request, inference)
-    request.token_ids.ids[:] = ids
-    _, assets = await inference.texts.model(request.model)
-    return assets.table.token_bytes(ids[0]).decode(errors="replace") if ids else ""
-
-
-async def _ids_of(request: inference_pb2.GenerateRequest, inference: Inference) -> list[int]:
-    if request.WhichOneof("input") == "token_ids":
-        return list(request.token_ids.ids)
-    answer = await inference.texts.tokenize(inference_pb2.TokenizeRequest(model=request.model, text=request.text))
-    return list(answer.token_ids)
-
-
-async def _text_of(request: inference_pb2.GenerateRequest, inference: Inference) -> str:
-    """The prompt as text: as it was given, or what its tokens stand for."""
-    if request.WhichOneof("input") == "text":
-        return request.text
-    asked = inference_pb2.DetokenizeRequest(model=request.model, token_ids=request.token_ids.ids)
-    if request.sampling.HasField("skip_special_tokens"):
-        asked.skip_special_tokens = request.sampling.skip_special_tokens
-    return (await inference.texts.detokenize(asked)).text
-
-
 class CompletionView:
     """How a completion is shown. Choice p·n + i is output i of prompt p."""
 
     def __init__(self, ask: Ask) -> None:
         params = ask.requests[0].sampling
         self._logprobs = params.HasField("logprobs")
-        self._prompt_logprobs = params.HasField("prompt_logprobs") and not ask.echoes
+        self._prompt_logprobs = params.HasField("prompt_logprobs") and not ask.echo
         self._n = ask.n
-        self._echoes = ask.echoes or [""] * len(ask.requests)
         self._asked = ask
         self._created = int(time.time())
         self._head = b""
         self._tail = b'],"usage":null}\n\n' if ask.include_usage else b"]}\n\n"
         self._usages: dict[tuple[int, int], inference_pb2.Usage] = {}
         self._offsets: dict[int, int] = {}  # characters shown of each choice
+
+    @property
+    def _echoes(self) -> Sequence[str]:
+        """What the output of each prompt begins with."""
+        return self._asked.echoes or [""] * len(self._asked.requests)
 
     def answer(self, answers: list[inference_pb2.CompleteResponse]) -> bytes:
         """The whole."""
@@ -200,7 +172,7 @@ class CompletionView:
                 (answer.outputs[0].usage for answer in answers),
             ),
         }
-        return dumps(whole).encode()
+        return dumps_long(whole).encode()
 
     def _choice(self, prompt: int, first: inference_pb2.Output, output: inference_pb2.Output) -> dict[str, Any]:
         text, entries = self._echoes[prompt] + output.text, list(output.logprobs)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from service.errors import OctavoError, Reason
 
+_MAX_MESSAGE = 1_000  # characters
+_MAX_PARAM = 200
 Headers = tuple[tuple[str, str], ...]
 
 
@@ -25,8 +27,14 @@ class Problem:
     def body(self) -> bytes:
         """As JSON."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        message, param = _cut(self.message, _MAX_MESSAGE), self.param and _cut(self.param, _MAX_PARAM)
+        error = {"message": message, "type": kind, "param": param, "code": self.code}
         return json.dumps({"error": error}, ensure_ascii=False).encode(errors="replace")
+
+
+def _cut(text: str, most: int) -> str:
+    """A client's own text may stand in it."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 class HttpError(Exception):
@@ -97,7 +105,8 @@ class Names:
         """`sampling.top_p` as the client wrote it."""
         for prefix, name in self.prefixes:
             if path.startswith(prefix):
-                return name + path[len(prefix) :]
+                # What kind of grammar it is goes without saying: the member that asked for it has one kind, or names it.
+                return name if prefix == "grammar" else name + path[len(prefix) :]
         return path.removeprefix("sampling.")
 
 

@@ -72,7 +72,7 @@ class Fields:
             return None
         if not isinstance(value, list):
             raise invalid(self.path(name), "must be a list of integers")
-        return [integer(item, f"{self.path(name)}[{index}]") for index, item in enumerate(value)]
+        return token_ids(value, self.path(name))
 
     def object(self, name: str) -> Fields | None:
         """An object, to be taken apart in turn."""
@@ -95,6 +95,13 @@ class Fields:
         """Raises a 400 for the first member that nobody took."""
         for name in self._members:
             raise invalid(self.path(name[:64]), "is no field of this request", "unknown_parameter")
+
+
+def token_ids(values: list[Any], path: str) -> list[int]:
+    """These values as token ids. Hundreds of thousands are looked at without a step of Python for each."""
+    if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 2**32:
+        return values
+    return [integer(value, f"{path}[{index}]") for index, value in enumerate(values)]
 
 
 def integer(value: Any, path: str, low: int = 0, high: int = 2**32 - 1) -> int:

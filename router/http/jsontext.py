@@ -16,12 +16,37 @@ FINISH_REASONS = {
     common_pb2.FINISH_REASON_ERROR: "error",
 }
 
-__all__ = ["FINISH_REASONS", "chat_logprobs", "completion_logprobs", "dumps", "quoted", "stop_reason", "usage"]
+_BATCH = 256
+
+__all__ = [
+    "FINISH_REASONS",
+    "chat_logprobs",
+    "completion_logprobs",
+    "dumps",
+    "dumps_long",
+    "quoted",
+    "stop_reason",
+    "usage",
+]
 
 
 def dumps(value: Any) -> str:
     """Compact."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def dumps_long(value: Any, levels: int = 4) -> str:
+    """The same for what may be megabytes, in steps between which other threads run: json encodes in one, with Python's lock.
+
+    `levels`: of nesting that are taken apart; below them a list is encoded piece by piece, and whatever else it holds is small.
+    """
+    if levels and isinstance(value, dict):
+        return "{" + ",".join([f"{dumps(key)}:{dumps_long(one, levels - 1)}" for key, one in value.items()]) + "}"
+    if levels and isinstance(value, list):
+        return "[" + ",".join([dumps_long(one, levels - 1) for one in value]) + "]"
+    if isinstance(value, list):
+        return "[" + ",".join([dumps(value[at : at + _BATCH])[1:-1] for at in range(0, len(value), _BATCH)]) + "]"
+    return dumps(value)
 
 
 def stop_reason(finished: inference_pb2.Finished | inference_pb2.Output) -> str | int | None:

@@ -8,11 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+import httptools
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from router.http.errors import Problem
 
 _LINGER_SECONDS = 1.0
+_MAX_PIPELINED = 8
+_OFFER = (b"connection", b"upgrade", b"http2-settings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._refusal: Problem | None = None
         self._refused = False
+        self._running: RequestResponseCycle | None = None
 
     # ---- the connection
 
@@ -58,12 +63,24 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._write_timer is not None:
             self._write_timer.cancel()
+        self.pipeline.clear()
+        if (
+            self._running is not None and not self._running.response_complete
+        ):  # uvicorn tells the last one that came, not this
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self._in_headers:
             self._header_bytes += len(data)
         if self._header_bytes > self._limits.header_bytes:
@@ -96,12 +113,35 @@ class HttpProtocol(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._limits.header_bytes:
             self._refusal = _headers_too_large(self._limits)
             raise ValueError  # the parser passes it on as a bad request
+        if self.parser.should_upgrade():
+            return
         self._arm(self._limits.body_seconds, self._too_slow)
         super().on_headers_complete()
+        if 0 < len(self.pipeline) <= _MAX_PIPELINED:
+            self.flow.resume_reading()  # or nobody would see the client hang up
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._disarm()
         super().on_message_complete()
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        """A client may offer another protocol, as Java's does, and we decline. The parser has taken the offer and left the body
+        unread, so another one gets the request without it.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(Problem(405, "this is no proxy"))
+            return
+        lines = [method + b" " + self.url + b" HTTP/1.1"]
+        lines += [name + b": " + value for name, value in self.headers if name not in _OFFER]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     # ---- refusals
 
@@ -110,7 +150,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._timer = None
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+        running = self._running
+        if running is not None and running.response_started and not running.response_complete:
             return  # an answer that did not wait for the body
         self._refuse(Problem(408, "the request did not come in time"))
 
@@ -119,14 +160,17 @@ class HttpProtocol(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        running = self._running  # of several requests that came together the one that is answered
+        if running is None or running.response_complete or not running.response_started:
             body = problem.body()
             head = [STATUS_LINE[problem.status], b"content-type: application/json\r\nconnection: close\r\n"]
             head += [f"{name}: {value}\r\n".encode() for name, value in problem.headers]
             self.transport.write(b"".join(head) + b"content-length: %d\r\n\r\n" % len(body) + body)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        self.pipeline.clear()
+        if running is not None and not running.response_complete:
+            running.waiting_for_100_continue = False
+            running.disconnected = True
+            running.message_event.set()
         if (
             self.transport.can_write_eof()
         ):  # closed at once, what the client still sends would destroy the answer on its way

@@ -7,11 +7,11 @@ from typing import Any
 
 from octavo.v1 import common_pb2, inference_pb2
 
-from router.http.ask import Ask, Options, check_grace
+from router.http.ask import Ask, Options, check_grace, take_keep_last
 from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields
 from router.http.grammar import take_grammar
-from router.http.jsontext import dumps
+from router.http.jsontext import dumps, dumps_long
 from router.http.messages import take_message, take_template
 from router.http.sampling import take_request, take_sampling
 from router.validate import MAX_MESSAGES
@@ -49,6 +49,7 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
     fields.only("n", 1)
     fields.only("background", False)
     fields.only("truncation", "disabled")
+    keep_last = take_keep_last(fields)
     fields.only("include", [])
     fields.only("top_logprobs", 0)
     fields.only("max_tool_calls", 0)
@@ -69,7 +70,7 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
             ("grammar", extra or "text.format"),
         )
     )
-    return Ask(requests=[request], names=names, stream=stream, timeout=options.timeout)
+    return Ask(requests=[request], names=names, stream=stream, timeout=options.timeout, keep_last=keep_last)
 
 
 def _take_input(fields: Fields, chat: inference_pb2.Chat) -> None:
@@ -107,7 +108,7 @@ class ResponseView:
         (answer,) = answers
         (output,) = answer.outputs
         self._begin(answer.request_id, answer.model)
-        return dumps(self._whole(output.text, output.finish_reason, output.usage)).encode()
+        return dumps_long(self._whole(output.text, output.finish_reason, output.usage)).encode()
 
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import ssl
 from email.utils import formatdate
 
@@ -53,7 +54,9 @@ class HttpServer:
                 backlog=_BACKLOG,
             )
         except OSError as error:
-            raise SettingsError(f"--http-listen {self._listen}: {error.strerror or error}") from None
+            # In the system's own words, by which make up knows that a port was taken; uvloop has others.
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise SettingsError(f"--http-listen {self._listen}: {reason}") from None
         bound = self._server.sockets[0].getsockname()[1]
         self.address = f"{self._listen.rpartition(':')[0]}:{bound}"
         return self.address

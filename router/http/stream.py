@@ -18,7 +18,7 @@ from router.http.tasks import together
 from router.http.view import View
 from router.inference import Inference
 from router.parking import Call, Expired
-from service.errors import OctavoError
+from service.errors import OctavoError, Reason
 
 _LAST_EVENT_ID = "last-event-id"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -34,6 +34,7 @@ class EventStream:
 
     def __init__(self, scope: Scope, send: Send, calls: Sequence[Call]) -> None:
         self._send = send
+        self._send_body: Send = scope.get("octavo.send", send)
         self._abort: Callable[[], None] = scope.get("extensions", {}).get("octavo.abort", lambda: None)
         self.calls = calls
         self._wrote_at = time.monotonic()
@@ -48,7 +49,7 @@ class EventStream:
         """Waits while the client reads slower than this, with what fits into the connection's buffer."""
         self._blocked += 1
         try:
-            await self._send({"type": "http.response.body", "body": events, "more_body": not last})
+            await self._send_body({"type": "http.response.body", "body": events, "more_body": not last})
         finally:
             self._blocked -= 1
         self.silent = False
@@ -89,6 +90,7 @@ class Streams:
                 await running.enter_async_context(inference.running(request, tenant, deadline, bounded=True))
                 for request in ask.requests
             ]
+            ask.forget_prompts()
             started = [await inference.started(call) for call in calls]
             journal = None
             if calls[0].grace:
@@ -110,9 +112,8 @@ class Streams:
         if found is not None and not found.view.knows(int(number)):
             raise invalid(_LAST_EVENT_ID, "this event was never sent, or came again under another id")
         try:
-            async with inference.resuming(request_id, tenant) as call:
+            async with inference.resuming(request_id, tenant, lambda call: call.view.back_to(int(number))) as call:
                 journal: Journal = call.view
-                await inference.rewind(call, journal.back_to(int(number)))
                 stream = EventStream(scope, send, [call])
                 started = call.started()
                 await stream.start(headers_of(started))
@@ -122,6 +123,8 @@ class Streams:
         except Expired as error:
             raise _no_stream(Problem(410, error.message)) from None
         except OctavoError as error:
+            if error.reason is not Reason.INVALID_ARGUMENT:
+                raise
             raise _no_stream(Problem(404, error.message)) from None
 
     async def _go_on(

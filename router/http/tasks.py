@@ -45,6 +45,8 @@ async def while_connected(scope: Scope, receive: Receive, work: Coroutine[Any, A
         for task in (running, closed):
             task.cancel()
         await asyncio.wait((running, closed))
+        if not running.cancelled():
+            running.exception()  # nobody is there to be told
 
 
 async def _closed(receive: Receive) -> None:

@@ -73,7 +73,9 @@ class _Hub:
         return 100.0
 
 
-class _World:
+class World:
+    """What a router does with a request before a scheduler hears of it."""
+
     def __init__(self, random: Random) -> None:
         self.random = random
         models = _Hub.session.models
@@ -88,8 +90,8 @@ class _World:
             Clocks(lambda: 100.0, lambda: 1_750_000_000.0),  # type: ignore[arg-type]
         )
         hub: Any = _Hub()
-        inference = Inference(hub, _Assets(), self.preparation, pool, None, Gate(9))  # type: ignore[arg-type]
-        self.service = InferenceService(inference, Authenticator())
+        self.inference = Inference(hub, _Assets(), self.preparation, pool, None, Gate(9))  # type: ignore[arg-type]
+        self.service = InferenceService(self.inference, Authenticator())
         self.resumable: list[inference_pb2.GenerateRequest] = []
 
     def close(self) -> None:
@@ -131,11 +133,11 @@ class _World:
         except OctavoError as error:
             error.to_status()
             return Verdict(mutated, False)
-        self._submit(prepared)
+        self.submit(prepared)
         self._keep(message, prepared)
         return Verdict(mutated, True)
 
-    def _submit(self, prepared: Prepared) -> None:
+    def submit(self, prepared: Prepared) -> None:
         """The same checks further down find nothing; what is left of a resume can be read."""
         prepared.started.SerializeToString()
         for sequence in prepared.request.sequences:
@@ -209,7 +211,7 @@ class _World:
 
 
 def _episode(random: Random) -> Iterator[Verdict]:
-    world = _World(random)
+    world = World(random)
     loop = asyncio.new_event_loop()
     secrets = SimpleNamespace(randbits=random.getrandbits, token_hex=lambda count: random.randbytes(count).hex())
     try:

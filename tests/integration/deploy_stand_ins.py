@@ -21,6 +21,7 @@ STAND_IN = '''
         backend: str = flag("backend", "")
         served_name: str | None = flag("served name", None)
         threads: int = flag("threads", 0)
+        http_listen: str = flag("address of the HTTP door", "")
         ticket_key_file: str | None = flag("key of resume tickets", None)
         crash: str = flag("how to fail", "")
 
@@ -32,7 +33,7 @@ STAND_IN = '''
         address = await server.start()
         await server.set_serving(True)
         print("arguments " + json.dumps(sys.argv[1:]), flush=True)
-        life.announce(address, "127.0.0.1:1")
+        life.announce(address, "127.0.0.1:1", http=settings.http_listen)
         await life.stopping.wait()
         print("drained", flush=True)
         await server.stop(0)

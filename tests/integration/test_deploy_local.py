@@ -83,6 +83,7 @@ def test_a_day_in_the_life(checkout: Checkout) -> None:
     facts = json.loads(checkout.cluster_file.read_text())
     router = facts["router"][0]
     assert facts["model"] == "tiny"
+    assert facts["http"] and f"http://{facts['http'][0]}/v1" in said
     assert sorted(facts["metrics"]) == ["router-1", "scheduler-1", "worker-1", "worker-2"]
     assert router in said
     assert "grpcurl -plaintext" in said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ def chat(**fields: Any) -> inference_pb2.GenerateRequest:
 
 
 def completions(**fields: Any) -> Ask:
-    return asyncio.run(read_completions({"prompt": "hello"} | fields, Options(), None))  # type: ignore[arg-type]
+    return read_completions({"prompt": "hello"} | fields, Options())
 
 
 def refused(read: Any, **fields: Any) -> tuple[int, str | None]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from typing import Any
 
 import pytest
 from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 
 from router.http.protocol import Limits
+from router.http.server import HttpServer
+from service.settings import CommonSettings, SettingsError
 from tests.unit.http_door import Connection, Door, data_of, door, text_of
 from tests.unit.test_router_fakes import Say, eventually, tokens
 from tests.unit.test_router_service import IDS, TEXT, Message, full_queue, say_text, stay_silent
@@ -118,6 +122,36 @@ def test_a_client_that_hangs_up_cancels_at_once(streamed: bool) -> None:
             await eventually(lambda: len(scheduler.cancels()) == 20, seconds=2)
             assert {c.reason for c in scheduler.cancels()} == {scheduler_pb2.CANCEL_REASON_CLIENT}
             assert at.router.session.num_requests == 0 and at.router.gate.num_inside == 0
+
+    asyncio.run(main())
+
+
+def test_a_hang_up_is_seen_though_another_request_waits_behind() -> None:
+    async def main() -> None:
+        async with door(one_token) as (scheduler, at):
+            connection = await at.connect()
+            for _ in range(2):
+                await connection.send("POST", CHAT, {"messages": HELLO})
+            await eventually(lambda: len(scheduler.submits()) == 1)
+            await asyncio.sleep(0.05)  # the second one has come, too
+            connection.writer.transport.abort()
+            await eventually(lambda: len(scheduler.cancels()) == 1, seconds=2)
+            assert len(scheduler.submits()) == 1 and at.router.gate.num_inside == 0
+
+    asyncio.run(main())
+
+
+def test_garbage_behind_a_stream_does_not_get_into_it() -> None:
+    async def main() -> None:
+        async with door(one_token) as (_, at):
+            connection = await stream(at)
+            await connection.head()
+            await connection.send("GET", "/health")  # waits for its turn
+            connection.writer.write(b"no http\r\n\r\n")
+            async with asyncio.timeout(5):
+                rest = await connection.reader.read()
+            assert b"HTTP/1.1 400" not in rest
+            await eventually(lambda: at.router.session.num_requests == 0)
 
     asyncio.run(main())
 
@@ -243,17 +277,7 @@ def test_each_refusal_names_its_field() -> None:
                 ({"messages": []}, 400, "messages"),
                 ({"messages": [{"role": "alien", "content": "x"}]}, 400, "messages[0].role"),
                 ({"messages": [{"role": "user", "content": "hello " * 600}]}, 400, "messages"),
-                (
-                    {
-                        "messages": HELLO,
-                        "response_format": {
-                            "type": "json_schema",
-                            "json_schema": {"name": "n", "schema": {"type": "no type"}},
-                        },
-                    },
-                    400,
-                    "response_format.json_schema",
-                ),
+                ({"messages": HELLO, "guided_regex": "("}, 400, "guided_regex"),
                 ({"messages": HELLO, "adapter": "lora"}, 400, "adapter"),
                 ({"messages": HELLO, "resume_grace_ms": 5}, 400, "resume_grace_ms"),
                 ({"messages": HELLO, "logit_bias": {"5": 101}}, 400, "logit_bias[5]"),
@@ -337,6 +361,11 @@ def test_a_prompt_is_cut_to_its_last_tokens() -> None:
                 body = {"prompt": "hello world " * 300, "truncate_prompt_tokens": keep}
                 assert (await at.ask("POST", "/v1/completions", body)).status == 200
                 assert scheduler.submits()[-1].num_prompt_tokens == length
+            turns = [{"role": "user", "content": "hello " * 600}]
+            assert (
+                await at.ask("POST", CHAT, {"messages": turns, "truncate_prompt_tokens": 7, "max_tokens": 9})
+            ).status == 200
+            assert scheduler.submits()[-1].num_prompt_tokens == 7
             wrong = await at.ask("POST", "/v1/completions", {"prompt": "x", "truncate_prompt_tokens": 0})
             assert wrong.error["param"] == "truncate_prompt_tokens"
 
@@ -395,6 +424,48 @@ def test_a_request_that_does_not_come_is_hung_up_on() -> None:
             assert b" 503 " in await answer(at, b"")
             for connection in held:
                 await connection.close()
+
+    asyncio.run(main())
+
+
+def test_an_offer_of_another_protocol_is_declined_and_the_body_is_read() -> None:
+    """As Java's client does: HTTP/2 on every first request, with a body."""
+
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            connection = await at.connect()
+            offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAMAAABk"}
+            for _ in range(2):
+                await connection.send("POST", "/v1/completions", {"prompt": "hello", "max_tokens": 40}, **offer)
+                assert (await connection.reply()).json()["choices"][0]["text"] == TEXT
+            head = b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
+            body = b'{"prompt": "hello", "max_tokens": 40}'
+            for piece in (head, b"content-length: %d\r\n\r\n" % len(body), body[:5], body[5:]):
+                connection.writer.write(piece)
+                await connection.writer.drain()
+                await asyncio.sleep(0.01)
+            assert (await connection.reply()).json()["choices"][0]["text"] == TEXT
+            await connection.close()
+            assert (await at.ask("CONNECT", "x:443")).status == 405
+
+    asyncio.run(main())
+
+
+def test_bodies_that_are_read_at_once_have_a_bound() -> None:
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            at.gateway._bodies._max_bytes = 100_000
+            held = await at.connect()
+            held.writer.write(
+                b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 90000\r\n\r\n"
+            )
+            held.writer.write(b" " * 80_000)
+            await eventually(lambda: at.gateway._bodies._held >= 80_000)
+            reply = await at.ask("POST", CHAT, {"messages": HELLO, "user": "x" * 30_000})
+            assert reply.status == 429
+            await held.close()
+            await eventually(lambda: at.gateway._bodies._held == 0)
+            assert (await at.ask("POST", CHAT, {"messages": HELLO, "user": "x" * 30_000})).status == 200
 
     asyncio.run(main())
 
@@ -498,14 +569,21 @@ def test_a_response_refuses_what_is_no_plain_text() -> None:
                 ({"reasoning": {"effort": "low"}}, "reasoning"),
                 ({"input": [{"type": "function_call_output"}]}, "input[0].type"),
                 ({"input": 5}, "input"),
-                (
-                    {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "no type"}}}},
-                    "text.format.json_schema",
-                ),
+                ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": 5}}}}, "text.format"),
                 ({"max_output_tokens": 0}, "max_output_tokens"),
                 ({"foo": 1}, "foo"),
             ):
                 reply = await at.ask("POST", "/v1/responses", {"input": "hello"} | more)
                 assert (reply.status, reply.error["param"]) == (400, param), more
+
+    asyncio.run(main())
+
+
+def test_an_address_that_is_taken_is_a_setting_that_can_not_be_used() -> None:
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            second = HttpServer(at.gateway.app(), CommonSettings(), at.server.address)
+            with pytest.raises(SettingsError, match=os.strerror(errno.EADDRINUSE)):
+                await second.start()
 
     asyncio.run(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
 from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 
@@ -191,6 +192,23 @@ def test_only_its_own_tenant_goes_on_and_strange_ids_are_told_apart() -> None:
     asyncio.run(main())
 
 
+def test_who_has_to_come_again_later_finds_it_there() -> None:
+    """The threads that would bring it back have too much to do: that is told, and the stream is kept."""
+
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            connection, events = await begin(at)
+            got = [event async for event in events]
+            await connection.close()
+            at.router.pool._max_waiting = 0
+            reply = await resume(at, id_of(got[2]))
+            assert reply.status == 429
+            at.router.pool._max_waiting = 1 << 20
+            assert text_of(got[:3] + events_of(await resume(at, id_of(got[2])))) == TEXT
+
+    asyncio.run(main())
+
+
 def test_when_nobody_comes_again_all_is_given_up() -> None:
     async def main() -> None:
         async with door(stay_silent) as (scheduler, at):
@@ -311,5 +329,29 @@ def test_grpc_falls_back_to_an_ordinary_resume_and_leaves_nothing_behind() -> No
             unary.request.resume_grace_ms = 5
             assert (await refuse(router.stub.Complete(unary))).violations[0].field == "resume_grace_ms"
             await eventually(lambda: router.session.num_requests == 0 and router.gate.num_inside == 0)
+
+    asyncio.run(main())
+
+
+def test_grpc_takes_over_a_call_that_is_still_open() -> None:
+    async def main() -> None:
+        script = Slowly()
+        async with cluster(script) as (scheduler, router):
+            request = ask(seed=11)
+            request.resume_grace_ms = 60_000
+            old = router.stub.Generate(request)
+            started = (await old.read()).started
+            script.more(1)
+            delta = (await old.read()).delta
+            state = inference_pb2.ResumeState(token_ids=delta.token_ids, text_bytes=delta.text_bytes)
+            request.resume.CopyFrom(inference_pb2.Resume(ticket=started.ticket, outputs=[state], seed=11))
+            again = asyncio.create_task(collect(router.stub.Generate(request)))
+            with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+                while await old.read() is not grpc.aio.EOF:
+                    pass
+            script.more(100)
+            assert delta.text + grpc_text_of(await again) == TEXT
+            assert len(scheduler.submits()) == 1
+            await eventually(lambda: router.gate.num_inside == 0)
 
     asyncio.run(main())

@@ -251,6 +251,26 @@ def test_each_refusal_has_its_reason() -> None:
     asyncio.run(main())
 
 
+def test_what_fails_as_it_is_submitted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with cluster(stay_silent) as (_, router):
+            submit = router.hub.submit
+
+            def fail_at_once(request: Any, **options: Any) -> Any:
+                stream = submit(request, **options)
+                router.hub.fail(request, OctavoError(Reason.LOST, "gone"))
+                return stream
+
+            monkeypatch.setattr(router.hub, "submit", fail_at_once)
+            for call in (
+                router.stub.Generate(ask()),
+                router.stub.Complete(inference_pb2.CompleteRequest(request=ask())),
+            ):
+                assert (await refuse(call)).reason is Reason.LOST
+
+    asyncio.run(main())
+
+
 def test_no_worker_is_told_soon_and_a_draining_router_refuses() -> None:
     async def main() -> None:
         async with cluster(say_text) as (scheduler, router):
