@@ -208,10 +208,13 @@ class _Endpoint:
             return
         except HttpError as error:
             problem = error.problem
+            _forget(error)
         except OctavoError as error:
             problem = problem_of(error)
+            _forget(error)
         except UnicodeEncodeError as error:
             problem = check_text(error).problem
+            _forget(error)
         await _send(send, _response(problem))
 
     def _caller(self, scope: Scope) -> Caller:
@@ -223,6 +226,16 @@ class _Endpoint:
         if self._role is Role.ADMIN and caller.role is not Role.ADMIN:
             raise OctavoError(Reason.PERMISSION_DENIED, "this is for admins")
         return caller
+
+
+def _forget(error: BaseException) -> None:
+    """An exception keeps every frame that it passed, and a task's own keeps the task: cycles, in which a refused request of megabytes
+    would stay until the collector of cycles comes.
+    """
+    following: BaseException | None = error
+    while following is not None:
+        error, following = following, following.__context__
+        error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 def _stranger() -> Problem:

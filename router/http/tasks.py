@@ -7,23 +7,27 @@ from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from router.http.body import Gone, Receive, Scope
-from router.http.errors import HttpError
-from service.errors import OctavoError
 
 T = TypeVar("T")
 
 
 async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Their results, in order. The first that fails cancels the others, and is raised as it is."""
+    """Their results, in order. The first that fails cancels the others, and is raised as it is.
+
+    Not a TaskGroup: in Python 3.11 its exception groups are cycles, and keep what failed, request and all, until they are collected.
+    """
+    tasks = [asyncio.ensure_future(job) for job in jobs]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(job) for job in jobs]
-    except* (OctavoError, HttpError) as failed:
-        error: BaseException = failed
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
-    return [task.result() for task in tasks]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        failed = [task for task in tasks if task.done() and not task.cancelled() and task.exception() is not None]
+        return [task.result() for task in failed or tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # one is raised, the others are nobody's any more
 
 
 async def while_connected(scope: Scope, receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -585,5 +588,30 @@ def test_an_address_that_is_taken_is_a_setting_that_can_not_be_used() -> None:
             second = HttpServer(at.gateway.app(), CommonSettings(), at.server.address)
             with pytest.raises(SettingsError, match=os.strerror(errno.EADDRINUSE)):
                 await second.start()
+
+    asyncio.run(main())
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_refused_request_is_freed_at_once(streamed: bool) -> None:
+    """Not when the collector of cycles comes: an exception keeps every frame that it passed, and those keep the request."""
+
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            big = json.dumps({"prompt": "x" * 10_000_000, "stream": streamed}).encode()
+            assert (await at.ask("POST", "/v1/completions", big)).status == 400
+            gc.collect()
+            gc.disable()
+            try:
+                before = _resident()
+                for _ in range(12):
+                    assert (await at.ask("POST", "/v1/completions", big)).status == 400
+                assert _resident() - before < 60_000_000
+            finally:
+                gc.enable()
 
     asyncio.run(main())
