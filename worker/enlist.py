@@ -6,6 +6,7 @@ Owned by the event loop. The engine's threads reach it through `call_soon_thread
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -30,6 +31,10 @@ _MAX_OUTBOUND = 4096  # messages; assets are the largest burst, 1 MiB a message
 _RETRY_SECONDS = 0.2
 _AGAIN_SECONDS = 0.02  # after a stream that had been welcomed
 _OTHERS_SECONDS = 0.03
+_REFUSED_SECONDS = (
+    5.0  # at most, and sooner at first, after a scheduler said why it does not want us: that changes by people's hands
+)
+_REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNAUTHENTICATED)
 _FAREWELL_SECONDS = 1.0
 _PATIENCE_SECONDS = 1.0
 
@@ -56,6 +61,9 @@ class Enlistment:
         self._leave: asyncio.Future[Leave] | None = None
         self._redial_to = ""
         self._let_go = self._was_welcomed = False
+        self._refusals = 0  # in a row
+        self._told = ""
+        self._draining = asyncio.Event()
         self.welcomed = asyncio.Event()
         self.scheduler = ""
         self.steps = self.tokens = self.device_ns = 0
@@ -83,11 +91,16 @@ class Enlistment:
                     await self._serve_one(address)
             if self.session.draining or self._let_go:
                 return
-            await asyncio.sleep(_AGAIN_SECONDS if self._was_welcomed else _RETRY_SECONDS)
+            pause = _AGAIN_SECONDS if self._was_welcomed else _RETRY_SECONDS
+            if self._refusals:
+                pause = min(_REFUSED_SECONDS, _RETRY_SECONDS * 2.0 ** min(self._refusals, 8))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._draining.wait(), pause)
 
     def drain(self) -> None:
         """Ask for no new requests; `run` returns when the scheduler lets the worker go, and at once where there is none."""
         self._addresses_known.set()
+        self._draining.set()
         message = self.session.drain()
         if message is not None:
             self._send(message)
@@ -201,6 +214,7 @@ class Enlistment:
             log.warning("the scheduler did not take our last messages")
 
     def _report(self, address: str, results: list[BaseException | None]) -> None:
+        refusals, self._refusals = self._refusals, 0
         if self._leave is not None and self._leave.done():
             leave = self._leave.result()
             self._redial_to = leave.address
@@ -209,7 +223,14 @@ class Enlistment:
             return
         for result in results:
             if isinstance(result, grpc.aio.AioRpcError):
-                log.warning("scheduler %s: %s: %s", address, result.code().name, result.details())
+                said = f"scheduler {address}: {result.code().name}: {result.details()}"
+                if result.code() in _REFUSALS and not self._was_welcomed:
+                    self._refusals = refusals + 1
+                    again = self._told == said and refusals
+                    log.log(logging.DEBUG if again else logging.WARNING, "%s", said)
+                    self._told = said
+                    return
+                log.warning("%s", said)
                 return
             if isinstance(result, OctavoError):
                 log.error("scheduler %s: %s: %s", address, result.reason.name, result.message)

@@ -60,6 +60,61 @@ def test_the_reason_of_an_end_is_told_though_a_write_failed_first(
     assert "LOST: you were silent" in caplog.text
 
 
+class RefusedCall(EndedCall):
+    """A stream of a scheduler that does not want us."""
+
+    async def write(self, message: scheduler_pb2.EnlistRequest) -> None:
+        return
+
+    async def read(self) -> scheduler_pb2.EnlistResponse:
+        raise grpc.aio.AioRpcError(
+            grpc.StatusCode.FAILED_PRECONDITION, grpc.aio.Metadata(), grpc.aio.Metadata(), details="not admitted"
+        )
+
+
+@pytest.mark.parametrize("retry_s", [0.001, 60.0])
+def test_a_worker_that_is_refused_asks_less_and_less_often_says_so_once_and_leaves_when_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, retry_s: float
+) -> None:
+    tries: list[float] = []
+    refused = asyncio.Event()
+    monkeypatch.setattr("worker.enlist._RETRY_SECONDS", retry_s)
+    monkeypatch.setattr("worker.enlist._REFUSED_SECONDS", 60.0)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        class Stub:
+            def __init__(self, channel: grpc.aio.Channel) -> None:
+                self.Enlist = self.enlist
+
+            def enlist(self, metadata: object) -> RefusedCall:
+                tries.append(loop.time())
+                if len(tries) == (6 if retry_s < 1 else 1):
+                    refused.set()
+                return RefusedCall()
+
+        monkeypatch.setattr("worker.enlist.scheduler_pb2_grpc.SchedulerServiceStub", Stub)
+        engine = Engine(MockBackend(MockSettings()), lambda *_: None, lambda *_: None, lambda _: None)
+        engine.start()
+        identity = Identity(scheduler_pb2.WorkerHello(), INFO, {})
+        enlistment = Enlistment(WorkerSettings(scheduler=("127.0.0.1:1",)), identity, engine)
+        async with asyncio.timeout(30):
+            running = asyncio.create_task(enlistment.run())
+            await refused.wait()
+            while "FAILED_PRECONDITION" not in caplog.text:
+                await asyncio.sleep(0.005)
+            enlistment.drain()
+            await running
+        engine.close()
+
+    with caplog.at_level(logging.INFO, "octavo.enlist"):
+        asyncio.run(main())
+    assert caplog.text.count("FAILED_PRECONDITION: not admitted") == 1
+    pauses = np.diff(tries)
+    assert (pauses > 0.0009 * 2.0 ** np.arange(1, 1 + pauses.size)).all()
+
+
 def test_discovery_adds_to_the_schedulers_from_flags() -> None:
     """A Redis that knows no scheduler must not make a worker forget those that it was told."""
 
