@@ -116,4 +116,5 @@ def _refuse(handler: Any, error: OctavoError) -> Any:
         (True, True): (grpc.stream_stream_rpc_method_handler, stream),
     }
     make, function = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
-    return make(function, handler.request_deserializer, handler.response_serializer)
+    # A stranger's bytes are not even parsed.
+    return make(function, None, handler.response_serializer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from google.protobuf.descriptor import Descriptor
 
+_LONGEST_VARINT = 10  # bytes; the parser refuses longer ones
 _VARINT, _FIXED64, _BYTES, _START, _END, _FIXED32 = range(6)
 _SKIP = {_FIXED64: 8, _FIXED32: 4, _START: 0, _END: 0}
 
@@ -48,8 +49,11 @@ def find_excess(limit: int, data: bytes, descriptor: Descriptor) -> str:
                         parts.append((at, min(at + size, end), part, f"{path}{name}."))
                     at += size
                 elif wire_type == _VARINT:
+                    last = at + _LONGEST_VARINT
                     while data[at] > 127:
                         at += 1
+                        if at == last:
+                            return ""
                     at += 1
                 else:
                     at += _SKIP[wire_type]

@@ -20,6 +20,7 @@ STAND_IN = '''
         model: str = flag("model", "")
         backend: str = flag("backend", "")
         served_name: str | None = flag("served name", None)
+        quantization: str = flag("quantization", "none")
         threads: int = flag("threads", 0)
         http_listen: str = flag("address of the HTTP door", "")
         ticket_key_file: str | None = flag("key of resume tickets", None)

@@ -132,6 +132,46 @@ async def outcome(call: Any, secret: str | None) -> Reason | None:
     return None
 
 
+def test_what_a_stranger_sends_is_not_even_parsed() -> None:
+    parsed: list[int] = []
+
+    async def main() -> None:
+        class Spying:
+            """A message class, as far as the server looks at it."""
+
+            DESCRIPTOR = inference_pb2.ListModelsRequest.DESCRIPTOR
+
+            def FromString(self, data: bytes) -> inference_pb2.ListModelsRequest:
+                parsed.append(len(data))
+                return inference_pb2.ListModelsRequest()
+
+        async def behaviour(request: Any, context: Any) -> inference_pb2.ListModelsResponse:
+            return inference_pb2.ListModelsResponse()
+
+        server = Server(CommonSettings(), (), PUBLIC_MESSAGE_BYTES, ApiKeys.parse(FILE))
+        handler = grpc.unary_unary_rpc_method_handler(
+            behaviour, Spying().FromString, inference_pb2.ListModelsResponse.SerializeToString
+        )
+        name = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+        server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Spy": handler}),))
+        try:
+            async with grpc.aio.insecure_channel(await server.start()) as channel:
+                spy = channel.unary_unary(f"/{name}/Spy")
+
+                async def call(metadata: Any) -> None:
+                    await spy(b"\x08" + b"\xff" * 100, metadata=metadata)
+
+                assert await outcome(call, None) is Reason.UNAUTHENTICATED
+                assert await outcome(call, "wrong") is Reason.UNAUTHENTICATED
+                assert parsed == []
+                assert await outcome(call, ALICE) is None
+                assert parsed == [101]
+        finally:
+            await server.stop(None)
+
+    asyncio.run(main())
+
+
 def test_each_method_over_grpc() -> None:
     async def main() -> None:
         async with serving(ApiKeys.parse(FILE)) as (server, channel):

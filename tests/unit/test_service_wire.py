@@ -70,6 +70,16 @@ def test_unknown_fields_count_too() -> None:
     assert find_excess(100, b"\xf8\x7f\x00" * 101, REQUEST) == "unknown fields"
 
 
+def test_a_number_without_an_end_is_left_to_the_parser_at_once() -> None:
+    endless = b"\x08" + b"\xff" * 100 + b"\x01"
+    assert find_excess(10, endless + b"\x38\x00" * 20, REQUEST) == ""
+    with pytest.raises(DecodeError):
+        inference_pb2.GenerateRequest.FromString(endless)
+    longest = b"\x38" + b"\xff" * 9 + b"\x01"  # -1
+    assert inference_pb2.GenerateRequest.FromString(longest).priority == -1
+    assert find_excess(10, longest * 11, REQUEST) == "priority"
+
+
 @given(st.binary(max_size=300))
 def test_what_the_parser_refuses_is_left_to_it(data: bytes) -> None:
     excess = find_excess(1000, data, REQUEST)

@@ -77,7 +77,15 @@ def test_a_worker_that_is_refused_asks_less_and_less_often_says_so_once_and_leav
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, retry_s: float
 ) -> None:
     tries: list[float] = []
-    refused = asyncio.Event()
+    refused, told = asyncio.Event(), threading.Event()
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "FAILED_PRECONDITION" in record.getMessage():
+                told.set()
+
+    ear = Ear()
+    logging.getLogger("octavo.enlist").addHandler(ear)
     monkeypatch.setattr("worker.enlist._RETRY_SECONDS", retry_s)
     monkeypatch.setattr("worker.enlist._REFUSED_SECONDS", 60.0)
 
@@ -102,14 +110,17 @@ def test_a_worker_that_is_refused_asks_less_and_less_often_says_so_once_and_leav
         async with asyncio.timeout(30):
             running = asyncio.create_task(enlistment.run())
             await refused.wait()
-            while "FAILED_PRECONDITION" not in caplog.text:
-                await asyncio.sleep(0.005)
+            async with asyncio.timeout(20):
+                await asyncio.to_thread(told.wait)
             enlistment.drain()
             await running
         engine.close()
 
-    with caplog.at_level(logging.INFO, "octavo.enlist"):
-        asyncio.run(main())
+    try:
+        with caplog.at_level(logging.INFO, "octavo.enlist"):
+            asyncio.run(main())
+    finally:
+        logging.getLogger("octavo.enlist").removeHandler(ear)
     assert caplog.text.count("FAILED_PRECONDITION: not admitted") == 1
     pauses = np.diff(tries)
     assert (pauses > 0.0009 * 2.0 ** np.arange(1, 1 + pauses.size)).all()
