@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from octavo.cli.load_report import machine, summarise, versions
 from octavo.cli.load_run import run_load
 from octavo.cli.load_spec import LoadSpec
 
-from bench.running import LEASE
+from bench.running import LEASE, cpu_seconds
 from deploy.cluster import LocalCluster
 
 _DOORS = ("http", "grpc")
@@ -32,19 +31,14 @@ def load(running: LocalCluster, door: str, processes: int, **shape: Any) -> dict
     openai = door == "http"
     addresses = (f"http://{running.gateways[0]}/v1",) if openai else tuple(running.routers)
     spec = LoadSpec(addresses=addresses, openai=openai, model="m", vocab_size=30_000, temperature=0.0, **shape)
-    before = _cpu_seconds(running.members["router-1"].pid)
-    figures = summarise(run_load(spec, processes, lambda *_: None))
+    # Processor time, unlike wall-clock time, hardly depends on what else the machine does.
+    with cpu_seconds(running) as used:
+        figures = summarise(run_load(spec, processes, lambda *_: None))
     if figures["failed"]:
         raise RuntimeError(f"{figures['failed']} requests failed: {figures['first_error']}")
-    figures["router_cpu_s"] = _cpu_seconds(running.members["router-1"].pid) - before
+    figures["router_cpu_s"] = used["router-1"]
     figures["output_tokens_per_router_cpu_s"] = figures["output_tokens"] / figures["router_cpu_s"]
     return figures
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Processor time of a process so far. Unlike wall-clock time it hardly depends on what else the machine does."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def streams(running: LocalCluster, repeats: int) -> dict[str, Any]:
