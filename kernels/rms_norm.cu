@@ -12,12 +12,11 @@
 //   3. the row stays in registers between the sum and the scaling (this one): every byte moves once
 #include "norm.cuh"
 
-// add(old, at, column): the residual's vector `at` with what is added to it. LATE: the next kernel starts once this one has its inputs,
-// so that its weights do not stand before them in the memory's queue.
-template <bool LATE, typename Add>
+// add(old, at, column): the residual's vector `at` with what is added to it.
+template <typename Add>
 __device__ __forceinline__ void norm(Add add, bool adds, uint4* residual, const uint4* weight, const int* rows, uint4* out, float epsilon) {
   uint4 scale[PER_THREAD], sum[PER_THREAD];
-  if (!LATE) let_next_start();
+  let_next_start();
   load_scale(scale, weight);
   wait_for_previous();
   if (rows && rows[blockIdx.x] < 0) return;  // padding of a graph
@@ -32,7 +31,6 @@ __device__ __forceinline__ void norm(Add add, bool adds, uint4* residual, const 
     squares[0] = add_squares(squares[0], sum[i]);
   }
   block_sums(squares);
-  if (LATE) let_next_start();
   float inverse = rsqrtf(squares[0] / HIDDEN + epsilon);
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++) {
@@ -43,14 +41,14 @@ __device__ __forceinline__ void norm(Add add, bool adds, uint4* residual, const 
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 rms_norm(uint4* residual, const uint4* __restrict__ weight, uint4* __restrict__ out, float epsilon) {
-  norm<false>([](uint4 old, size_t, int) { return old; }, false, residual, weight, nullptr, out, epsilon);
+  norm([](uint4 old, size_t, int) { return old; }, false, residual, weight, nullptr, out, epsilon);
 }
 
 // With `rows`, only the gathered rows are added: for the last layer, whose residual nobody reads afterwards. No row may stand twice.
 extern "C" __global__ void __launch_bounds__(THREADS)
 rms_norm_add(const uint4* x, uint4* residual, const uint4* __restrict__ bias, const uint4* __restrict__ weight,
              const int* __restrict__ rows, uint4* __restrict__ out, float epsilon) {
-  norm<false>([&](uint4 old, size_t at, int column) { return add_vector(old, x[at], bias, column); }, true, residual, weight, rows, out, epsilon);
+  norm([&](uint4 old, size_t at, int column) { return add_vector(old, x[at], bias, column); }, true, residual, weight, rows, out, epsilon);
 }
 
 // parts [splits, gridDim.x, HIDDEN]
@@ -58,6 +56,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 rms_norm_add_parts(const float4* parts, int splits, uint4* residual, const uint4* __restrict__ bias, const uint4* __restrict__ weight,
                    uint4* __restrict__ out, float epsilon) {
   size_t stride = (size_t)gridDim.x * HIDDEN / 4;
-  norm<false>([&](uint4 old, size_t at, int column) { return add_vector(old, sum_of_parts(parts, at, splits, stride), bias, column); }, true,
+  norm([&](uint4 old, size_t at, int column) { return add_vector(old, sum_of_parts(parts, at, splits, stride), bias, column); }, true,
        residual, weight, nullptr, out, epsilon);
 }
