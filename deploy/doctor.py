@@ -79,6 +79,8 @@ def own_addresses() -> dict[str, str]:
         ready = read_ready(path)
         if ready is not None:
             own |= {ready.address: ready.name, ready.metrics: f"{ready.name}'s metrics"}
+            if ready.http:
+                own[ready.http] = f"{ready.name}'s HTTP door"
     url = redis_url()
     if own and url is not None:
         own[url.removeprefix("redis://").partition("/")[0]] = "Redis"

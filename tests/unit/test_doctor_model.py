@@ -177,6 +177,7 @@ def test_processes_that_run_older_code(tmp_path: Path, monkeypatch: pytest.Monke
         "name": "router-1",
         "address": "127.0.0.1:1",
         "metrics": "127.0.0.1:2",
+        "http": "127.0.0.1:9",
         "incarnation": 1,
     }
     ready.write_text(json.dumps(facts | {"pid": os.getpid()}))
@@ -189,6 +190,7 @@ def test_processes_that_run_older_code(tmp_path: Path, monkeypatch: pytest.Monke
     assert doctor.own_addresses() == {
         "127.0.0.1:1": "router-1",
         "127.0.0.1:2": "router-1's metrics",
+        "127.0.0.1:9": "router-1's HTTP door",
         "127.0.0.1:3": "Redis",
     }
     assert doctor.model_argument() == "mock"
