@@ -41,7 +41,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_headers = True
-        self._header_bytes = 0
+        self._header_bytes = 0  # and those of trailers and chunk heads: of all that is no body
+        self._uncounted = 0
         self._refusal: Problem | None = None
         self._refused = False
         self._running: RequestResponseCycle | None = None
@@ -75,14 +76,15 @@ class HttpProtocol(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
+        self._uncounted = len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._go_on_without_upgrade(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError:
             self.send_400_response("")
-        if self._in_headers:
-            self._header_bytes += len(data)
+        self._header_bytes += self._uncounted
         if self._header_bytes > self._limits.header_bytes:
             self._refuse(_headers_too_large(self._limits))
 
@@ -107,9 +109,14 @@ class HttpProtocol(HttpToolsProtocol):
         if self._timer is None:
             self._arm(self._limits.header_seconds, self._too_slow)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:
+            super().on_header(name, value)
+        # else a trailer: nobody reads one, and as a header it would come after all that was decided by the headers
+
     def on_headers_complete(self) -> None:
         self._in_headers = False
-        self._header_bytes = 0
+        self._start_counting()
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._limits.header_bytes:
             self._refusal = _headers_too_large(self._limits)
             raise ValueError  # the parser passes it on as a bad request
@@ -119,6 +126,18 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if 0 < len(self.pipeline) <= _MAX_PIPELINED:
             self.flow.resume_reading()  # or nobody would see the client hang up
+
+    def on_chunk_header(self) -> None:
+        """The parser's: a chunk's size was read. After the last one, trailers may follow."""
+        self._start_counting()
+
+    def on_body(self, body: bytes) -> None:
+        self._uncounted = max(0, self._uncounted - len(body))
+        super().on_body(body)
+
+    def _start_counting(self) -> None:
+        """From the next read on: where in this one we are is not known, and it is bounded anyway."""
+        self._header_bytes = self._uncounted = 0
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():

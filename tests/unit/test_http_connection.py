@@ -1,0 +1,90 @@
+"""What one connection may hold, how long it may take, and how it ends: over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from router.http.protocol import HttpProtocol, Limits
+from tests.unit.http_door import Connection, Door, door
+from tests.unit.test_router_fakes import eventually
+from tests.unit.test_router_service import say_text
+
+KEY = "key-of-somebody-0123"
+CHUNKED = b"host: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
+
+
+async def write(connection: Connection, *pieces: bytes) -> None:
+    for piece in pieces:
+        connection.writer.write(piece)
+        await connection.writer.drain()
+
+
+def only(at: Door) -> HttpProtocol:
+    """The server's end of the only connection."""
+    (protocol,) = at.server._state.connections
+    assert isinstance(protocol, HttpProtocol)
+    return protocol
+
+
+@pytest.mark.parametrize("trailer", [b"a:b\r\n" * 1_000, b"a" * 5_000])
+def test_trailers_are_bounded_and_kept_nowhere(trailer: bytes) -> None:
+    """Many of them, and one that does not end; whoever calls without a key sends them too."""
+
+    async def main() -> None:
+        async with door(say_text, keys=f"{KEY} team\n") as (_, at):
+            connection = await at.connect()
+            await write(connection, b"POST /v1/chat/completions HTTP/1.1\r\n" + CHUNKED + b"\r\n0\r\n")
+            assert (await connection.head())[0] == 401
+            protocol = only(at)
+            await write(connection, trailer)
+            await eventually(lambda: protocol._header_bytes > 0)
+            assert len(protocol.headers) == 3
+            for _ in range(100):
+                await write(connection, trailer)
+            await eventually(lambda: protocol._refused)
+            assert len(protocol.headers) == 3
+            async with asyncio.timeout(5):
+                assert b" 431 " in await connection.reader.read()
+            await connection.close()
+
+    asyncio.run(main())
+
+
+def test_trailers_in_one_read_are_no_headers() -> None:
+    async def main() -> None:
+        async with door(say_text, keys=f"{KEY} team\n") as (_, at):
+            connection = await at.connect()
+            get = b"GET /v1/models HTTP/1.1\r\n" + CHUNKED + b"\r\n0\r\n"
+            await write(connection, get + f"authorization: Bearer {KEY}\r\n\r\n".encode())
+            assert (await connection.reply()).status == 401
+            post = b"POST /v1/completions HTTP/1.1\r\n" + CHUNKED + f"authorization: Bearer {KEY}\r\n".encode()
+            body = b'{"prompt": "hello", "max_tokens": 40}'
+            for trailers in (b"last-event-id: req-x:1\r\n", b"content-encoding: br\r\nexpect: 100-continue\r\n", b""):
+                await write(connection, post + b"\r\n%x\r\n%s\r\n0\r\n%s\r\n" % (len(body), body, trailers))
+                assert (await connection.reply()).status == 200
+            await connection.close()
+
+    asyncio.run(main())
+
+
+def test_what_stands_around_a_body_is_no_long_header() -> None:
+    """Chunks with more bytes around them as in them, and a body beside the next request's head, are no long headers."""
+
+    async def main() -> None:
+        async with door(say_text, limits=Limits(header_bytes=4_000)) as (_, at):
+            connection = await at.connect()
+            body = b'{"prompt": "hello", "max_tokens": 40}'
+            chunks = b"".join(b"1\r\n \r\n" for _ in range(3_000)) + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+            post = b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\n"
+            await write(connection, post + b"transfer-encoding: chunked\r\n\r\n", *(chunks[:7_001], chunks[7_001:]))
+            assert (await connection.reply()).status == 200
+            padded = body + b" " * 9_000
+            await write(connection, post + b"content-length: %d\r\n\r\n" % len(padded) + padded + b"GET /health HT")
+            assert (await connection.reply()).status == 200
+            await write(connection, b"TP/1.1\r\n\r\n")
+            assert (await connection.reply()).status == 200
+            await connection.close()
+
+    asyncio.run(main())
