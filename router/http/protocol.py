@@ -37,7 +37,7 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
-        self.timeout_keep_alive = int(limits.idle_seconds)
+        self.timeout_keep_alive = limits.idle_seconds  # type: ignore[assignment]  # a float will do
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_headers = True
@@ -75,7 +75,6 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
             return
-        self._unset_keepalive_if_required()
         self._uncounted = len(data)
         try:
             self.parser.feed_data(data)
@@ -103,6 +102,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._unset_keepalive_if_required()  # and not for empty lines, which the parser skips
         self.scope["extensions"] = {"octavo.abort": self.transport.abort}  # type: ignore[dict-item]
         self._in_headers = True
         self._header_bytes = 0
@@ -160,6 +160,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        self._unset_keepalive_if_required()  # set when an answer ended while this request was on its way
+        if cycle is self.cycle and cycle.more_body:  # it may have waited, and its body with it
+            self._arm(self._limits.body_seconds, self._too_slow)
         super()._start_asgi_task(cycle, app)
 
     # ---- refusals
@@ -168,10 +171,16 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(self._refusal or Problem(400, "this is no valid HTTP request"))
 
     def _too_slow(self) -> None:
-        self._timer = None
         running = self._running
-        if running is not None and running.response_started and not running.response_complete:
-            return  # an answer that did not wait for the body
+        if (
+            running is not None
+            and not running.response_complete
+            and (running.response_started or not running.more_body)
+        ):
+            # Its answer did not wait for the body, or it is the next request that does not come: the answer goes before.
+            self._arm(self._limits.header_seconds if self._in_headers else self._limits.body_seconds, self._too_slow)
+            return
+        self._timer = None
         self._refuse(Problem(408, "the request did not come in time"))
 
     def _refuse(self, problem: Problem) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from octavo.v1 import common_pb2
 
 from router.http.protocol import HttpProtocol, Limits
 from tests.unit.http_door import Connection, Door, door
-from tests.unit.test_router_fakes import eventually
-from tests.unit.test_router_service import say_text
+from tests.unit.test_router_fakes import Say, eventually, tokens
+from tests.unit.test_router_service import IDS, Message, say_text, stay_silent
 
 KEY = "key-of-somebody-0123"
 CHUNKED = b"host: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
@@ -85,6 +86,81 @@ def test_what_stands_around_a_body_is_no_long_header() -> None:
             assert (await connection.reply()).status == 200
             await write(connection, b"TP/1.1\r\n\r\n")
             assert (await connection.reply()).status == 200
+            await connection.close()
+
+    asyncio.run(main())
+
+
+def test_empty_lines_are_no_request_and_keep_no_connection() -> None:
+    async def main() -> None:
+        async with door(say_text, limits=Limits(idle_seconds=0.2)) as (_, at):
+            connection = await at.connect()
+            await connection.send("GET", "/health")
+            assert (await connection.reply()).status == 200
+            protocol = only(at)
+            await write(connection, b"\r\n")
+            await eventually(lambda: protocol._header_bytes > 0)
+            async with asyncio.timeout(5):
+                assert await connection.reader.read() == b""
+            await connection.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"POST / HTTP/1.1\r\nx: ",
+        b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{",
+    ],
+)
+def test_a_request_that_does_not_come_waits_for_the_answer_before_it_and_no_longer(rest: bytes, streamed: bool) -> None:
+    """The answer takes longer than the next request may, which neither ends the answer nor is forgotten."""
+    handles: list[tuple[Say, int]] = []
+
+    async def script(message: Message, say: Say) -> None:
+        if message.HasField("submit"):
+            handles.append((say, message.submit.handle))
+
+    async def main() -> None:
+        async with door(script, limits=Limits(header_seconds=0.1, body_seconds=0.1)) as (_, at):
+            connection = await at.connect()
+            await connection.send("POST", "/v1/completions", {"prompt": "hello", "max_tokens": 9, "stream": streamed})
+            await write(connection, rest)
+            await eventually(lambda: bool(handles))
+            protocol, first = only(at), None
+            await eventually(lambda: protocol._timer is not None)
+            first = protocol._timer
+            await eventually(lambda: protocol._timer is not first)  # it was looked at, and set again
+            (say, handle) = handles[0]
+            await say(tokens(0, (handle, 0, IDS[:1], common_pb2.FINISH_REASON_LENGTH)))
+            async with asyncio.timeout(5):
+                assert (await connection.reply()).status == 200
+                assert (await connection.reply()).status == 408
+                assert await connection.reader.read() == b""
+            await connection.close()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_began_during_an_answer_has_no_idle_time() -> None:
+    """The answer before it ends while it is on its way, which sets the timer for idle connections."""
+
+    async def main() -> None:
+        async with door(stay_silent, limits=Limits(idle_seconds=60)) as (_, at):
+            connection = await at.connect()
+            await connection.send("GET", "/health")
+            await write(connection, b"POST /v1/completions HT")
+            assert (await connection.reply()).status == 200
+            protocol = only(at)
+            body = b'{"prompt": "hello", "max_tokens": 40}'
+            await write(
+                connection,
+                b"TP/1.1\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body),
+            )
+            await eventually(lambda: protocol._running is protocol.cycle and not protocol.cycle.response_complete)
+            assert protocol.timeout_keep_alive_task is None and protocol._timer is None
             await connection.close()
 
     asyncio.run(main())
