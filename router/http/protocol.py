@@ -46,6 +46,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._refusal: Problem | None = None
         self._refused = False
         self._running: RequestResponseCycle | None = None
+        self.gone: asyncio.Future[None] = self.loop.create_future()  # when the connection is
 
     # ---- the connection
 
@@ -71,6 +72,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
+        if not self.gone.done():
+            self.gone.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():

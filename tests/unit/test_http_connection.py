@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from octavo.v1 import common_pb2
+from starlette.types import ASGIApp
 
+from router.http.body import Receive, Scope, Send
 from router.http.protocol import HttpProtocol, Limits
+from router.http.server import HttpServer
+from service.settings import CommonSettings
 from tests.unit.http_door import Connection, Door, door
 from tests.unit.test_router_fakes import Say, eventually, tokens
 from tests.unit.test_router_service import IDS, Message, say_text, stay_silent
 
 KEY = "key-of-somebody-0123"
+LARGE = 8 << 20
 CHUNKED = b"host: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
 
 
@@ -162,5 +170,58 @@ def test_a_request_that_began_during_an_answer_has_no_idle_time() -> None:
             await eventually(lambda: protocol._running is protocol.cycle and not protocol.cycle.response_complete)
             assert protocol.timeout_keep_alive_task is None and protocol._timer is None
             await connection.close()
+
+    asyncio.run(main())
+
+
+@asynccontextmanager
+async def serving(app: ASGIApp, limits: Limits | None = None) -> AsyncIterator[tuple[HttpServer, Connection]]:
+    """An application behind the door, and a connection whose buffers are small."""
+    server = HttpServer(app, CommonSettings(), "127.0.0.1:0", limits)
+    await server.start()
+    host, _, port = server.address.rpartition(":")
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
+    connection = Connection(*await asyncio.open_connection(sock=sock, limit=1 << 14))
+    try:
+        yield server, connection
+    finally:
+        await connection.close()
+        await server.stop(0)
+
+
+async def large(scope: Scope, receive: Receive, send: Send) -> None:
+    """8 MiB at once."""
+    headers = [(b"content-length", b"%d" % LARGE)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"x" * LARGE})
+
+
+def test_an_answer_that_is_still_in_the_buffers_arrives_before_the_server_stops() -> None:
+    async def main() -> None:
+        async with serving(large) as (server, connection):
+            await connection.send("GET", "/")
+            assert (await connection.head())[0] == 200
+            await eventually(lambda: not server._state.tasks)  # for the application it has ended
+            stopping = asyncio.create_task(server.stop(30))
+            await eventually(lambda: all(one.transport.is_closing() for one in server._state.connections))
+            async with asyncio.timeout(30):
+                assert len(await connection.reader.readexactly(LARGE)) == LARGE
+                await stopping
+
+    asyncio.run(main())
+
+
+def test_a_server_that_stops_hangs_up_on_who_reads_nothing() -> None:
+    async def main() -> None:
+        async with serving(large) as (server, connection):
+            await connection.send("GET", "/")
+            assert (await connection.head())[0] == 200
+            async with asyncio.timeout(20):
+                await server.stop(0.1)
+                with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                    await connection.reader.readexactly(LARGE)
 
     asyncio.run(main())
