@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
+import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +30,7 @@ class Limits:
     header_seconds: float = 10.0  # from the connection, or a request's first byte, to the end of its headers
     body_seconds: float = 60.0
     idle_seconds: float = 75.0  # between requests
-    write_seconds: float = 30.0  # in which a client has to take anything at all
+    write_seconds: float = 30.0  # in which a client that is waited for has to take anything at all
     max_connections: int = 4_096
 
 
@@ -93,13 +96,34 @@ class HttpProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self._limits.write_seconds, self.transport.abort)
+            self._watch_writing(self._unacknowledged())
 
     def resume_writing(self) -> None:
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
         super().resume_writing()
+
+    def _watch_writing(self, before: int) -> None:
+        self._write_timer = self.loop.call_later(self._limits.write_seconds, self._look_at_writing, before)
+
+    def _look_at_writing(self, before: int) -> None:
+        """Nothing is written while it is paused, so what a slow client has taken shows."""
+        left = self._unacknowledged()
+        if left < before:
+            self._watch_writing(left)
+        else:
+            self.transport.abort()
+
+    def _unacknowledged(self) -> int:
+        """Bytes that the client has yet to take. The kernel's are looked at too: it takes ours in lumps, of which each may last a slow
+        client longer than `write_seconds`.
+        """
+        size = self.transport.get_write_buffer_size()
+        sock = self.transport.get_extra_info("socket")
+        if sock is None or sock.fileno() < 0 or sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return size
+        return size + int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     # ---- a request
 

@@ -225,3 +225,39 @@ def test_a_server_that_stops_hangs_up_on_who_reads_nothing() -> None:
                     await connection.reader.readexactly(LARGE)
 
     asyncio.run(main())
+
+
+def test_a_client_that_reads_slowly_is_waited_for_and_one_that_does_not_read_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits, looks = Limits(write_seconds=1.0), 0
+    look = HttpProtocol._look_at_writing
+
+    def counted(protocol: HttpProtocol, before: int) -> None:
+        nonlocal looks
+        looks += 1
+        look(protocol, before)
+
+    monkeypatch.setattr(HttpProtocol, "_look_at_writing", counted)
+
+    async def main() -> None:
+        async with serving(large, limits) as (_, connection):
+            await connection.send("GET", "/")
+            assert (await connection.head())[0] == 200
+            taken = 0
+            async with asyncio.timeout(50):
+                while taken < LARGE:
+                    data = await connection.reader.read(1 << 16)
+                    assert data
+                    taken += len(data)
+                    if looks < 2:
+                        await asyncio.sleep(0.03)  # that is what is slow about it
+            assert looks >= 2
+        async with serving(large, limits) as (server, connection):
+            await connection.send("GET", "/")
+            await eventually(lambda: bool(server._state.connections))
+            await eventually(lambda: not server._state.connections)
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await connection.reader.readexactly(LARGE)
+
+    asyncio.run(main())
