@@ -20,7 +20,7 @@ from router.http.body import Bodies, Gone, Receive, Scope, Send, header, read_bo
 from router.http.chat import ChatView, read_chat
 from router.http.completions import CompletionView, read_completions
 from router.http.errors import HttpError, Names, Problem, problem_of
-from router.http.models import detokenize, model_list, one_model, tokenize
+from router.http.models import TokenizeAsk, detokenize, model_list, one_model, read_detokenize, tokenize
 from router.http.responses import ResponseView, read_responses
 from router.http.settle import settle
 from router.http.stream import Streams, headers_of
@@ -138,8 +138,7 @@ class Gateway:
                 await while_connected(scope, receive, job)
             else:
                 answers = await while_connected(scope, receive, self._complete(ask, caller.tenant))
-                size = sum(answer.ByteSize() for answer in answers)
-                text = view.answer(answers) if size < _LARGE else await self._pool.run(0, lambda: view.answer(answers))
+                text = await self._written(sum(answer.ByteSize() for answer in answers), lambda: view.answer(answers))
                 await _send(send, Response(text, media_type="application/json"), headers_of(answers[0]))
         except OctavoError as error:
             raise HttpError(problem_of(error, ask.names)) from None
@@ -148,6 +147,10 @@ class Gateway:
         inference = self.inference
         deadline = None if ask.timeout is None else inference.hub.now() + ask.timeout
         return await together(inference.complete(request, tenant, deadline) for request in ask.requests)
+
+    async def _written(self, size: int, write: Callable[[], bytes]) -> bytes:
+        """What `write` makes of messages of `size` bytes; in a thread if that takes long."""
+        return write() if size < _LARGE else await self._pool.run(0, write)
 
     # ---- the others
 
@@ -158,12 +161,14 @@ class Gateway:
         await _send(send, JSONResponse(one_model(self.inference, scope["path_params"]["name"])))
 
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
-        answer = await tokenize(await self._bodies.read(scope, receive, lambda body: body), self.inference)
-        await _send(send, JSONResponse(answer))
+        ask = await self._bodies.read(scope, receive, TokenizeAsk.read)
+        size, write = await tokenize(ask, self.inference)
+        await _send(send, Response(await self._written(size, write), media_type="application/json"))
 
     async def _detokenize(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
-        answer = await detokenize(await self._bodies.read(scope, receive, lambda body: body), self.inference)
-        await _send(send, JSONResponse(answer))
+        request = await self._bodies.read(scope, receive, read_detokenize)
+        size, write = await detokenize(request, self.inference)
+        await _send(send, Response(await self._written(size, write), media_type="application/json"))
 
     async def _version(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
         await _send(send, JSONResponse({"version": _version()}))

@@ -10,7 +10,45 @@ from octavo.v1 import inference_pb2
 
 from router.http.errors import invalid, unsupported
 from router.http.fields import Fields
-from router.validate import MAX_CHAT_PARTS, MAX_MESSAGES
+from router.validate import MAX_CHAT_PARTS, MAX_MESSAGES, MAX_STRUCT_BYTES, MAX_TOOLS
+
+_VALUE_BYTES = 4  # of the smallest Value in its list or map
+_NUMBER_BYTES = 11
+
+
+class Room:
+    """What one conversation may still hold of that which is converted piece by piece: told before it is converted, and never less
+    than router/validate.py allows.
+    """
+
+    def __init__(self) -> None:
+        self._parts = MAX_CHAT_PARTS
+        self._struct_bytes = MAX_STRUCT_BYTES
+
+    def take_parts(self, count: int, path: str) -> None:
+        """Content parts or tool calls. Raises a 400."""
+        self._parts -= count
+        if self._parts < 0:
+            raise invalid(path, f"the messages must have at most {MAX_CHAT_PARTS} parts and tool calls")
+
+    def take_struct(self, value: dict[str, Any], path: str) -> None:
+        """An object that becomes a Struct, at its least size. Raises a 400."""
+        waiting: list[Any] = [value]
+        while waiting:
+            one = waiting.pop()
+            if isinstance(one, dict):
+                waiting.extend(one.values())
+                self._struct_bytes -= sum(map(len, one))
+            elif isinstance(one, list):
+                waiting.extend(one)
+            elif isinstance(one, str):
+                self._struct_bytes -= len(one)
+            elif isinstance(one, int | float) and not isinstance(one, bool):
+                self._struct_bytes -= _NUMBER_BYTES - _VALUE_BYTES
+            self._struct_bytes -= _VALUE_BYTES
+            if self._struct_bytes < -_VALUE_BYTES:  # the outermost is no Value
+                raise invalid(path, f"tools and arguments must have at most {MAX_STRUCT_BYTES} bytes")
+        self._struct_bytes += _VALUE_BYTES
 
 
 def take_chat(fields: Fields, chat: inference_pb2.Chat) -> None:
@@ -20,33 +58,37 @@ def take_chat(fields: Fields, chat: inference_pb2.Chat) -> None:
         raise invalid(fields.path("messages"), "must be a list of messages")
     if len(messages) > MAX_MESSAGES:
         raise invalid(fields.path("messages"), f"must have at most {MAX_MESSAGES} entries, has {len(messages)}")
+    room = Room()
     for index, message in enumerate(messages):
-        take_message(Fields(message, f"{fields.path('messages')}[{index}]"), chat)
-    take_template(fields, chat)
+        take_message(Fields(message, f"{fields.path('messages')}[{index}]"), chat, room)
+    take_template(fields, chat, room)
 
 
-def take_template(fields: Fields, chat: inference_pb2.Chat) -> None:
+def take_template(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
     """How the template is rendered."""
     if (opened := fields.flag("add_generation_prompt")) is not None:
         chat.add_generation_prompt = opened
     if fields.flag("continue_final_message"):
         chat.continue_final_message = True
     if (args := fields.take("chat_template_kwargs")) is not None:
-        struct(args, fields.path("chat_template_kwargs"), chat.template_args)
+        path = fields.path("chat_template_kwargs")
+        if isinstance(args, dict) and len(args) > MAX_TOOLS:
+            raise invalid(path, f"must have at most {MAX_TOOLS} entries, has {len(args)}")
+        struct(args, path, chat.template_args, room)
     fields.only("add_special_tokens", False)  # the template writes them
     fields.refuse(("chat_template", "documents", "response_role"))
 
 
-def take_message(fields: Fields, chat: inference_pb2.Chat) -> None:
+def take_message(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
     """One turn. A client may send back what it got, so what is null or empty in an answer is none of its fields."""
     message = chat.messages.add(role=fields.text("role") or "", name=fields.text("name") or "")
     message.tool_call_id = fields.text("tool_call_id") or ""
     content = fields.take("content")
     if isinstance(content, str):
+        room.take_parts(1, fields.path("content"))
         message.content.add(text=content)
     elif isinstance(content, list):
-        if len(content) > MAX_CHAT_PARTS:
-            raise invalid(fields.path("content"), f"must have at most {MAX_CHAT_PARTS} parts")
+        room.take_parts(len(content), fields.path("content"))
         for index, part in enumerate(content):
             message.content.add(text=_text_of(part, f"{fields.path('content')}[{index}]"))
     elif content is not None:
@@ -54,8 +96,9 @@ def take_message(fields: Fields, chat: inference_pb2.Chat) -> None:
     calls = fields.take("tool_calls")
     if calls is not None and not isinstance(calls, list):
         raise invalid(fields.path("tool_calls"), "must be a list")
+    room.take_parts(len(calls or ()), fields.path("tool_calls"))
     for index, call in enumerate(calls or ()):
-        _take_call(Fields(call, f"{fields.path('tool_calls')}[{index}]"), message)
+        _take_call(Fields(call, f"{fields.path('tool_calls')}[{index}]"), message, room)
     fields.only("annotations", [])
     fields.only("refusal", "")
     fields.refuse(("audio", "function_call", "reasoning", "reasoning_content", "partial", "prefix"))
@@ -78,7 +121,7 @@ def _text_of(part: Any, path: str) -> str:
     return text
 
 
-def _take_call(fields: Fields, message: inference_pb2.ChatMessage) -> None:
+def _take_call(fields: Fields, message: inference_pb2.ChatMessage, room: Room) -> None:
     fields.only("type", "function")
     fields.take("index")
     call = message.tool_calls.add(id=fields.text("id") or "")
@@ -93,15 +136,16 @@ def _take_call(fields: Fields, message: inference_pb2.ChatMessage) -> None:
         except (ValueError, RecursionError):
             raise invalid(function.path("arguments"), "must be an object in JSON") from None
     if arguments is not None:
-        struct(arguments, function.path("arguments"), call.arguments)
+        struct(arguments, function.path("arguments"), call.arguments, room)
     function.finish()
     fields.finish()
 
 
-def struct(value: Any, path: str, into: struct_pb2.Struct) -> None:
+def struct(value: Any, path: str, into: struct_pb2.Struct, room: Room) -> None:
     """A JSON object as a Struct."""
     if not isinstance(value, dict):
         raise invalid(path, "must be an object")
+    room.take_struct(value, path)
     try:
         json_format.ParseDict(value, into)
     except (json_format.ParseError, ValueError, OverflowError, RecursionError):

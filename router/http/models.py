@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from octavo.v1 import inference_pb2
 
 from router.http.errors import HttpError, Names, invalid, problem_of
 from router.http.fields import Fields
+from router.http.jsontext import dumps, dumps_long
 from router.http.messages import take_chat
 from router.inference import Inference
 from service.errors import OctavoError, Reason
@@ -15,6 +18,8 @@ from service.errors import OctavoError, Reason
 _NAMES = Names(
     (("chat.template_args", "chat_template_kwargs"), ("chat.", ""), ("text", "prompt"), ("token_ids", "tokens"))
 )
+_ID_BYTES = 6  # of a token id in an answer
+_SHOWN_BYTES = 40  # of one with its text, in time
 
 
 def model_list(inference: Inference) -> dict[str, Any]:
@@ -31,48 +36,67 @@ def one_model(inference: Inference, name: str) -> dict[str, Any]:
     raise OctavoError(Reason.MODEL_UNKNOWN, f"no model named {name[:200]!r}")
 
 
-async def tokenize(body: dict[str, Any], inference: Inference) -> dict[str, Any]:
-    """A prompt or a conversation to token ids."""
-    fields = Fields(body)
-    request = inference_pb2.TokenizeRequest(model=fields.text("model") or "")
-    prompt = fields.text("prompt")
-    if prompt is not None:
-        request.text = prompt
-        if (special := fields.flag("add_special_tokens")) is not None:
-            request.add_special_tokens = special
-    else:
-        if "messages" not in body:
-            raise invalid("prompt", "one of prompt and messages must be set")
-        take_chat(fields, request.chat)
-    shown = fields.flag("return_token_strs")
-    fields.finish()
+@dataclass(frozen=True, slots=True)
+class TokenizeAsk:
+    """A prompt or a conversation to be made token ids. `shown`: with the text of each."""
+
+    request: inference_pb2.TokenizeRequest
+    shown: bool
+
+    @classmethod
+    def read(cls, body: dict[str, Any]) -> TokenizeAsk:
+        """Raises HttpError for what is wrong with it."""
+        fields = Fields(body)
+        request = inference_pb2.TokenizeRequest(model=fields.text("model") or "")
+        prompt = fields.text("prompt")
+        if prompt is not None:
+            request.text = prompt
+            if (special := fields.flag("add_special_tokens")) is not None:
+                request.add_special_tokens = special
+        else:
+            if "messages" not in body:
+                raise invalid("prompt", "one of prompt and messages must be set")
+            take_chat(fields, request.chat)
+        shown = bool(fields.flag("return_token_strs"))
+        fields.finish()
+        return cls(request, shown)
+
+
+async def tokenize(ask: TokenizeAsk, inference: Inference) -> tuple[int, Callable[[], bytes]]:
+    """About how many bytes the answer has, and what writes it as JSON. Raises HttpError."""
     try:
-        answer = await inference.texts.tokenize(request)
-        texts = await _token_texts(inference, request.model, answer.token_ids) if shown else None
+        answer = await inference.texts.tokenize(ask.request)
+        table = (await inference.texts.model(ask.request.model))[1].table if ask.shown else None
     except OctavoError as error:
         raise HttpError(problem_of(error, _NAMES)) from None
-    ids = list(answer.token_ids)
-    return {"count": len(ids), "max_model_len": answer.max_model_len, "tokens": ids, "token_strs": texts}
+
+    def write() -> bytes:
+        ids = list(answer.token_ids)
+        texts = None if table is None else [table.token_bytes(one).decode(errors="replace") for one in ids]
+        whole = {"count": len(ids), "max_model_len": answer.max_model_len, "tokens": ids, "token_strs": texts}
+        return dumps_long(whole, levels=1).encode()
+
+    return len(answer.token_ids) * (_SHOWN_BYTES if ask.shown else _ID_BYTES), write
 
 
-async def detokenize(body: dict[str, Any], inference: Inference) -> dict[str, Any]:
-    """Token ids to text, special tokens included."""
+def read_detokenize(body: dict[str, Any]) -> inference_pb2.DetokenizeRequest:
+    """Token ids to be made text, special tokens included. Raises HttpError for what is wrong with it."""
     fields = Fields(body)
     request = inference_pb2.DetokenizeRequest(model=fields.text("model") or "", skip_special_tokens=False)
     request.token_ids.extend(fields.integers("tokens") or ())
     if (skip := fields.flag("skip_special_tokens")) is not None:
         request.skip_special_tokens = skip
     fields.finish()
+    return request
+
+
+async def detokenize(request: inference_pb2.DetokenizeRequest, inference: Inference) -> tuple[int, Callable[[], bytes]]:
+    """How many bytes the answer has, and what writes it as JSON. Raises HttpError."""
     try:
         answer = await inference.texts.detokenize(request)
     except OctavoError as error:
         raise HttpError(problem_of(error, _NAMES)) from None
-    return {"prompt": answer.text}
-
-
-async def _token_texts(inference: Inference, name: str, token_ids: Any) -> list[str]:
-    _, assets = await inference.texts.model(name)
-    return [assets.table.token_bytes(token_id).decode(errors="replace") for token_id in token_ids]
+    return answer.ByteSize(), lambda: dumps({"prompt": answer.text}).encode()
 
 
 def _shown(model: inference_pb2.Model) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
+import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +30,7 @@ class Limits:
     header_seconds: float = 10.0  # from the connection, or a request's first byte, to the end of its headers
     body_seconds: float = 60.0
     idle_seconds: float = 75.0  # between requests
-    write_seconds: float = 30.0  # in which a client has to take anything at all
+    write_seconds: float = 30.0  # in which a client that is waited for has to take anything at all
     max_connections: int = 4_096
 
 
@@ -37,14 +40,16 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
-        self.timeout_keep_alive = int(limits.idle_seconds)
+        self.timeout_keep_alive = limits.idle_seconds  # type: ignore[assignment]  # a float will do
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_headers = True
-        self._header_bytes = 0
+        self._header_bytes = 0  # and those of trailers and chunk heads: of all that is no body
+        self._uncounted = 0
         self._refusal: Problem | None = None
         self._refused = False
         self._running: RequestResponseCycle | None = None
+        self.gone: asyncio.Future[None] = self.loop.create_future()  # when the connection is
 
     # ---- the connection
 
@@ -70,26 +75,28 @@ class HttpProtocol(HttpToolsProtocol):
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
+        if not self.gone.done():
+            self.gone.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
             return
-        self._unset_keepalive_if_required()
+        self._uncounted = len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._go_on_without_upgrade(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError:
             self.send_400_response("")
-        if self._in_headers:
-            self._header_bytes += len(data)
+        self._header_bytes += self._uncounted
         if self._header_bytes > self._limits.header_bytes:
             self._refuse(_headers_too_large(self._limits))
 
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self._limits.write_seconds, self.transport.abort)
+            self._watch_writing(self._unacknowledged())
 
     def resume_writing(self) -> None:
         if self._write_timer is not None:
@@ -97,19 +104,46 @@ class HttpProtocol(HttpToolsProtocol):
             self._write_timer = None
         super().resume_writing()
 
+    def _watch_writing(self, before: int) -> None:
+        self._write_timer = self.loop.call_later(self._limits.write_seconds, self._look_at_writing, before)
+
+    def _look_at_writing(self, before: int) -> None:
+        """Nothing is written while it is paused, so what a slow client has taken shows."""
+        left = self._unacknowledged()
+        if left < before:
+            self._watch_writing(left)
+        else:
+            self.transport.abort()
+
+    def _unacknowledged(self) -> int:
+        """Bytes that the client has yet to take. The kernel's are looked at too: it takes ours in lumps, of which each may last a slow
+        client longer than `write_seconds`.
+        """
+        size = self.transport.get_write_buffer_size()
+        sock = self.transport.get_extra_info("socket")
+        if sock is None or sock.fileno() < 0 or sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return size
+        return size + int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
     # ---- a request
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._unset_keepalive_if_required()  # and not for empty lines, which the parser skips
         self.scope["extensions"] = {"octavo.abort": self.transport.abort}  # type: ignore[dict-item]
         self._in_headers = True
         self._header_bytes = 0
         if self._timer is None:
             self._arm(self._limits.header_seconds, self._too_slow)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:
+            super().on_header(name, value)
+        # else a trailer: nobody reads one, and as a header it would come after all that was decided by the headers
+
     def on_headers_complete(self) -> None:
         self._in_headers = False
-        self._header_bytes = 0
+        self._start_counting()
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._limits.header_bytes:
             self._refusal = _headers_too_large(self._limits)
             raise ValueError  # the parser passes it on as a bad request
@@ -119,6 +153,18 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if 0 < len(self.pipeline) <= _MAX_PIPELINED:
             self.flow.resume_reading()  # or nobody would see the client hang up
+
+    def on_chunk_header(self) -> None:
+        """The parser's: a chunk's size was read. After the last one, trailers may follow."""
+        self._start_counting()
+
+    def on_body(self, body: bytes) -> None:
+        self._uncounted = max(0, self._uncounted - len(body))
+        super().on_body(body)
+
+    def _start_counting(self) -> None:
+        """From the next read on: where in this one we are is not known, and it is bounded anyway."""
+        self._header_bytes = self._uncounted = 0
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -141,6 +187,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        self._unset_keepalive_if_required()  # set when an answer ended while this request was on its way
+        if cycle is self.cycle and cycle.more_body:  # it may have waited, and its body with it
+            self._arm(self._limits.body_seconds, self._too_slow)
         super()._start_asgi_task(cycle, app)
 
     # ---- refusals
@@ -149,10 +198,16 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(self._refusal or Problem(400, "this is no valid HTTP request"))
 
     def _too_slow(self) -> None:
-        self._timer = None
         running = self._running
-        if running is not None and running.response_started and not running.response_complete:
-            return  # an answer that did not wait for the body
+        if (
+            running is not None
+            and not running.response_complete
+            and (running.response_started or not running.more_body)
+        ):
+            # Its answer did not wait for the body, or it is the next request that does not come: the answer goes before.
+            self._arm(self._limits.header_seconds if self._in_headers else self._limits.body_seconds, self._too_slow)
+            return
+        self._timer = None
         self._refuse(Problem(408, "the request did not come in time"))
 
     def _refuse(self, problem: Problem) -> None:

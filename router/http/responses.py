@@ -12,7 +12,7 @@ from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields
 from router.http.grammar import take_grammar
 from router.http.jsontext import dumps, dumps_long
-from router.http.messages import take_message, take_template
+from router.http.messages import Room, take_message, take_template
 from router.http.sampling import take_request, take_sampling
 from router.validate import MAX_MESSAGES
 
@@ -34,8 +34,9 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
     if stream_options is not None:
         stream_options.only("include_obfuscation", False)
         stream_options.finish()
-    _take_input(fields, request.chat)
-    take_template(fields, request.chat)
+    room = Room()
+    _take_input(fields, request.chat, room)
+    take_template(fields, request.chat, room)
     if (limit := fields.integer("max_output_tokens")) is not None:
         request.sampling.max_tokens = limit
     text = fields.object("text")
@@ -73,7 +74,7 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
     return Ask(requests=[request], names=names, stream=stream, timeout=options.timeout, keep_last=keep_last)
 
 
-def _take_input(fields: Fields, chat: inference_pb2.Chat) -> None:
+def _take_input(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
     if (instructions := fields.text("instructions")) is not None:
         chat.messages.add(role="system").content.add(text=instructions)
     given = fields.take("input")
@@ -87,7 +88,7 @@ def _take_input(fields: Fields, chat: inference_pb2.Chat) -> None:
         message.only("type", "message")  # a call or its output would be another
         message.only("status", "completed", "incomplete")
         message.text("id")
-        take_message(message, chat)
+        take_message(message, chat, room)
 
 
 class ResponseView:

@@ -68,14 +68,13 @@ class HttpServer:
             await asyncio.sleep(1.0)
 
     async def stop(self, grace: float) -> None:
-        """Take no connection any more, let answers end for `grace` seconds, then hang up."""
+        """Take no connection any more, let answers end and arrive for `grace` seconds, then hang up."""
         if self._server is None:
             return
         self._server.close()
         for connection in list(self._state.connections):
             connection.shutdown()
-        if self._state.tasks:
-            await asyncio.wait(list(self._state.tasks), timeout=grace)
+        await self._until_gone(grace)
         for connection in list(self._state.connections):
             if connection.transport is not None:
                 connection.transport.abort()
@@ -84,6 +83,16 @@ class HttpServer:
         for task in self._state.tasks:
             task.cancel()
         await self._server.wait_closed()
+
+    async def _until_gone(self, seconds: float) -> None:
+        """At most so long. An answer that ended may still be in its connection's buffer, which closes when that is empty."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while self._state.tasks or self._state.connections:
+            ends = [one.gone for one in self._state.connections if isinstance(one, HttpProtocol)]
+            if (left := deadline - loop.time()) <= 0:
+                return
+            await asyncio.wait([*self._state.tasks, *ends], timeout=left)
 
 
 def _tls(settings: CommonSettings) -> ssl.SSLContext | None:

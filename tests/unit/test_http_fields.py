@@ -235,10 +235,29 @@ def test_what_can_not_be_taken_is_refused_by_name(fields: dict[str, Any], param:
         ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}], "messages[0].tool_calls[0].function.arguments"),
         ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].function"),
         ([{"role": "user", "content": "x"}] * 20_000, "messages"),
+        ([{"role": "user", "content": ["x"] * 6_000}] * 2, "messages[1].content"),
+        ([{"role": "assistant", "tool_calls": [{"function": {}}] * 6_000}] * 2, "messages[1].tool_calls"),
     ],
 )  # fmt: skip
 def test_a_wrong_conversation_names_the_place(messages: Any, param: str) -> None:
     assert refused(chat, messages=messages) == (400, param)
+
+
+@pytest.mark.parametrize("one", [None, 0, 0.5, "", "é", [], {}, {"a": 1}, [[True]]])
+def test_what_is_converted_piece_by_piece_is_bounded_before(one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is that of router/validate.py or looser, so what that takes is taken."""
+    request = chat(chat_template_kwargs={"a": [one] * 1_000, "bc": one})
+    size = request.chat.template_args.ByteSize()
+    monkeypatch.setattr("router.http.messages.MAX_STRUCT_BYTES", size)
+    assert chat(chat_template_kwargs={"a": [one] * 1_000, "bc": one}) == request
+    monkeypatch.undo()
+    monkeypatch.setattr("google.protobuf.json_format.ParseDict", None)
+    assert refused(chat, chat_template_kwargs={"a": [one] * 300_000}) == (400, "chat_template_kwargs")
+    assert refused(chat, chat_template_kwargs={str(key): one for key in range(1_025)}) == (400, "chat_template_kwargs")
+    call = {"function": {"name": "f", "arguments": {"a": [one] * 150_000}}}
+    monkeypatch.setattr("google.protobuf.json_format.ParseDict", lambda value, into: None)
+    called = [{"role": "assistant", "tool_calls": [call, call]}]
+    assert refused(chat, messages=called)[0] == 400
 
 
 @pytest.mark.parametrize(

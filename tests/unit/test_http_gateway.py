@@ -7,12 +7,14 @@ import errno
 import gc
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 
+from router.http import models
 from router.http.protocol import Limits
 from router.http.server import HttpServer
 from service.settings import CommonSettings, SettingsError
@@ -265,6 +267,37 @@ def test_models_tokens_and_texts() -> None:
             assert wrong.status == 400 and wrong.error["param"] == "prompt"
             wrong = await at.ask("POST", "/detokenize", {"tokens": [99_999]})
             assert wrong.status == 400 and wrong.error["param"] == "tokens[0]"
+
+    asyncio.run(main())
+
+
+def test_large_texts_and_tokens_are_read_and_written_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.http.app._LARGE", 8)
+    threads: set[int] = set()
+
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            threads.add(threading.get_ident())
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    zeros = [0] * 2_000  # few bytes, many values
+    chat = json.dumps({"messages": HELLO, "return_token_strs": True, "chat_template_kwargs": {"a": zeros}}).encode()
+    ids = json.dumps({"tokens": [8] * 2_000}).encode()
+    prompt = json.dumps({"prompt": "hello"}).encode() + b" " * 40_000
+
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            await at.ask("POST", "/tokenize", {"prompt": "x"})  # the model's files have come
+            watch(models.Fields, "__init__")
+            watch(json.JSONEncoder, "encode")
+            for path, body in (("/tokenize", chat), ("/tokenize", prompt), ("/detokenize", ids)):
+                threads.clear()
+                assert (await at.ask("POST", path, body)).status == 200
+                assert threads and threading.get_ident() not in threads
 
     asyncio.run(main())
 
