@@ -270,12 +270,13 @@ class Inference:
         self._release(call)
 
     def _release(self, call: Call) -> None:
-        """It runs no more; what still does is cancelled."""
+        """It runs no more; what still does is cancelled. One that ended before has a claim and a pulse again, if it was adopted."""
+        request, now = call.request, self.hub.now()
+        self.keys.release(call.claim, ran=(call.ended or request.delivered) and request.error is None)
         if call.ended:
+            self.hub.pause(call.stream)
             return
         call.ended = True
-        request, now = call.request, self.hub.now()
         self.hub.close(call.stream, scheduler_pb2.CANCEL_REASON_CLIENT)
-        self.keys.release(call.claim, ran=request.delivered and request.error is None)
         self._stats.ended(request, now)
         self._gate.leave(call.tenant, now)

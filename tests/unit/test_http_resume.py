@@ -311,6 +311,39 @@ def test_grpc_goes_on_at_the_same_router_without_a_new_submission(delivered: int
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("hangs_up", [False, True])
+def test_grpc_goes_on_with_a_call_that_has_ended_and_leaves_nothing_behind(hangs_up: bool) -> None:
+    """Its last bytes were lost with the connection. What a resume takes for it, key and heartbeats, is given back like all else."""
+
+    async def main() -> None:
+        async with cluster(say_text) as (scheduler, router):
+            inference, pulse = router.inference, router.hub._pulse
+            request = ask(seed=11)
+            request.resume_grace_ms, request.idempotency_key, request.heartbeats = 60_000, "k", True
+            whole = await collect(router.stub.Generate(request))
+            await eventually(lambda: inference.parking.num_parked == 1)
+            delta = next(m.delta for m in whole if m.HasField("delta"))
+            state = inference_pb2.ResumeState(token_ids=delta.token_ids, text_bytes=delta.text_bytes)
+            ticket = next(m.started for m in whole if m.HasField("started")).ticket
+            request.resume.CopyFrom(inference_pb2.Resume(ticket=ticket, outputs=[state], seed=11))
+            request.attempt = 1
+            again = router.stub.Generate(request)
+            if hangs_up:
+                await again.read()
+                again.cancel()
+            else:
+                assert delta.text + grpc_text_of(await collect(again)) == TEXT
+            await eventually(lambda: inference.parking.num_parked == 1)
+            inference.parking.close()
+            assert not inference.keys._claims and not pulse._terms
+            request.ClearField("resume")
+            request.attempt = 0
+            assert (await refuse(router.stub.Generate(request))).reason is Reason.DUPLICATE_REQUEST  # it has run
+            assert len(scheduler.submits()) == 1 and router.gate.num_inside == 0
+
+    asyncio.run(main())
+
+
 def test_grpc_falls_back_to_an_ordinary_resume_and_leaves_nothing_behind() -> None:
     async def main() -> None:
         async with cluster(say_text) as (scheduler, router):
