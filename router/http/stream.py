@@ -58,6 +58,8 @@ class EventStream:
     def look(self, now: float, interval: float) -> None:
         """Called now and then: ask for a comment after a silence; hang up on a client whose request failed while it read nothing."""
         if self._blocked:
+            for call in self.calls:
+                call.stream.excused = False
             if any(call.request.error is not None for call in self.calls):
                 self._abort()
         elif now - self._wrote_at >= interval and not self.silent:
@@ -86,20 +88,23 @@ class Streams:
         """Answer with a stream of events. An error before the first of them is raised; a later one is an event, and the last."""
         deadline = None if ask.timeout is None else inference.hub.now() + ask.timeout
         async with AsyncExitStack() as running:
-            calls = [
-                await running.enter_async_context(inference.running(request, tenant, deadline, bounded=True))
-                for request in ask.requests
-            ]
+
+            async def enter(request: inference_pb2.GenerateRequest) -> Call:
+                call = await running.enter_async_context(inference.running(request, tenant, deadline, bounded=True))
+                call.stream.excused = len(ask.requests) > 1  # nobody reads before all have started
+                return call
+
+            calls = await together(enter(request) for request in ask.requests)
             ask.forget_prompts()
-            started = [await inference.started(call) for call in calls]
+            started = await together(inference.started(call) for call in calls)
             journal = None
             if calls[0].grace:
                 journal = calls[0].view = Journal(calls[0].request_id, ask, view)
             stream = EventStream(scope, send, calls)
             await stream.start(headers_of(started[0]))
             opening = view.open(started)
-            await stream.write(b"".join(opening) if journal is None else journal.opening(opening))
-            await self._go_on(stream, ask, view, inference, journal)
+            first = b"".join(opening) if journal is None else journal.opening(opening)
+            await self._go_on(stream, first, ask, view, inference, journal)
 
     async def resume(self, event_id: str, inference: Inference, tenant: str, scope: Scope, send: Send) -> None:
         """Go on after this event with a stream that is parked here, or whose connection has not broken yet. Raises HttpError."""
@@ -117,9 +122,7 @@ class Streams:
                 stream = EventStream(scope, send, [call])
                 started = call.started()
                 await stream.start(headers_of(started))
-                if opening := journal.opening([]):
-                    await stream.write(opening)
-                await self._go_on(stream, journal.ask, journal.view, inference, journal)
+                await self._go_on(stream, journal.opening([]), journal.ask, journal.view, inference, journal)
         except Expired as error:
             raise _no_stream(Problem(410, error.message)) from None
         except OctavoError as error:
@@ -128,12 +131,14 @@ class Streams:
             raise _no_stream(Problem(404, error.message)) from None
 
     async def _go_on(
-        self, stream: EventStream, ask: Ask, view: View, inference: Inference, journal: Journal | None
+        self, stream: EventStream, opening: bytes, ask: Ask, view: View, inference: Inference, journal: Journal | None
     ) -> None:
-        """From after the opening to the end."""
+        """From after the head to the end; `opening` may be empty."""
         calls = stream.calls
         self._open.add(stream)
         try:
+            if opening:
+                await stream.write(opening)
             if len(calls) == 1:
                 await _feed(stream, view, inference, 0, calls[0], journal)
             else:
