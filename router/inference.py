@@ -86,11 +86,16 @@ class Inference:
 
         Raises INVALID_ARGUMENT where there is none, Expired where there was one, and QUEUE_FULL where it has to come later.
         """
-        call = await self.parking.take(request_id, tenant)
+        try:
+            call = await self.parking.take(request_id, tenant)
+        except OctavoError:
+            self._check_open()  # that is why it was given up
+            raise
         try:
             await rewind(call, stands(call), self._pool)
+            self._check_open()
         except BaseException:
-            if not self.parking.park(call):
+            if self.draining or not self.parking.park(call):
                 self._end(call)
             raise
         async with self._held(call):
@@ -160,6 +165,24 @@ class Inference:
                 outputs=collect(request),
             )
 
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new, let what runs end in time, its last bytes written; the rest is told to resume at another router."""
+        self.draining = True
+        self.parking.close()
+        hub = self.hub
+        deadline = hub.now() + seconds
+        while hub.now() < deadline:
+            if not hub.session.num_requests and not self._gate.num_inside:
+                break
+            await asyncio.sleep(0.02)
+        for request in hub.session.requests():
+            hub.fail(request, OctavoError(Reason.DRAINING, "this router is shutting down; resume at another"))
+        hub.detach()
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise OctavoError(Reason.DRAINING, "this router is shutting down")
+
     async def _enter(
         self,
         message: inference_pb2.GenerateRequest,
@@ -171,8 +194,7 @@ class Inference:
     ) -> Call:
         """Past the gate and submitted, or adopted where it is parked here. Whoever called must let go of it."""
         try:
-            if self.draining:
-                raise OctavoError(Reason.DRAINING, "this router is shutting down")
+            self._check_open()
             resumed = message.HasField("resume")
             if resumed and (call := await self._adopt(message, tenant)) is not None:
                 return call
@@ -204,6 +226,7 @@ class Inference:
         try:
             if request.error is not None:  # another attempt was quicker
                 raise request.error
+            self._check_open()  # the drain may have begun meanwhile
             stream = self.hub.submit(request, bounded=bounded, heartbeats=bounded and message.heartbeats)
         except OctavoError:
             self.keys.release(claim, ran=False)
@@ -256,6 +279,7 @@ class Inference:
         if call.claim.key or message.idempotency_key:
             self.keys.release(call.claim, ran=False)
             call.claim = await self._claim(message, tenant, request)
+        self._check_open()
         self.hub.resume(call.stream, heartbeats=message.heartbeats)
         return True
 
