@@ -48,11 +48,11 @@ class EventStream:
     async def write(self, events: bytes, *, last: bool = False) -> None:
         """Waits while the client reads slower than this, with what fits into the connection's buffer."""
         self._blocked += 1
+        self.silent = False
         try:
             await self._send_body({"type": "http.response.body", "body": events, "more_body": not last})
         finally:
             self._blocked -= 1
-        self.silent = False
         self._wrote_at = time.monotonic()
 
     def look(self, now: float, interval: float) -> None:
@@ -64,7 +64,9 @@ class EventStream:
                 self._abort()
         elif now - self._wrote_at >= interval and not self.silent:
             self.silent = True
-            self.calls[0].stream.wake()
+            for call in self.calls:  # who writes for one that was delivered is gone
+                if not call.request.delivered:
+                    call.stream.wake()
 
 
 class Streams:

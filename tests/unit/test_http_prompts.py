@@ -85,6 +85,26 @@ def test_a_prompt_that_runs_while_another_is_waited_for_is_not_ended(monkeypatch
     asyncio.run(main())
 
 
+def test_a_stream_that_waits_for_its_second_prompt_says_so() -> None:
+    async def first_only(message: Message, say: Say) -> None:
+        if message.HasField("submit") and message.submit.num_prompt_tokens == 2:
+            await flood(message, say)
+
+    async def main() -> None:
+        async with door(first_only, keep_alive=0.05) as (_, at):
+            connection = await stream(at, ["hello", "hello hello hello"], max_tokens=300)
+            await connection.head()
+            events = connection.events()
+            async with asyncio.timeout(10):
+                while '"finish_reason":"length"' not in await anext(events):
+                    pass
+                for _ in range(3):
+                    assert await anext(events) == ": keep-alive"
+            await connection.close()
+
+    asyncio.run(main())
+
+
 def test_who_reads_nothing_has_no_excuse() -> None:
     """A client that does not even take the first events is bounded as any other."""
 
