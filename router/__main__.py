@@ -31,7 +31,6 @@ from router.stats import Stats
 from router.ticket import TicketOffice, ticket_key
 from service.auth import check_binding, credentials, read_token
 from service.discovery import Peer, Registry
-from service.errors import OctavoError, Reason
 from service.keys import ApiKeys, Authenticator
 from service.lifecycle import Lifecycle, run
 from service.metrics import Metrics
@@ -51,7 +50,6 @@ class Router:
     """The parts of one router process, wired. To be made inside its event loop."""
 
     def __init__(self, life: Lifecycle, settings: RouterSettings, authenticator: Authenticator) -> None:
-        self._settings = settings
         token = read_token(settings.cluster_token_file)
         self.session = RouterSession(
             SessionSettings(
@@ -133,19 +131,6 @@ class Router:
         """Tell those who ask over HTTP whether to send requests here."""
         self.gateway.ready = serving
 
-    async def drain(self) -> None:
-        """Take nothing new, let what runs end in time; the rest is told to resume at another router."""
-        self.inference.draining = True
-        self.inference.parking.close()
-        deadline = self.hub.now() + self._settings.drain_timeout
-        while self.hub.now() < deadline:
-            if not self.session.num_requests:
-                break
-            await asyncio.sleep(0.02)
-        for request in self.session.requests():
-            self.hub.fail(request, OctavoError(Reason.DRAINING, "this router is shutting down; resume at another"))
-        self.hub.detach()
-
     async def close(self) -> None:
         """End streams, threads and endpoints."""
         await self.attachments.close()
@@ -191,7 +176,7 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
             await life.stopping.wait()
             await server.set_serving(False)
             router.set_serving(False)
-            await router.drain()
+            await router.inference.drain(settings.drain_timeout)
             await asyncio.gather(server.stop(grace=1.0), *([] if http is None else [http.stop(grace=1.0)]))
             drained.set()
             if lease is not None:

@@ -12,7 +12,8 @@ from octavo.v1 import inference_pb2, scheduler_pb2
 
 from router.flush import FlushPolicy
 from router.pulse import BRISK, CALM, Pulse, Terms
-from router.request import Request
+from router.request import BYTES_A_LOGPROB, Request
+from router.resolve import MAX_PROMPT_LOGPROBS
 from router.session import RouterSession
 from service.errors import OctavoError, Reason
 from service.trace import Trace
@@ -113,7 +114,8 @@ class Hub:
         self._streams: dict[Request, ClientStream] = {}
         self._outbound: dict[str, Outbound] = {}
         self._max_buffered = max_buffered_tokens
-        self._surely_allowed = min(max_buffered_tokens, _MAX_COLLECTED_BYTES // _MOST_BYTES_A_TOKEN)
+        room = _MAX_COLLECTED_BYTES - BYTES_A_LOGPROB * MAX_PROMPT_LOGPROBS
+        self._surely_allowed = min(max_buffered_tokens, room // _MOST_BYTES_A_TOKEN)
         self._on_models = on_models
         self._loop = asyncio.get_running_loop()
         self.trace: Trace | None = None
@@ -248,7 +250,7 @@ class Hub:
                 message = f"{buffered} tokens wait for the client, which does not read them"
                 error = OctavoError(Reason.SLOW_CONSUMER, message)
                 self.session.fail(request, error, scheduler_pb2.CANCEL_REASON_SLOW_CONSUMER, now)
-        elif buffered * request.bytes_per_token > _MAX_COLLECTED_BYTES:
+        elif request.bytes_of(buffered) > _MAX_COLLECTED_BYTES:
             message = (
                 f"an answer of {buffered} tokens and more, with what was asked for, fits into no message: use Generate"
             )

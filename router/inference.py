@@ -86,11 +86,16 @@ class Inference:
 
         Raises INVALID_ARGUMENT where there is none, Expired where there was one, and QUEUE_FULL where it has to come later.
         """
-        call = await self.parking.take(request_id, tenant)
+        try:
+            call = await self.parking.take(request_id, tenant)
+        except OctavoError:
+            self._check_open()  # that is why it was given up
+            raise
         try:
             await rewind(call, stands(call), self._pool)
+            self._check_open()
         except BaseException:
-            if not self.parking.park(call):
+            if self.draining or not self.parking.park(call):
                 self._end(call)
             raise
         async with self._held(call):
@@ -160,6 +165,24 @@ class Inference:
                 outputs=collect(request),
             )
 
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new, let what runs end in time, its last bytes written; the rest is told to resume at another router."""
+        self.draining = True
+        self.parking.close()
+        hub = self.hub
+        deadline = hub.now() + seconds
+        while hub.now() < deadline:
+            if not hub.session.num_requests and not self._gate.num_inside:
+                break
+            await asyncio.sleep(0.02)
+        for request in hub.session.requests():
+            hub.fail(request, OctavoError(Reason.DRAINING, "this router is shutting down; resume at another"))
+        hub.detach()
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise OctavoError(Reason.DRAINING, "this router is shutting down")
+
     async def _enter(
         self,
         message: inference_pb2.GenerateRequest,
@@ -171,8 +194,7 @@ class Inference:
     ) -> Call:
         """Past the gate and submitted, or adopted where it is parked here. Whoever called must let go of it."""
         try:
-            if self.draining:
-                raise OctavoError(Reason.DRAINING, "this router is shutting down")
+            self._check_open()
             resumed = message.HasField("resume")
             if resumed and (call := await self._adopt(message, tenant)) is not None:
                 return call
@@ -204,6 +226,7 @@ class Inference:
         try:
             if request.error is not None:  # another attempt was quicker
                 raise request.error
+            self._check_open()  # the drain may have begun meanwhile
             stream = self.hub.submit(request, bounded=bounded, heartbeats=bounded and message.heartbeats)
         except OctavoError:
             self.keys.release(claim, ran=False)
@@ -229,6 +252,12 @@ class Inference:
             return None
         try:
             adopted = await self._try_adopt(call, message, tenant)
+        except asyncio.CancelledError:
+            if self.draining or not self.parking.park(call):
+                self._end(call)
+            if call.taken is not None:  # gRPC would tell this client nothing
+                raise OctavoError(Reason.DUPLICATE_REQUEST, "the stream goes on at another connection") from None
+            raise
         except BaseException:
             self._end(call)
             raise
@@ -256,6 +285,7 @@ class Inference:
         if call.claim.key or message.idempotency_key:
             self.keys.release(call.claim, ran=False)
             call.claim = await self._claim(message, tenant, request)
+        self._check_open()
         self.hub.resume(call.stream, heartbeats=message.heartbeats)
         return True
 
@@ -270,12 +300,13 @@ class Inference:
         self._release(call)
 
     def _release(self, call: Call) -> None:
-        """It runs no more; what still does is cancelled."""
+        """It runs no more; what still does is cancelled. One that ended before has a claim and a pulse again, if it was adopted."""
+        request, now = call.request, self.hub.now()
+        self.keys.release(call.claim, ran=(call.ended or request.delivered) and request.error is None)
         if call.ended:
+            self.hub.pause(call.stream)
             return
         call.ended = True
-        request, now = call.request, self.hub.now()
         self.hub.close(call.stream, scheduler_pb2.CANCEL_REASON_CLIENT)
-        self.keys.release(call.claim, ran=request.delivered and request.error is None)
         self._stats.ended(request, now)
         self._gate.leave(call.tenant, now)

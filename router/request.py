@@ -13,6 +13,8 @@ from router.output import Output
 from service.columns import pack
 from service.errors import OctavoError
 
+BYTES_A_LOGPROB = 32  # in an answer, about
+
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
@@ -97,7 +99,7 @@ class Request:
         self.sequences = [Sequence(self, output, seed) for output, seed in zip(outputs, seeds, strict=True)]
         self.error: OctavoError | None = None
         self.started_told = False  # the client knows that it was accepted
-        self.prompt_logprobs: dict[int, PositionLogprobs] = {}
+        self.prompt_logprobs: dict[int, inference_pb2.TokenLogprobs] = {}
         self._table = table
         self._with_logprobs = spec.sampling.HasField("logprobs")
         self._prompt_logprobs_sent = not spec.sampling.HasField("prompt_logprobs")
@@ -130,11 +132,14 @@ class Request:
             buffered += sequence.output.num_buffered
         return buffered
 
-    @property
-    def bytes_per_token(self) -> int:
-        """About what a token takes in an answer: its id and text, and of each log-probability id, value, text and bytes."""
-        sampling = self.spec.sampling
-        return 8 + (32 * (1 + sampling.logprobs) if sampling.HasField("logprobs") else 0)
+    def bytes_of(self, num_tokens: int) -> int:
+        """About what so many tokens take in an answer: their ids and text, of each log-probability id, value, text and bytes; and the
+        prompt's log-probabilities, if they are still to come.
+        """
+        spec, sampling = self.spec, self.spec.sampling
+        each = 8 + (BYTES_A_LOGPROB * (1 + sampling.logprobs) if sampling.HasField("logprobs") else 0)
+        prompt = 0 if self._prompt_logprobs_sent else spec.num_prompt_tokens * (1 + sampling.prompt_logprobs)
+        return num_tokens * each + prompt * BYTES_A_LOGPROB
 
     def note_logprobs(self, sequence: Sequence, positions: list[PositionLogprobs]) -> None:
         """Keep the log-probabilities of prompt tokens and of output tokens that were not delivered yet."""
@@ -142,8 +147,10 @@ class Request:
             index = one.position - self.spec.num_prompt_tokens
             if index >= 0:
                 sequence.logprobs[index] = to_message(one, self._table)
-            elif sequence.output.index == 0 and not self._prompt_logprobs_sent:
-                self.prompt_logprobs[one.position] = one
+            elif sequence.output.index > 0 or self._prompt_logprobs_sent or one.position in self.prompt_logprobs:
+                continue  # a worker that begins anew tells them again
+            else:  # as they come, chunk by chunk: all at once would hold up the loop
+                self.prompt_logprobs[one.position] = to_message(one, self._table)
 
     def take(self) -> list[inference_pb2.GenerateResponse]:
         """Deltas and ends that can leave now, in order; each is handed out once."""
@@ -194,13 +201,10 @@ class Request:
 
     def _add_prompt_logprobs(self, delta: inference_pb2.Delta) -> None:
         self._prompt_logprobs_sent = True
-        for position in range(self.spec.num_prompt_tokens):
-            one = self.prompt_logprobs.get(position)
-            empty = one is None or position == 0
-            delta.prompt_logprobs.append(
-                inference_pb2.TokenLogprobs() if empty or one is None else to_message(one, self._table)
-            )
-        self.prompt_logprobs.clear()
+        known, none = self.prompt_logprobs, inference_pb2.TokenLogprobs()
+        known.pop(0, None)
+        delta.prompt_logprobs.extend(known.get(position, none) for position in range(self.spec.num_prompt_tokens))
+        known.clear()
 
     def _finished(self, sequence: Sequence) -> inference_pb2.Finished:
         output, arrival = sequence.output, self.spec.arrival

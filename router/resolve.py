@@ -16,6 +16,7 @@ from router.validate import Violations
 from service.columns import pack
 from service.errors import OctavoError, Reason
 
+MAX_PROMPT_LOGPROBS = 131_072  # of all positions together: about 4 MiB of the one message that holds them
 _MASK64 = (1 << 64) - 1
 
 
@@ -77,9 +78,10 @@ def resolve(
 ) -> Resolved:
     """Defaults: the request's own values, then the model's generation_config, then the contracts' defaults.
 
-    Raises INVALID_ARGUMENT for token ids outside the vocabulary and PROMPT_TOO_LONG.
+    Raises INVALID_ARGUMENT for token ids outside the vocabulary and more than MAX_PROMPT_LOGPROBS, and PROMPT_TOO_LONG.
     """
     _check_token_ids(params, limits)
+    _check_prompt_logprobs(params, num_prompt_tokens)
     max_tokens = params.max_tokens if params.HasField("max_tokens") else limits.max_model_len - num_prompt_tokens
     check_length(num_prompt_tokens, max_tokens, limits)
     if params.min_tokens > max_tokens:
@@ -168,6 +170,16 @@ def _check_token_ids(params: inference_pb2.SamplingParams, limits: ModelLimits) 
             wrong.add(
                 f"sampling.logit_bias[{token_id}]", f"the id must be below the vocabulary size {limits.vocab_size}"
             )
+    wrong.raise_if_any()
+
+
+def _check_prompt_logprobs(params: inference_pb2.SamplingParams, num_prompt_tokens: int) -> None:
+    each = 1 + params.prompt_logprobs
+    if not params.HasField("prompt_logprobs") or num_prompt_tokens * each <= MAX_PROMPT_LOGPROBS:
+        return
+    wrong = Violations()
+    text = f"{num_prompt_tokens} prompt tokens with {each} each are more than {MAX_PROMPT_LOGPROBS} log-probabilities"
+    wrong.add("sampling.prompt_logprobs", text)
     wrong.raise_if_any()
 
 

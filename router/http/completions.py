@@ -175,16 +175,19 @@ class CompletionView:
         return dumps_long(whole).encode()
 
     def _choice(self, prompt: int, first: inference_pb2.Output, output: inference_pb2.Output) -> dict[str, Any]:
-        text, entries = self._echoes[prompt] + output.text, list(output.logprobs)
+        echo, text, entries = self._echoes[prompt], output.text, list(output.logprobs)
         if self._asked.prompt_only:
-            text, entries = self._echoes[prompt], []
-        if self._asked.first_tokens:
+            text, entries = "", []
+        if self._asked.first_tokens and first.prompt_logprobs:  # there are none where it ended before the first token
             entries = [*first.prompt_logprobs, *entries]
             entries[0].token.text = self._asked.first_tokens[prompt]
+            logprobs = completion_logprobs(entries, echo + text)
+        else:
+            logprobs = completion_logprobs(entries, text, len(echo))
         choice = {
             "index": prompt * self._n + output.index,
-            "text": text,
-            "logprobs": completion_logprobs(entries, text) if self._logprobs else None,
+            "text": echo + text,
+            "logprobs": logprobs if self._logprobs else None,
             "finish_reason": FINISH_REASONS[output.finish_reason],
             "stop_reason": stop_reason(output),
         }

@@ -17,7 +17,7 @@ from router.http.journal import Journal
 from router.http.tasks import together
 from router.http.view import View
 from router.inference import Inference
-from router.parking import Call, Expired
+from router.parking import Call, Expired, Mark
 from service.errors import OctavoError, Reason
 
 _LAST_EVENT_ID = "last-event-id"
@@ -48,21 +48,25 @@ class EventStream:
     async def write(self, events: bytes, *, last: bool = False) -> None:
         """Waits while the client reads slower than this, with what fits into the connection's buffer."""
         self._blocked += 1
+        self.silent = False
         try:
             await self._send_body({"type": "http.response.body", "body": events, "more_body": not last})
         finally:
             self._blocked -= 1
-        self.silent = False
         self._wrote_at = time.monotonic()
 
     def look(self, now: float, interval: float) -> None:
         """Called now and then: ask for a comment after a silence; hang up on a client whose request failed while it read nothing."""
         if self._blocked:
+            for call in self.calls:
+                call.stream.excused = False
             if any(call.request.error is not None for call in self.calls):
                 self._abort()
         elif now - self._wrote_at >= interval and not self.silent:
             self.silent = True
-            self.calls[0].stream.wake()
+            for call in self.calls:  # who writes for one that was delivered is gone
+                if not call.request.delivered:
+                    call.stream.wake()
 
 
 class Streams:
@@ -86,20 +90,23 @@ class Streams:
         """Answer with a stream of events. An error before the first of them is raised; a later one is an event, and the last."""
         deadline = None if ask.timeout is None else inference.hub.now() + ask.timeout
         async with AsyncExitStack() as running:
-            calls = [
-                await running.enter_async_context(inference.running(request, tenant, deadline, bounded=True))
-                for request in ask.requests
-            ]
+
+            async def enter(request: inference_pb2.GenerateRequest) -> Call:
+                call = await running.enter_async_context(inference.running(request, tenant, deadline, bounded=True))
+                call.stream.excused = len(ask.requests) > 1  # nobody reads before all have started
+                return call
+
+            calls = await together(enter(request) for request in ask.requests)
             ask.forget_prompts()
-            started = [await inference.started(call) for call in calls]
+            started = await together(inference.started(call) for call in calls)
             journal = None
             if calls[0].grace:
                 journal = calls[0].view = Journal(calls[0].request_id, ask, view)
             stream = EventStream(scope, send, calls)
             await stream.start(headers_of(started[0]))
             opening = view.open(started)
-            await stream.write(b"".join(opening) if journal is None else journal.opening(opening))
-            await self._go_on(stream, ask, view, inference, journal)
+            first = b"".join(opening) if journal is None else journal.opening(opening)
+            await self._go_on(stream, first, ask, view, inference, journal)
 
     async def resume(self, event_id: str, inference: Inference, tenant: str, scope: Scope, send: Send) -> None:
         """Go on after this event with a stream that is parked here, or whose connection has not broken yet. Raises HttpError."""
@@ -109,17 +116,21 @@ class Streams:
             raise invalid(_LAST_EVENT_ID, "must be the id of an event")
         if found is not None and not isinstance(found.view, Journal):
             raise _no_stream(Problem(404, "no stream of this id is kept here"))
-        if found is not None and not found.view.knows(int(number)):
-            raise invalid(_LAST_EVENT_ID, "this event was never sent, or came again under another id")
+        if found is not None:
+            _check_known(found.view, int(number))  # before anything is taken from anybody
+
+        def stands(call: Call) -> dict[int, Mark]:
+            kept: Journal = call.view
+            _check_known(kept, int(number))  # another resume may have been quicker
+            return kept.back_to(int(number))
+
         try:
-            async with inference.resuming(request_id, tenant, lambda call: call.view.back_to(int(number))) as call:
+            async with inference.resuming(request_id, tenant, stands) as call:
                 journal: Journal = call.view
                 stream = EventStream(scope, send, [call])
                 started = call.started()
                 await stream.start(headers_of(started))
-                if opening := journal.opening([]):
-                    await stream.write(opening)
-                await self._go_on(stream, journal.ask, journal.view, inference, journal)
+                await self._go_on(stream, journal.opening([]), journal.ask, journal.view, inference, journal)
         except Expired as error:
             raise _no_stream(Problem(410, error.message)) from None
         except OctavoError as error:
@@ -128,12 +139,14 @@ class Streams:
             raise _no_stream(Problem(404, error.message)) from None
 
     async def _go_on(
-        self, stream: EventStream, ask: Ask, view: View, inference: Inference, journal: Journal | None
+        self, stream: EventStream, opening: bytes, ask: Ask, view: View, inference: Inference, journal: Journal | None
     ) -> None:
-        """From after the opening to the end."""
+        """From after the head to the end; `opening` may be empty."""
         calls = stream.calls
         self._open.add(stream)
         try:
+            if opening:
+                await stream.write(opening)
             if len(calls) == 1:
                 await _feed(stream, view, inference, 0, calls[0], journal)
             else:
@@ -169,6 +182,11 @@ async def _feed(
         if request.delivered:
             return
         await call.stream.wait()
+
+
+def _check_known(journal: Journal, number: int) -> None:
+    if not journal.knows(number):
+        raise invalid(_LAST_EVENT_ID, "this event was never sent, or came again under another id")
 
 
 def _no_stream(problem: Problem) -> HttpError:

@@ -12,11 +12,14 @@ T = TypeVar("T")
 
 
 async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Their results, in order. The first that fails cancels the others, and is raised as it is.
+    """Their results, in order. The first that fails cancels the others, and is raised as it is. One alone is no task of its own.
 
     Not a TaskGroup: in Python 3.11 its exception groups are cycles, and keep what failed, request and all, until they are collected.
     """
-    tasks = [asyncio.ensure_future(job) for job in jobs]
+    first, *others = jobs
+    if not others:
+        return [await first]
+    tasks = [asyncio.ensure_future(job) for job in (first, *others)]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         failed = [task for task in tasks if task.done() and not task.cancelled() and task.exception() is not None]

@@ -390,6 +390,44 @@ def test_prompts_come_back_with_their_log_probabilities() -> None:
     asyncio.run(main())
 
 
+def test_an_output_that_ends_before_its_first_token_has_no_log_probabilities() -> None:
+    """Nor has the prompt: they come with that token."""
+
+    async def only_the_second(message: Message, say: Say) -> None:
+        if message.HasField("submit") and message.submit.index == 0:
+            await say(tokens(0, (message.submit.handle, 0, [], common_pb2.FINISH_REASON_ERROR)))
+        else:
+            await say_text(message, say)
+
+    async def main() -> None:
+        async with door(only_the_second) as (_, at):
+            body = {"prompt": "hello", "echo": True, "logprobs": 1, "max_tokens": 40, "n": 2}
+            reply = await at.ask("POST", "/v1/completions", body)
+            assert reply.status == 200, reply.body
+            failed, whole = reply.json()["choices"]
+            assert failed["text"] == "hello" and failed["logprobs"]["tokens"] == []
+            assert whole["text"] == "hello" + TEXT and whole["finish_reason"] == "stop"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"), [({"echo": True, "logprobs": 3}, "logprobs"), ({"prompt_logprobs": 3}, None)]
+)
+def test_too_many_log_probabilities_of_a_prompt_are_refused(
+    asked: dict[str, Any], named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.resolve.MAX_PROMPT_LOGPROBS", 7)
+
+    async def main() -> None:
+        async with door(say_text) as (scheduler, at):
+            reply = await at.ask("POST", "/v1/completions", {"prompt": "hello", **asked})
+            assert reply.status == 400 and reply.error["param"] == (named or "prompt_logprobs")
+            assert scheduler.submits() == []
+
+    asyncio.run(main())
+
+
 def test_a_prompt_is_cut_to_its_last_tokens() -> None:
     async def main() -> None:
         async with door(say_text) as (scheduler, at):

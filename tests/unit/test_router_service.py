@@ -471,6 +471,24 @@ def test_an_answer_that_fits_into_no_message_is_cut_short(monkeypatch: pytest.Mo
     asyncio.run(main())
 
 
+def test_the_log_probabilities_of_the_prompt_count_in_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.hub._MAX_COLLECTED_BYTES", 2 * 32 * 21 + 50 * 8)
+
+    async def some(message: Message, say: Say) -> None:
+        if message.HasField("submit"):
+            for start in range(0, 100, 10):
+                end = common_pb2.FINISH_REASON_LENGTH if start == 90 else 0
+                await say(tokens(0, (message.submit.handle, start, [300] * 10, end)))
+
+    async def main() -> None:
+        async with cluster(some) as (_, router):
+            assert len((await router.stub.Complete(inference_pb2.CompleteRequest(request=ask()))).outputs) == 1
+            request = inference_pb2.CompleteRequest(request=ask(prompt_logprobs=20))
+            assert (await refuse(router.stub.Complete(request))).reason is Reason.UNSUPPORTED
+
+    asyncio.run(main())
+
+
 def test_tokenize_and_detokenize() -> None:
     async def main() -> None:
         async with cluster(say_text) as (_, router):

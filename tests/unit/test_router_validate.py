@@ -156,6 +156,18 @@ def test_what_does_not_fit_the_model_is_named(params: dict[str, Any], field: str
     assert [v.field for v in caught.value.violations] == [f"sampling.{field}"]
 
 
+def test_log_probabilities_of_a_prompt_have_a_bound() -> None:
+    limits = ModelLimits(max_model_len=200_000, vocab_size=340)
+    for count, best in ((131_072, 0), (6_241, 20)):
+        params = PARAMS(prompt_logprobs=best, max_tokens=1)
+        assert resolve(params, ASSETS, limits, count).sampling.prompt_logprobs == best
+        with pytest.raises(OctavoError) as caught:
+            resolve(params, ASSETS, limits, count + 1)
+        assert [v.field for v in caught.value.violations] == ["sampling.prompt_logprobs"]
+        assert caught.value.reason is Reason.INVALID_ARGUMENT
+    resolve(PARAMS(logprobs=20, max_tokens=1), ASSETS, limits, 150_000)
+
+
 def test_lengths() -> None:
     assert resolved(PARAMS(max_tokens=90)).max_tokens == 90
     for params, count in ((PARAMS(max_tokens=91), 10), (PARAMS(), 100)):
