@@ -252,6 +252,12 @@ class Inference:
             return None
         try:
             adopted = await self._try_adopt(call, message, tenant)
+        except asyncio.CancelledError:
+            if self.draining or not self.parking.park(call):
+                self._end(call)
+            if call.taken is not None:  # gRPC would tell this client nothing
+                raise OctavoError(Reason.DUPLICATE_REQUEST, "the stream goes on at another connection") from None
+            raise
         except BaseException:
             self._end(call)
             raise

@@ -122,17 +122,21 @@ class Parking:
         return True
 
     async def take(self, request_id: str, tenant: str) -> Call:
-        """The call of this id, for its client who came again. One whose connection has not broken yet is taken from it.
+        """The call of this id, for its client who came again. One whose connection has not broken yet is taken from it. Of several
+        that come at once the last has it.
 
         Raises INVALID_ARGUMENT where there is none of this tenant, and Expired where there was one. The caller holds it: join or park.
         """
         call = self._calls.get(request_id)
-        if call is not None and call.tenant == tenant and call.holder is not None:
-            taken = call.taken = call.taken or asyncio.get_running_loop().create_future()
-            call.holder.cancel()
-            await asyncio.wait([taken])
-            call = self._calls.get(request_id)  # its holder has parked it, unless it ended
-        if call is None or call.tenant != tenant or call.holder is not None:
+        while call is not None and call.tenant == tenant and call.holder is not None:
+            if call.taken is None:
+                call.taken = asyncio.get_running_loop().create_future()
+                call.holder.cancel()
+            await asyncio.wait([call.taken])
+            call = self._calls.get(
+                request_id
+            )  # its holder has parked it, unless it ended; and another may have been quicker
+        if call is None or call.tenant != tenant:
             raise self._missing(request_id, tenant)
         if call.timer is not None:
             call.timer.cancel()

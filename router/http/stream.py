@@ -17,7 +17,7 @@ from router.http.journal import Journal
 from router.http.tasks import together
 from router.http.view import View
 from router.inference import Inference
-from router.parking import Call, Expired
+from router.parking import Call, Expired, Mark
 from service.errors import OctavoError, Reason
 
 _LAST_EVENT_ID = "last-event-id"
@@ -116,10 +116,16 @@ class Streams:
             raise invalid(_LAST_EVENT_ID, "must be the id of an event")
         if found is not None and not isinstance(found.view, Journal):
             raise _no_stream(Problem(404, "no stream of this id is kept here"))
-        if found is not None and not found.view.knows(int(number)):
-            raise invalid(_LAST_EVENT_ID, "this event was never sent, or came again under another id")
+        if found is not None:
+            _check_known(found.view, int(number))  # before anything is taken from anybody
+
+        def stands(call: Call) -> dict[int, Mark]:
+            kept: Journal = call.view
+            _check_known(kept, int(number))  # another resume may have been quicker
+            return kept.back_to(int(number))
+
         try:
-            async with inference.resuming(request_id, tenant, lambda call: call.view.back_to(int(number))) as call:
+            async with inference.resuming(request_id, tenant, stands) as call:
                 journal: Journal = call.view
                 stream = EventStream(scope, send, [call])
                 started = call.started()
@@ -176,6 +182,11 @@ async def _feed(
         if request.delivered:
             return
         await call.stream.wait()
+
+
+def _check_known(journal: Journal, number: int) -> None:
+    if not journal.knows(number):
+        raise invalid(_LAST_EVENT_ID, "this event was never sent, or came again under another id")
 
 
 def _no_stream(problem: Problem) -> HttpError:

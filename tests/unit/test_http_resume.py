@@ -9,6 +9,8 @@ import grpc
 import pytest
 from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 
+from router.http.errors import HttpError
+from router.parking import rewind
 from service.errors import Reason
 from tests.unit.http_door import Connection, Door, Reply, data_of, door, text_of
 from tests.unit.test_router_fakes import Say, cluster, eventually, tokens
@@ -161,6 +163,62 @@ def test_a_connection_that_is_dead_and_does_not_know_it_is_taken_over() -> None:
             rest = events_of(await task)
             assert text_of(got + rest) == TEXT
             assert len(scheduler.submits()) == 1 and scheduler.cancels() == []
+            await old.close()
+
+    asyncio.run(main())
+
+
+def test_of_two_resumes_at_once_the_last_has_the_stream() -> None:
+    async def main() -> None:
+        script = Slowly()
+        async with door(script) as (scheduler, at):
+            old, events = await begin(at)
+            got = [await anext(events), await script.until(events)]
+            loop, answers = asyncio.get_running_loop(), [bytearray(), bytearray()]
+
+            def again(number: int) -> asyncio.Task[None]:
+                async def send(message: Any) -> None:
+                    answers[number].extend(message.get("body", b""))
+
+                job = at.gateway.streams.resume(id_of(got[-1]), at.router.inference, "default", {}, send)
+                return loop.create_task(job)
+
+            first, last = again(0), again(1)
+            await asyncio.wait([first], timeout=10)
+            assert first.cancelled()
+            script.more(100)
+            async with asyncio.timeout(10):
+                await last
+            assert text_of(got + bytes(answers[1]).decode().split("\n\n")[:-1]) == TEXT
+            assert not answers[0] and len(scheduler.submits()) == 1 and scheduler.cancels() == []
+            await old.close()
+
+    asyncio.run(main())
+
+
+def test_a_resume_from_an_event_that_another_has_just_gone_back_before_is_told_so() -> None:
+    async def main() -> None:
+        script = Slowly()
+        async with door(script) as (scheduler, at):
+            old, events = await begin(at)
+            got = [await anext(events), await script.until(events)]
+
+            async def send(message: Any) -> None:
+                pass
+
+            def again(event: str) -> Any:
+                return at.gateway.streams.resume(id_of(event), at.router.inference, "default", {}, send)
+
+            first, last = asyncio.create_task(again(got[0])), asyncio.create_task(again(got[1]))
+            with pytest.raises(HttpError) as caught:
+                async with asyncio.timeout(10):
+                    await last
+            assert caught.value.problem.status == 400
+            await asyncio.wait([first], timeout=10)
+            assert at.router.inference.parking.num_parked == 1  # for whoever comes with an event that counts
+            script.more(100)
+            assert text_of(got[:1] + events_of(await resume(at, id_of(got[0])))) == TEXT
+            assert len(scheduler.submits()) == 1
             await old.close()
 
     asyncio.run(main())
@@ -386,5 +444,38 @@ def test_grpc_takes_over_a_call_that_is_still_open() -> None:
             assert delta.text + grpc_text_of(await again) == TEXT
             assert len(scheduler.submits()) == 1
             await eventually(lambda: router.gate.num_inside == 0)
+
+    asyncio.run(main())
+
+
+def test_of_two_grpc_resumes_at_once_the_first_is_told_and_the_last_has_the_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        script, entered = Slowly(), asyncio.Event()
+
+        async def slowly(*args: Any) -> None:
+            if not entered.is_set():  # the first one stays here
+                entered.set()
+                await asyncio.Event().wait()
+            await rewind(*args)
+
+        monkeypatch.setattr("router.inference.rewind", slowly)
+        async with cluster(script) as (scheduler, router):
+            request = ask(seed=11)
+            request.resume_grace_ms = 60_000
+            old = router.stub.Generate(request)
+            started = (await old.read()).started
+            old.cancel()
+            await eventually(lambda: router.inference.parking.num_parked == 1)
+            request.resume.CopyFrom(inference_pb2.Resume(ticket=started.ticket, seed=11))
+            first = asyncio.create_task(refuse(router.stub.Generate(request)))
+            await entered.wait()
+            last = asyncio.create_task(collect(router.stub.Generate(request)))
+            async with asyncio.timeout(10):
+                assert (await first).reason is Reason.DUPLICATE_REQUEST
+                script.more(100)
+                assert grpc_text_of(await last) == TEXT
+            assert len(scheduler.submits()) == 1 and scheduler.cancels() == []
 
     asyncio.run(main())
