@@ -107,7 +107,9 @@ class Inference:
         try:
             yield
         except asyncio.CancelledError:
-            if call.grace and not self.draining and call.request.error is None and self.parking.park(call):
+            request = call.request
+            known = request.started_told or request.spec.resumed  # else nobody could ever ask for it
+            if call.grace and known and not self.draining and request.error is None and self.parking.park(call):
                 self.hub.pause(call.stream)
             else:
                 self._end(call)

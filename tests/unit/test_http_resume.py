@@ -281,6 +281,32 @@ def test_when_nobody_comes_again_all_is_given_up() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("over_http", [True, False])
+def test_who_hangs_up_before_the_first_byte_can_not_come_again(
+    over_http: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client knows neither id nor ticket."""
+    monkeypatch.setattr("router.inference._STARTED_AFTER", 60.0)
+
+    async def main() -> None:
+        async with door(stay_silent) as (scheduler, at):
+            if over_http:
+                connection = await at.connect()
+                await connection.send("POST", CHAT, BODY)
+                await eventually(lambda: len(scheduler.submits()) == 1)
+                await connection.close()
+            else:
+                request = ask()
+                request.resume_grace_ms = 60_000
+                call = at.router.stub.Generate(request)
+                await eventually(lambda: len(scheduler.submits()) == 1)
+                call.cancel()
+            await eventually(lambda: len(scheduler.cancels()) == 1)
+            assert at.router.inference.parking.num_parked == 0 and at.router.gate.num_inside == 0
+
+    asyncio.run(main())
+
+
 def test_there_is_room_for_so_many_and_those_that_ended_make_room() -> None:
     async def main() -> None:
         async with door(say_text) as (scheduler, at):
