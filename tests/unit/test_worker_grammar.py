@@ -5,11 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 
 from service.grammar import Grammar, GrammarError
 from service.guidance import compile_grammar
@@ -18,6 +19,7 @@ from worker.backends.mock import EOS_TOKEN_ID, MockBackend, MockSettings
 from worker.backends.mock_assets import mock_assets
 from worker.engine import Engine
 from worker.grammar.load import load_runner
+from worker.offline import OfflineEngine, OfflineRequest
 from worker.step import Int32Array, NewRow, RowStatus, SamplingParams, Step, StepOutput
 
 VOCAB = 700
@@ -25,6 +27,10 @@ NONE = np.zeros(0, np.int32)
 ABC = Grammar("regex", "abcdefgh")
 SLOW = Grammar("regex", "slow")
 BROKEN = Grammar("regex", "broken")
+VOWELS = Grammar(
+    "json_schema",
+    '{"type": "object", "properties": {"p": {"type": "string", "pattern": "[aeiou][a-z]{18}$"}}, "required": ["p"]}',
+)
 
 
 def ids(*values: int) -> Int32Array:
@@ -176,6 +182,82 @@ def test_outputs_that_the_grammar_does_not_allow_end_their_row_only(running: Run
     (output,) = running.run(make_step(1, [0, 1], new_rows=rows))
     assert output.row_status.tolist() == [RowStatus.MASK_EMPTY, RowStatus.OK]
     assert output.token_ids.tolist() == [ord("c")]
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 states of a lexer, which two outputs of VOWELS use up: 50,000 are used up by seven where the vocabulary is real."""
+    limits = LLParserLimits(step_lexer_fuel=100_000, step_max_items=25_000, max_lexer_states=100)
+    monkeypatch.setattr("service.guidance._limits", lambda: limits)
+
+
+def vowels(seed: int, count: int = 15) -> bytes:
+    """The beginning of an output of VOWELS."""
+    return b'{"p":"' + bytes(Random(seed).choices(b"abcde", k=count))
+
+
+def test_rows_whose_lexer_others_have_used_up_start_again_with_another(running: Running, narrow: None) -> None:
+    late, ok = [RowStatus.MASK_LATE], [RowStatus.OK]
+    (output,) = running.run(make_step(1, [1], new_rows=(new_row(1, VOWELS, vowels(0, 2)),)))
+    assert output.row_status.tolist() == ok
+    b = [*vowels(0, 2), int(output.token_ids[0])]
+    for step_id in range(2, 30, 2):
+        output, beside = running.run(
+            make_step(step_id, [0], freed_rows=ids(0), new_rows=(new_row(0, VOWELS, vowels(step_id)),)),
+            make_step(step_id + 1, [1]),
+        )
+        if output.row_status.tolist() != ok:
+            break
+        b.append(int(beside.token_ids[0]))
+    # Neither is to blame: each goes on with a lexer that has room, as do others.
+    assert [output.row_status.tolist(), beside.row_status.tolist()] == [late, late]
+    again = (new_row(0, VOWELS, vowels(step_id)), new_row(1, VOWELS, bytes(b)), new_row(2, VOWELS))
+    outputs = running.run(
+        make_step(30, [0, 1, 2], freed_rows=ids(0, 1), new_rows=again), *(make_step(n, [0, 1, 2]) for n in (31, 32))
+    )
+    assert [output.row_status.tolist() for output in outputs] == [ok * 3] * 3
+
+
+def test_a_row_that_would_use_up_a_lexer_alone_ends(running: Running, narrow: None) -> None:
+    """Though it never comes first: fewer and fewer share a lexer with it."""
+    wide = new_row(0, VOWELS, vowels(0, 50).replace(b"b", b"u"))
+    small = [new_row(row, VOWELS, b'{"p":"') for row in (1, 2, 3)]
+    statuses = []
+    for step_id in range(1, 4):
+        step = make_step(step_id, [1, 2, 3, 0], freed_rows=ids(0, 1, 2, 3), new_rows=(*small, wide))
+        statuses.append(running.run(step)[0].row_status.tolist())
+    assert [status[3] for status in statuses] == [RowStatus.MASK_LATE, RowStatus.MASK_LATE, RowStatus.MASK_EMPTY]
+    assert statuses[2][:3] == [RowStatus.OK] * 3
+
+
+def test_a_driver_without_a_scheduler_starts_them_again_itself(narrow: None) -> None:
+    engine = OfflineEngine(
+        MockBackend(MockSettings(vocab_size=VOCAB, block_size=4, num_blocks=96, max_rows=6, max_model_len=64)),
+        grammars=lambda info: load_runner(mock_assets(VOCAB, 64), VOCAB) or pytest.fail("no runner"),
+    )
+    sampling = SamplingParams(temperature=0.0, stop_token_ids=(EOS_TOKEN_ID,), logprobs=0, prompt_logprobs=0)
+    prompt = (300, 301, 302)
+    requests = [OfflineRequest(prompt, 24, sampling, 1, tuple(vowels(seed)), VOWELS) for seed in range(6)]
+    results = engine.generate(requests, chunk_size=7)
+    engine.close()
+    assert [(result.finish_reason, len(result.token_ids)) for result in results] == [("length", 3)] * 6
+    for result in results:
+        positions = [described.position for described in result.logprobs]
+        assert positions == sorted(set(positions))
+
+
+def test_a_start_serves_so_many_rows(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its lexer has grown to is given back some time."""
+    monkeypatch.setattr("worker.grammar.compiled._ROWS", 2)
+    compiled: list[Grammar] = []
+    monkeypatch.setattr(
+        "worker.grammar.compiled.compile_grammar",
+        lambda grammar, tokenizer: (compiled.append(grammar), compile_grammar(grammar, tokenizer))[1],
+    )
+    for step_id in range(1, 6):
+        step = make_step(step_id, [0], freed_rows=ids(0), new_rows=(new_row(0, ABC),))
+        assert running.run(step)[0].token_ids.tolist() == [ord("a")]
+    assert compiled == [ABC] * 3
 
 
 @pytest.mark.parametrize("where", ["begin", "forward", "sample", "collect"])

@@ -41,7 +41,7 @@ class StepMasks:
 
     @property
     def late(self) -> npt.NDArray[np.bool_]:
-        """bool [C], final after `wait`: rows without a mask because their grammar is being compiled."""
+        """bool [C], final after `wait`: rows that must start again: their grammar is being compiled, or has to be."""
         return self._late
 
     def mark_late(self, output: StepOutput) -> None:
