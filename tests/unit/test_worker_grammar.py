@@ -13,19 +13,22 @@ import pytest
 from llguidance import LLMatcher, LLParserLimits
 
 from service.grammar import Grammar, GrammarError
-from service.guidance import compile_grammar
+from service.guidance import compile_grammar, load_tokenizer
 from worker.backend import BackendError
 from worker.backends.mock import EOS_TOKEN_ID, MockBackend, MockSettings
 from worker.backends.mock_assets import mock_assets
 from worker.engine import Engine
+from worker.grammar.compiled import PATIENCE, CompiledGrammars
 from worker.grammar.load import load_runner
+from worker.grammar.masks import StepMasks
+from worker.grammar.runner import GrammarRunner
 from worker.offline import OfflineEngine, OfflineRequest
 from worker.step import Int32Array, NewRow, RowStatus, SamplingParams, Step, StepOutput
 
 VOCAB = 700
 NONE = np.zeros(0, np.int32)
 ABC = Grammar("regex", "abcdefgh")
-SLOW = Grammar("regex", "slow")
+SLOW, SLOW_TOO = Grammar("regex", "slow"), Grammar("regex", "slower")
 BROKEN = Grammar("regex", "broken")
 VOWELS = Grammar(
     "json_schema",
@@ -82,7 +85,7 @@ class Running:
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    monkeypatch.setattr("worker.grammar.runner.PATIENCE", 20.0)  # the machine may be busy
+    monkeypatch.setattr("worker.grammar.compiled.PATIENCE", 20.0)  # the machine may be busy
     running = Running()
     yield running
     assert running.engine.close(20)
@@ -90,13 +93,13 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """SLOW is compiled once the event is set, BROKEN never."""
+    """SLOW and SLOW_TOO are compiled once the event is set, BROKEN never."""
     go_on = threading.Event()
 
     def compiled(grammar: Grammar, tokenizer: Any) -> LLMatcher:
         if grammar == BROKEN:
             raise GrammarError("broken")
-        if grammar == SLOW and not go_on.wait(20):
+        if grammar in (SLOW, SLOW_TOO) and not go_on.wait(20):
             raise GrammarError("nobody let it go on")
         return compile_grammar(grammar, tokenizer)
 
@@ -153,7 +156,7 @@ def test_a_grammar_that_takes_long_to_compile_holds_up_nobody(
     running: Running, compiling: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running.run(make_step(1, [2], new_rows=(new_row(2, ABC),)), make_step(2, [], freed_rows=ids(2)))
-    monkeypatch.setattr("worker.grammar.runner.PATIENCE", 0.005)
+    monkeypatch.setattr("worker.grammar.compiled.PATIENCE", 0.005)
     rows = (new_row(0, SLOW), new_row(1, None), new_row(2, ABC))
     outputs = running.run(make_step(3, [0, 1, 2], new_rows=rows), *(make_step(n, [0, 1, 2]) for n in range(4, 7)))
     late, ok = RowStatus.MASK_LATE, RowStatus.OK
@@ -166,6 +169,72 @@ def test_a_grammar_that_takes_long_to_compile_holds_up_nobody(
     while (output := running.run(restarted)[0]).row_status.tolist() == [late]:
         pass
     assert output.token_ids.tolist() == [ord("s")]
+
+
+class CountedWaits(threading.Condition):
+    """Waits with a limit take no time: they are added to `waited`, seconds."""
+
+    def __init__(self, waited: list[float]) -> None:
+        super().__init__()
+        self._waited = waited
+
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
+        if timeout is None:
+            return super().wait_for(predicate, 20)
+        if not predicate():
+            self._waited.append(timeout)
+        return predicate()
+
+
+def test_steps_wait_once_for_a_grammar_however_often_its_row_starts_again(
+    compiling: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    class Masks(StepMasks):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.changed = CountedWaits(waited)
+
+    monkeypatch.setattr("worker.grammar.runner.StepMasks", Masks)
+    tokenizer = load_tokenizer(mock_assets(VOCAB, 64)["tokenizer.json"], VOCAB, (EOS_TOKEN_ID,))
+    runner = GrammarRunner(tokenizer, VOCAB, (EOS_TOKEN_ID,), clock=lambda: sum(waited))
+    runner.start(_raise)
+    for step_id in range(60):
+        plain = () if step_id else (new_row(1, None),)
+        step = make_step(step_id, [0, 1], freed_rows=ids(0), new_rows=(new_row(0, SLOW), *plain))
+        runner.expect(step)
+        begun = runner.begin(step)
+        assert begun is not None
+        masks, rows = begun
+        masks.wait()
+        assert masks.late.tolist() == [True]
+        runner.sampled(masks, rows)
+        output = StepOutput(step_id, ids(0, 1), ids(RowStatus.MASK_EMPTY, 0), ids(7), None, 0, 0)
+        runner.advance(masks, rows, output)
+    compiling.set()
+    runner.close()
+    assert len(waited) == 60 and sum(waited) == PATIENCE
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled(compiling: threading.Event) -> None:
+    now = 0.0
+    tokenizer = load_tokenizer(mock_assets(VOCAB, 64)["tokenizer.json"], VOCAB, (EOS_TOKEN_ID,))
+    compiled = CompiledGrammars(tokenizer, lambda: now)
+    # Both threads are busy.
+    busy = [compiled.get(SLOW), compiled.get(SLOW_TOO)]
+    left, wanted = (compiled.get(Grammar("regex", text)) for text in ("left", "wanted"))
+    now = 9.0
+    assert compiled.get(Grammar("regex", "wanted")) is wanted
+    now = 11.0
+    last = compiled.get(ABC)
+    assert left.compiling.cancelled()
+    # Whoever wants it nevertheless has it compiled.
+    again = compiled.get(Grammar("regex", "left"))
+    compiling.set()
+    for start in (*busy, wanted, last, again):
+        assert not start.compiling.result(20).is_error()
+    compiled.close()
 
 
 def test_a_grammar_that_can_not_be_compiled_here_ends_its_row_only(
@@ -294,6 +363,10 @@ def _no_matcher() -> Callable[..., Any]:
         raise ZeroDivisionError
 
     return fail
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _release(running: Running) -> None:

@@ -5,7 +5,9 @@ nobody but the rows that wait for it.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +20,10 @@ from service.guidance import compile_grammar
 _KEPT = 128  # half a megabyte each, as a rule
 _ROWS = 256  # each may have found states of the lexer, up to 35 MB in all
 _THREADS = 2
+_WANTED = 10.0  # seconds: who is late asks again each second at the latest, unless all rows are taken
+
+PATIENCE = 0.005
+"""Seconds that steps wait for a grammar that is being compiled, from when it was first asked for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +35,10 @@ class Start:
     """
 
     compiling: Future[LLMatcher]
+    patience_until: float
+    """On the clock of `CompiledGrammars`: from then on nobody waits for it any more."""
+    asked: float
+    """When somebody last asked for it."""
     num_rows: int = 0
     """Copies that were taken: see `CompiledGrammars.take`."""
     forgotten: bool = False
@@ -49,25 +59,32 @@ class CompiledGrammars:
     was used up it serves half as many the next time, down to one: then each row has a lexer of its own.
     """
 
-    def __init__(self, tokenizer: LLTokenizer) -> None:
+    def __init__(self, tokenizer: LLTokenizer, clock: Callable[[], float] = time.monotonic) -> None:
         self._tokenizer = tokenizer
+        self._clock = clock
         self._lock = threading.Lock()
         self._found: OrderedDict[Grammar, Start] = OrderedDict()
         self._max_rows: OrderedDict[Grammar, int] = OrderedDict()  # where it is less than _ROWS
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile-grammar")
 
     def get(self, grammar: Grammar) -> Start:
-        """Begins to compile it unless that was done. The future raises GrammarError; it is never cancelled before `close`."""
+        """Begins to compile it unless that was done.
+
+        The future raises GrammarError. It is cancelled by `close`, and if it waits for a thread and nobody has asked for a while.
+        """
+        now = self._clock()
         with self._lock:
             start = self._found.get(grammar)
             if start is None:
-                start = Start(self._executor.submit(compile_grammar, grammar, self._tokenizer))
-                self._found[grammar] = start
+                self._cancel_unwanted(now)
+                compiling = self._executor.submit(compile_grammar, grammar, self._tokenizer)
+                start = self._found[grammar] = Start(compiling, now + PATIENCE, now)
                 # What is still to be compiled stays, or whoever is late would have it compiled again and again.
                 done = [kept for kept, found in self._found.items() if found.compiling.done()]
                 for kept in done[: max(0, len(self._found) - _KEPT)]:
                     del self._found[kept]
             else:
+                start.asked = now
                 self._found.move_to_end(grammar)
             return start
 
@@ -89,6 +106,11 @@ class CompiledGrammars:
             self._max_rows.move_to_end(grammar)
             if len(self._max_rows) > _KEPT:
                 self._max_rows.popitem(last=False)
+
+    def _cancel_unwanted(self, now: float) -> None:
+        for grammar, start in list(self._found.items()):
+            if now - start.asked > _WANTED and not start.compiling.done() and start.compiling.cancel():
+                del self._found[grammar]
 
     def _drop(self, grammar: Grammar, start: Start) -> None:
         if self._found.get(grammar) is start:

@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -27,8 +28,6 @@ from worker.step import RowStatus, Step, StepOutput
 
 log = logging.getLogger("octavo.grammar")
 
-PATIENCE = 0.005
-"""Seconds that a step waits for grammars that are being compiled, once all that its other rows need is there."""
 _THREADS = 4
 
 
@@ -65,10 +64,17 @@ _Job = tuple[ConstrainedRow, StepMasks, int]
 class GrammarRunner:
     """Masks for the constrained rows of one engine, from `start` to `close`."""
 
-    def __init__(self, tokenizer: LLTokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        tokenizer: LLTokenizer,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._vocab_size = vocab_size
         self._words = -(-vocab_size // 32)
-        self._compiled = CompiledGrammars(tokenizer)
+        self._compiled = CompiledGrammars(tokenizer, clock)
         self._rows = ConstrainedRows(eos_token_ids)  # the launch thread's
         self._waiting: set[ConstrainedRow] = set()  # the grammar thread's, as all below
         self._void = False
@@ -98,7 +104,7 @@ class GrammarRunner:
         places, rows = self._rows.apply(step)
         if not rows:
             return None
-        masks = StepMasks(places, self._words, PATIENCE)
+        masks = StepMasks(places, self._words, self._clock)
         self._inbox.put(_Need(masks, rows))
         return masks, rows
 
@@ -185,7 +191,7 @@ class GrammarRunner:
         start = self._compiled.get(row.grammar)
         if not start.compiling.done():
             with masks.changed:
-                masks.compiling(place)
+                masks.compiling(place, start.patience_until)
             start.compiling.add_done_callback(lambda _: self._inbox.put(_Compiled(row)))
             return False
         try:
