@@ -32,6 +32,7 @@ class Counters:
     submitted: int = 0
     refused: int = 0
     admitted: int = 0
+    """Rows given to requests, those that come back after a preemption or a loss among them, those after a late mask not."""
     finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
     failed: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(Reason, 0))
     cancelled: int = 0
@@ -208,9 +209,8 @@ class SchedulerState:
     def delay(self, worker: WorkerState, row: int, now: float) -> None:
         """Out of its row for a moment: its grammar is still being compiled, and it must not hold up the others of its worker."""
         self.counters.late_masks += 1
-        self.counters.recomputed_tokens += int(worker.rows.num_computed[row])
         request = self.leave_row(worker, row)
-        request.resumed = True
+        request.resumed = request.was_late = True
         request.state = RequestState.PARKED
         if request.output_token_ids.size > request.num_outputs_when_late:
             request.num_outputs_when_late = request.output_token_ids.size

@@ -115,6 +115,46 @@ def test_a_request_that_is_late_again_waits_twice_as_long() -> None:
     assert scheduler.next_deadline() == now + MASK_DELAY
 
 
+def test_tries_for_want_of_a_mask_are_one_admission() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, ABLE)
+    scheduler.submit(request(1), 0.0)
+    plan = planned(scheduler)
+    assert [admitted.handle for admitted in scheduler.take_admitted()] == [1]
+    admission_gap = scheduler._state.admission_gap
+    for now in range(1, 6):
+        scheduler.apply(1, answer(plan, [RowStatus.MASK_LATE]), now)
+        scheduler.expire(now + MAX_MASK_DELAY)
+        plan = planned(scheduler, now + MAX_MASK_DELAY)
+        assert len(plan.new_rows) == 1 and scheduler.take_admitted() == []
+    scheduler.apply(1, answer(plan, [RowStatus.OK]), 7.0)
+    counters = scheduler.counters
+    assert (counters.admitted, counters.late_masks, counters.recomputed_tokens) == (1, 5, 0)
+    assert (counters.prefix_queries, counters.prefix_hits) == (6, 0)
+    assert scheduler._state.admission_gap == admission_gap
+    # What happens to it afterwards counts as ever.
+    scheduler.remove_worker(1, 8.0)
+    scheduler.add_worker(2, ABLE)
+    planned(scheduler, 8.0, worker_id=2)
+    assert [admitted.handle for admitted in scheduler.take_admitted()] == [1]
+    assert counters.admitted == 2 and counters.recomputed_tokens == 6
+
+
+def test_a_loss_after_a_late_mask_is_news_though_it_had_no_token() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, ABLE)
+    scheduler.submit(request(1), 0.0)
+    scheduler.apply(1, answer(planned(scheduler), [RowStatus.MASK_LATE]), 0.0)
+    scheduler.expire(MASK_DELAY)
+    planned(scheduler, 1.0)
+    scheduler.take_admitted()
+    scheduler.remove_worker(1, 1.0)
+    scheduler.add_worker(2, ABLE)
+    planned(scheduler, 2.0, worker_id=2)
+    assert [admitted.handle for admitted in scheduler.take_admitted()] == [1]
+    assert scheduler.counters.admitted == 2
+
+
 def test_delays_end_in_the_order_of_their_times() -> None:
     scheduler = Scheduler()
     scheduler.add_worker(1, ABLE)
