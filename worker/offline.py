@@ -59,6 +59,7 @@ class _Running:
     blocks: Int32Array
     known: list[int]
     num_computed: int = 0
+    num_initial: int = 0  # of the known tokens, those it started with
     started: bool = False
 
 
@@ -110,7 +111,7 @@ class OfflineEngine:
             step = self._build(running, freed, chunk_size or self.info.max_num_batched_tokens)
             output = self._run(step)
             freed = []
-            for done in list(self._apply(step, output, running, results)):
+            for done in list(self._apply(step, output, running, results, freed)):
                 running.remove(done)
                 freed.append(done.row)
                 free_rows.append(done.row)
@@ -144,14 +145,14 @@ class OfflineEngine:
             budget -= count
             end = item.num_computed + count
             if not item.started:
-                item.started = True
+                item.started, item.num_initial = True, len(item.known)
                 tokens = np.array(item.known[:end], np.int32)
                 request = item.request
                 prompt = len(request.prompt_token_ids)
                 new.append(
                     NewRow(item.row, tokens, prompt, 0, item.blocks, request.seed, request.sampling, request.grammar)
                 )
-            elif end <= len(item.request.prompt_token_ids) + len(item.request.output_token_ids):
+            elif end <= item.num_initial:
                 chunks.append((item.row, item.known[item.num_computed : end]))
             scheduled.append((item.row, count, int(end == len(item.known))))
         none = np.zeros(0, np.int32)
@@ -184,20 +185,31 @@ class OfflineEngine:
         return output
 
     def _apply(
-        self, step: Step, output: StepOutput, running: list[_Running], results: list[OfflineResult]
+        self,
+        step: Step,
+        output: StepOutput,
+        running: list[_Running],
+        results: list[OfflineResult],
+        freed: list[int],
     ) -> Iterator[_Running]:
-        """Book the step's results; yields the requests that ended."""
+        """Book the step's results; yields the requests that ended. Rows that must start again are added to `freed`."""
         by_row = {item.row: item for item in running}
         for row, count in zip(step.rows.tolist(), step.num_scheduled.tolist(), strict=True):
             by_row[row].num_computed += count
         if output.logprobs is not None:
             for owner, described in _described(output.logprobs):
-                results[by_row[int(step.rows[owner])].index].logprobs.append(described)
+                found = results[by_row[int(step.rows[owner])].index].logprobs
+                if not found or described.position > found[-1].position:  # whoever starts again has them already
+                    found.append(described)
         tokens = iter(output.token_ids.tolist())
         sampling = step.rows[step.num_samples > 0].tolist()
         for row, count, status in zip(sampling, output.num_tokens.tolist(), output.row_status.tolist(), strict=True):
             item = by_row[row]
             result = results[item.index]
+            if status == RowStatus.MASK_LATE:
+                item.started, item.num_computed = False, 0
+                freed.append(item.row)
+                continue
             if status != RowStatus.OK:
                 result.finish_reason, result.status = "error", RowStatus(status)
                 yield item

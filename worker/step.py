@@ -33,7 +33,8 @@ class RowStatus(IntEnum):
     MASK_EMPTY = 2
     """Masks (allowed ids, bad words, min_tokens, a grammar) left no token to choose."""
     MASK_LATE = 3
-    """The row's grammar was not compiled in time. The row has no token in this step and gets none until it is started again."""
+    """The row's grammar was not compiled in time, or others have used up the lexer that it shares. The row has
+    no token in this step and gets none until it is started again."""
 
 
 @dataclass(frozen=True, slots=True)

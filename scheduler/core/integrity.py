@@ -61,7 +61,7 @@ def _check_requests(state: SchedulerState) -> None:
     running = {r.key for w in state.workers.values() for r in w.rows.requests if r is not None}
     plans = [plan for worker in state.workers.values() for plan in worker.in_flight]
     parked = {r.key for plan in plans for r in plan.parked if r.state is RequestState.PARKED}
-    parked |= {r.key for _, r in state.delayed if r.state is RequestState.PARKED}
+    parked |= {r.key for _, _, r in state.delayed if r.state is RequestState.PARKED}
     _require(waiting | running | parked == live.keys(), "a request is lost, or outlives its end")
     _require(len(waiting) + len(running) + len(parked) == len(live), "a request is in two places")
     for keys, expected in (

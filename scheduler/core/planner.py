@@ -265,12 +265,15 @@ def admit(state: SchedulerState, placement: Placement, request: Request, batch: 
 
 
 def count_admission(state: SchedulerState, request: Request, num_cached: int, now: float) -> None:
-    """Books, and news for the router of its request."""
-    counters = state.counters
-    counters.admitted += 1
+    """Books, and news for the router of its request. One that only waited for its grammar has been admitted before."""
     if request.lost_at is not None:
         state.recoveries.append(now - request.lost_at)
         request.lost_at = None
+    if request.was_late:
+        request.was_late = False
+        return
+    counters = state.counters
+    counters.admitted += 1
     if request.reads_prefix_cache:
         counters.prefix_queries += request.num_known_tokens
         counters.prefix_hits += num_cached

@@ -103,6 +103,11 @@ class Request:
     num_outputs_at_failure: int = -1
     lost_at: float | None = None
     """When its worker was lost or its step failed, seconds, until it is planned again."""
+    was_late: bool = False
+    """It left its row for want of a mask and has got none since: its next admission is no news."""
+    num_late: int = 0
+    """Times in a row that its grammar was not compiled in time, without a new token in between."""
+    num_outputs_when_late: int = -1
     num_charged_outputs: int = 0
     """Outputs that its tenant was charged for, up to when it last left a row."""
     hash_chains: dict[bytes, HashChain] = field(default_factory=dict)

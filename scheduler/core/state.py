@@ -5,6 +5,7 @@ planner.py and apply.py decide *when* a request moves; how its books are kept is
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -19,7 +20,9 @@ from scheduler.core.settings import Settings, WorkerSpec
 from scheduler.core.waiting import WaitingQueue
 
 MASK_DELAY = 0.02
-"""Seconds until a request whose grammar was not compiled in time is planned again."""
+"""Seconds until a request whose grammar was not compiled in time is planned again, doubled each time that it gets no further …"""
+MAX_MASK_DELAY = 1.0
+"""… up to this."""
 
 
 @dataclass(slots=True)
@@ -29,6 +32,7 @@ class Counters:
     submitted: int = 0
     refused: int = 0
     admitted: int = 0
+    """Rows given to requests, those that come back after a preemption or a loss among them, those after a late mask not."""
     finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
     failed: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(Reason, 0))
     cancelled: int = 0
@@ -132,8 +136,8 @@ class SchedulerState:
     """When a newcomer was last admitted, or came to wait where nobody waited."""
     row_of: dict[RequestKey, tuple[WorkerState, int]] = field(default_factory=dict)
     """Where each running request is."""
-    delayed: deque[tuple[float, Request]] = field(default_factory=deque)
-    """Requests that left their row for want of a mask, each with the time from which it may be planned again, in order."""
+    delayed: list[tuple[float, int, Request]] = field(default_factory=list)
+    """Requests that left their row for want of a mask: a heap by the time from which each may be planned again, and its sequence."""
     named_in: dict[RequestKey, InFlightPlan] = field(default_factory=dict)
     """Requests that left their row while plans in flight name them, with the last of these plans."""
     admitted: list[Admitted] = field(default_factory=list)
@@ -205,16 +209,20 @@ class SchedulerState:
     def delay(self, worker: WorkerState, row: int, now: float) -> None:
         """Out of its row for a moment: its grammar is still being compiled, and it must not hold up the others of its worker."""
         self.counters.late_masks += 1
-        self.counters.recomputed_tokens += int(worker.rows.num_computed[row])
         request = self.leave_row(worker, row)
-        request.resumed = True
+        request.resumed = request.was_late = True
         request.state = RequestState.PARKED
-        self.delayed.append((now + MASK_DELAY, request))
+        if request.output_token_ids.size > request.num_outputs_when_late:
+            request.num_outputs_when_late = request.output_token_ids.size
+            request.num_late = 0
+        pause = min(MASK_DELAY * 2.0**request.num_late, MAX_MASK_DELAY)
+        request.num_late = min(request.num_late + 1, 16)
+        heapq.heappush(self.delayed, (now + pause, request.sequence, request))
 
     def resume_delayed(self, now: float) -> None:
         """Those whose time has come wait again."""
         while self.delayed and self.delayed[0][0] <= now:
-            _, request = self.delayed.popleft()
+            _, _, request = heapq.heappop(self.delayed)
             if request.state is RequestState.PARKED:
                 self.enqueue_after_plans(request)
 

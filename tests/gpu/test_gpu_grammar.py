@@ -89,7 +89,7 @@ def make_step(step_id: int, rows: list[int], **more: Any) -> Step:
 @pytest.mark.parametrize("graphs", [True, False])
 def test_steps_in_flight_follow_their_grammars(tmp_path: Path, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two constrained rows beside two others; every step is submitted at once, so the device is always ahead."""
-    monkeypatch.setattr("worker.grammar.runner.PATIENCE", 20.0)
+    monkeypatch.setattr("worker.grammar.compiled.PATIENCE", 20.0)
     settings = CudaSettings(max_rows=8, max_num_batched_tokens=256, max_model_len=256, num_blocks=200, graphs=graphs)
     heard: queue.Queue[StepOutput | str | BaseException] = queue.Queue()
     engine = Engine(

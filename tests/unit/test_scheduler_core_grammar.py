@@ -18,7 +18,7 @@ from scheduler.core import (
     Unsupported,
     WorkerSpec,
 )
-from scheduler.core.state import MASK_DELAY
+from scheduler.core.state import MASK_DELAY, MAX_MASK_DELAY
 
 DIGEST = b"d" * 32
 PLAIN = WorkerSpec("m", DIGEST, max_rows=4, max_num_batched_tokens=16, max_model_len=64, block_size=4, num_blocks=64)
@@ -91,6 +91,86 @@ def test_a_late_mask_costs_its_row_only_and_for_a_moment() -> None:
     (again,) = planned(scheduler, 2.0).new_rows
     assert again.request.handle == 1 and again.num_computed == 4
     assert scheduler.next_deadline() is None
+
+
+def test_a_request_that_is_late_again_waits_twice_as_long() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, ABLE)
+    scheduler.submit(request(1), 0.0)
+    now, delays = 0.0, []
+    for _ in range(9):
+        scheduler.apply(1, answer(planned(scheduler, now), [RowStatus.MASK_LATE]), now)
+        again = scheduler.next_deadline()
+        assert again is not None
+        delays.append(again - now)
+        now = again
+        scheduler.expire(now)
+    assert delays == pytest.approx([MASK_DELAY * 2**k for k in range(6)] + [MAX_MASK_DELAY] * 3)
+    # One that has got further begins anew, and is not held up by those that wait longer.
+    scheduler.submit(request(2), now)
+    first, second = planned(scheduler, now), planned(scheduler, now)
+    assert [row.request.handle for row in first.new_rows] == [1, 2]
+    scheduler.apply(1, answer(first, [RowStatus.OK, RowStatus.OK]), now)
+    scheduler.apply(1, answer(second, [RowStatus.MASK_LATE, RowStatus.OK]), now)
+    assert scheduler.next_deadline() == now + MASK_DELAY
+
+
+def test_tries_for_want_of_a_mask_are_one_admission() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, ABLE)
+    scheduler.submit(request(1), 0.0)
+    plan = planned(scheduler)
+    assert [admitted.handle for admitted in scheduler.take_admitted()] == [1]
+    admission_gap = scheduler._state.admission_gap
+    for now in range(1, 6):
+        scheduler.apply(1, answer(plan, [RowStatus.MASK_LATE]), now)
+        scheduler.expire(now + MAX_MASK_DELAY)
+        plan = planned(scheduler, now + MAX_MASK_DELAY)
+        assert len(plan.new_rows) == 1 and scheduler.take_admitted() == []
+    scheduler.apply(1, answer(plan, [RowStatus.OK]), 7.0)
+    counters = scheduler.counters
+    assert (counters.admitted, counters.late_masks, counters.recomputed_tokens) == (1, 5, 0)
+    assert (counters.prefix_queries, counters.prefix_hits) == (6, 0)
+    assert scheduler._state.admission_gap == admission_gap
+    # What happens to it afterwards counts as ever.
+    scheduler.remove_worker(1, 8.0)
+    scheduler.add_worker(2, ABLE)
+    planned(scheduler, 8.0, worker_id=2)
+    assert [admitted.handle for admitted in scheduler.take_admitted()] == [1]
+    assert counters.admitted == 2 and counters.recomputed_tokens == 6
+
+
+def test_a_loss_after_a_late_mask_is_news_though_it_had_no_token() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, ABLE)
+    scheduler.submit(request(1), 0.0)
+    scheduler.apply(1, answer(planned(scheduler), [RowStatus.MASK_LATE]), 0.0)
+    scheduler.expire(MASK_DELAY)
+    planned(scheduler, 1.0)
+    scheduler.take_admitted()
+    scheduler.remove_worker(1, 1.0)
+    scheduler.add_worker(2, ABLE)
+    planned(scheduler, 2.0, worker_id=2)
+    assert [admitted.handle for admitted in scheduler.take_admitted()] == [1]
+    assert scheduler.counters.admitted == 2
+
+
+def test_delays_end_in_the_order_of_their_times() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, ABLE)
+    scheduler.submit(request(1), 0.0)
+    now = 0.0
+    for _ in range(3):
+        scheduler.apply(1, answer(planned(scheduler, now), [RowStatus.MASK_LATE]), now)
+        now += MAX_MASK_DELAY
+        scheduler.expire(now)
+    scheduler.apply(1, answer(planned(scheduler, now), [RowStatus.MASK_LATE]), now)
+    scheduler.submit(request(2), now)
+    scheduler.apply(1, answer(planned(scheduler, now), [RowStatus.MASK_LATE]), now)
+    assert scheduler.next_deadline() == now + MASK_DELAY
+    scheduler.expire(now + MASK_DELAY)
+    (row,) = planned(scheduler, now + MASK_DELAY).new_rows
+    assert row.request.handle == 2 and scheduler.next_deadline() == now + 8 * MASK_DELAY
 
 
 def test_one_that_waits_for_its_grammar_can_be_cancelled() -> None:

@@ -5,26 +5,35 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 
 from service.grammar import Grammar, GrammarError
-from service.guidance import compile_grammar
+from service.guidance import compile_grammar, load_tokenizer
 from worker.backend import BackendError
 from worker.backends.mock import EOS_TOKEN_ID, MockBackend, MockSettings
 from worker.backends.mock_assets import mock_assets
 from worker.engine import Engine
+from worker.grammar.compiled import PATIENCE, CompiledGrammars
 from worker.grammar.load import load_runner
+from worker.grammar.masks import StepMasks
+from worker.grammar.runner import GrammarRunner
+from worker.offline import OfflineEngine, OfflineRequest
 from worker.step import Int32Array, NewRow, RowStatus, SamplingParams, Step, StepOutput
 
 VOCAB = 700
 NONE = np.zeros(0, np.int32)
 ABC = Grammar("regex", "abcdefgh")
-SLOW = Grammar("regex", "slow")
+SLOW, SLOW_TOO = Grammar("regex", "slow"), Grammar("regex", "slower")
 BROKEN = Grammar("regex", "broken")
+VOWELS = Grammar(
+    "json_schema",
+    '{"type": "object", "properties": {"p": {"type": "string", "pattern": "[aeiou][a-z]{18}$"}}, "required": ["p"]}',
+)
 
 
 def ids(*values: int) -> Int32Array:
@@ -76,7 +85,7 @@ class Running:
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    monkeypatch.setattr("worker.grammar.runner.PATIENCE", 20.0)  # the machine may be busy
+    monkeypatch.setattr("worker.grammar.compiled.PATIENCE", 20.0)  # the machine may be busy
     running = Running()
     yield running
     assert running.engine.close(20)
@@ -84,13 +93,13 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """SLOW is compiled once the event is set, BROKEN never."""
+    """SLOW and SLOW_TOO are compiled once the event is set, BROKEN never."""
     go_on = threading.Event()
 
     def compiled(grammar: Grammar, tokenizer: Any) -> LLMatcher:
         if grammar == BROKEN:
             raise GrammarError("broken")
-        if grammar == SLOW and not go_on.wait(20):
+        if grammar in (SLOW, SLOW_TOO) and not go_on.wait(20):
             raise GrammarError("nobody let it go on")
         return compile_grammar(grammar, tokenizer)
 
@@ -147,7 +156,7 @@ def test_a_grammar_that_takes_long_to_compile_holds_up_nobody(
     running: Running, compiling: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running.run(make_step(1, [2], new_rows=(new_row(2, ABC),)), make_step(2, [], freed_rows=ids(2)))
-    monkeypatch.setattr("worker.grammar.runner.PATIENCE", 0.005)
+    monkeypatch.setattr("worker.grammar.compiled.PATIENCE", 0.005)
     rows = (new_row(0, SLOW), new_row(1, None), new_row(2, ABC))
     outputs = running.run(make_step(3, [0, 1, 2], new_rows=rows), *(make_step(n, [0, 1, 2]) for n in range(4, 7)))
     late, ok = RowStatus.MASK_LATE, RowStatus.OK
@@ -160,6 +169,72 @@ def test_a_grammar_that_takes_long_to_compile_holds_up_nobody(
     while (output := running.run(restarted)[0]).row_status.tolist() == [late]:
         pass
     assert output.token_ids.tolist() == [ord("s")]
+
+
+class CountedWaits(threading.Condition):
+    """Waits with a limit take no time: they are added to `waited`, seconds."""
+
+    def __init__(self, waited: list[float]) -> None:
+        super().__init__()
+        self._waited = waited
+
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
+        if timeout is None:
+            return super().wait_for(predicate, 20)
+        if not predicate():
+            self._waited.append(timeout)
+        return predicate()
+
+
+def test_steps_wait_once_for_a_grammar_however_often_its_row_starts_again(
+    compiling: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    class Masks(StepMasks):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.changed = CountedWaits(waited)
+
+    monkeypatch.setattr("worker.grammar.runner.StepMasks", Masks)
+    tokenizer = load_tokenizer(mock_assets(VOCAB, 64)["tokenizer.json"], VOCAB, (EOS_TOKEN_ID,))
+    runner = GrammarRunner(tokenizer, VOCAB, (EOS_TOKEN_ID,), clock=lambda: sum(waited))
+    runner.start(_raise)
+    for step_id in range(60):
+        plain = () if step_id else (new_row(1, None),)
+        step = make_step(step_id, [0, 1], freed_rows=ids(0), new_rows=(new_row(0, SLOW), *plain))
+        runner.expect(step)
+        begun = runner.begin(step)
+        assert begun is not None
+        masks, rows = begun
+        masks.wait()
+        assert masks.late.tolist() == [True]
+        runner.sampled(masks, rows)
+        output = StepOutput(step_id, ids(0, 1), ids(RowStatus.MASK_EMPTY, 0), ids(7), None, 0, 0)
+        runner.advance(masks, rows, output)
+    compiling.set()
+    runner.close()
+    assert len(waited) == 60 and sum(waited) == PATIENCE
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled(compiling: threading.Event) -> None:
+    now = 0.0
+    tokenizer = load_tokenizer(mock_assets(VOCAB, 64)["tokenizer.json"], VOCAB, (EOS_TOKEN_ID,))
+    compiled = CompiledGrammars(tokenizer, lambda: now)
+    # Both threads are busy.
+    busy = [compiled.get(SLOW), compiled.get(SLOW_TOO)]
+    left, wanted = (compiled.get(Grammar("regex", text)) for text in ("left", "wanted"))
+    now = 9.0
+    assert compiled.get(Grammar("regex", "wanted")) is wanted
+    now = 11.0
+    last = compiled.get(ABC)
+    assert left.compiling.cancelled()
+    # Whoever wants it nevertheless has it compiled.
+    again = compiled.get(Grammar("regex", "left"))
+    compiling.set()
+    for start in (*busy, wanted, last, again):
+        assert not start.compiling.result(20).is_error()
+    compiled.close()
 
 
 def test_a_grammar_that_can_not_be_compiled_here_ends_its_row_only(
@@ -176,6 +251,82 @@ def test_outputs_that_the_grammar_does_not_allow_end_their_row_only(running: Run
     (output,) = running.run(make_step(1, [0, 1], new_rows=rows))
     assert output.row_status.tolist() == [RowStatus.MASK_EMPTY, RowStatus.OK]
     assert output.token_ids.tolist() == [ord("c")]
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 states of a lexer, which two outputs of VOWELS use up: 50,000 are used up by seven where the vocabulary is real."""
+    limits = LLParserLimits(step_lexer_fuel=100_000, step_max_items=25_000, max_lexer_states=100)
+    monkeypatch.setattr("service.guidance._limits", lambda: limits)
+
+
+def vowels(seed: int, count: int = 15) -> bytes:
+    """The beginning of an output of VOWELS."""
+    return b'{"p":"' + bytes(Random(seed).choices(b"abcde", k=count))
+
+
+def test_rows_whose_lexer_others_have_used_up_start_again_with_another(running: Running, narrow: None) -> None:
+    late, ok = [RowStatus.MASK_LATE], [RowStatus.OK]
+    (output,) = running.run(make_step(1, [1], new_rows=(new_row(1, VOWELS, vowels(0, 2)),)))
+    assert output.row_status.tolist() == ok
+    b = [*vowels(0, 2), int(output.token_ids[0])]
+    for step_id in range(2, 30, 2):
+        output, beside = running.run(
+            make_step(step_id, [0], freed_rows=ids(0), new_rows=(new_row(0, VOWELS, vowels(step_id)),)),
+            make_step(step_id + 1, [1]),
+        )
+        if output.row_status.tolist() != ok:
+            break
+        b.append(int(beside.token_ids[0]))
+    # Neither is to blame: each goes on with a lexer that has room, as do others.
+    assert [output.row_status.tolist(), beside.row_status.tolist()] == [late, late]
+    again = (new_row(0, VOWELS, vowels(step_id)), new_row(1, VOWELS, bytes(b)), new_row(2, VOWELS))
+    outputs = running.run(
+        make_step(30, [0, 1, 2], freed_rows=ids(0, 1), new_rows=again), *(make_step(n, [0, 1, 2]) for n in (31, 32))
+    )
+    assert [output.row_status.tolist() for output in outputs] == [ok * 3] * 3
+
+
+def test_a_row_that_would_use_up_a_lexer_alone_ends(running: Running, narrow: None) -> None:
+    """Though it never comes first: fewer and fewer share a lexer with it."""
+    wide = new_row(0, VOWELS, vowels(0, 50).replace(b"b", b"u"))
+    small = [new_row(row, VOWELS, b'{"p":"') for row in (1, 2, 3)]
+    statuses = []
+    for step_id in range(1, 4):
+        step = make_step(step_id, [1, 2, 3, 0], freed_rows=ids(0, 1, 2, 3), new_rows=(*small, wide))
+        statuses.append(running.run(step)[0].row_status.tolist())
+    assert [status[3] for status in statuses] == [RowStatus.MASK_LATE, RowStatus.MASK_LATE, RowStatus.MASK_EMPTY]
+    assert statuses[2][:3] == [RowStatus.OK] * 3
+
+
+def test_a_driver_without_a_scheduler_starts_them_again_itself(narrow: None) -> None:
+    engine = OfflineEngine(
+        MockBackend(MockSettings(vocab_size=VOCAB, block_size=4, num_blocks=96, max_rows=6, max_model_len=64)),
+        grammars=lambda info: load_runner(mock_assets(VOCAB, 64), VOCAB) or pytest.fail("no runner"),
+    )
+    sampling = SamplingParams(temperature=0.0, stop_token_ids=(EOS_TOKEN_ID,), logprobs=0, prompt_logprobs=0)
+    prompt = (300, 301, 302)
+    requests = [OfflineRequest(prompt, 24, sampling, 1, tuple(vowels(seed)), VOWELS) for seed in range(6)]
+    results = engine.generate(requests, chunk_size=7)
+    engine.close()
+    assert [(result.finish_reason, len(result.token_ids)) for result in results] == [("length", 3)] * 6
+    for result in results:
+        positions = [described.position for described in result.logprobs]
+        assert positions == sorted(set(positions))
+
+
+def test_a_start_serves_so_many_rows(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its lexer has grown to is given back some time."""
+    monkeypatch.setattr("worker.grammar.compiled._ROWS", 2)
+    compiled: list[Grammar] = []
+    monkeypatch.setattr(
+        "worker.grammar.compiled.compile_grammar",
+        lambda grammar, tokenizer: (compiled.append(grammar), compile_grammar(grammar, tokenizer))[1],
+    )
+    for step_id in range(1, 6):
+        step = make_step(step_id, [0], freed_rows=ids(0), new_rows=(new_row(0, ABC),))
+        assert running.run(step)[0].token_ids.tolist() == [ord("a")]
+    assert compiled == [ABC] * 3
 
 
 @pytest.mark.parametrize("where", ["begin", "forward", "sample", "collect"])
@@ -212,6 +363,10 @@ def _no_matcher() -> Callable[..., Any]:
         raise ZeroDivisionError
 
     return fail
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _release(running: Running) -> None:

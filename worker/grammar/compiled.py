@@ -5,40 +5,116 @@ nobody but the rows that wait for it.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
+import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from service.grammar import Grammar
 from service.guidance import compile_grammar
 
 _KEPT = 128  # half a megabyte each, as a rule
+_ROWS = 256  # each may have found states of the lexer, up to 35 MB in all
 _THREADS = 2
+_WANTED = 10.0  # seconds: who is late asks again each second at the latest, unless all rows are taken
+
+PATIENCE = 0.005
+"""Seconds that steps wait for a grammar that is being compiled, from when it was first asked for."""
+
+
+@dataclass(slots=True, eq=False)
+class Start:
+    """A matcher at its grammar's beginning, of which each row gets a copy.
+
+    llguidance's copies share one lexer, whose states are made as they are met and count against one limit: where that is reached all
+    copies fail, whoever has used it up.
+    """
+
+    compiling: Future[LLMatcher]
+    patience_until: float
+    """On the clock of `CompiledGrammars`: from then on nobody waits for it any more."""
+    asked: float
+    """When somebody last asked for it."""
+    num_rows: int = 0
+    """Copies that were taken: see `CompiledGrammars.take`."""
+    forgotten: bool = False
+    """Its lexer is used up."""
+
+    def is_used_up(self, vocab_size: int) -> bool:
+        """Whether a new row would fail at its first mask. Only once it is compiled; takes as long as a mask."""
+        row = self.compiling.result().deep_copy()
+        bits = np.zeros(-(-vocab_size // 32), np.int32)
+        row.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        return row.is_error()
 
 
 class CompiledGrammars:
-    """Matchers at their beginning, to be copied. Any thread may ask."""
+    """Starts by their grammar. Any thread may ask.
 
-    def __init__(self, tokenizer: LLTokenizer) -> None:
+    One serves so many rows and is then compiled again, so that what its lexer has grown to is given back. Of a grammar whose lexer
+    was used up it serves half as many the next time, down to one: then each row has a lexer of its own.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, clock: Callable[[], float] = time.monotonic) -> None:
         self._tokenizer = tokenizer
+        self._clock = clock
         self._lock = threading.Lock()
-        self._found: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
+        self._found: OrderedDict[Grammar, Start] = OrderedDict()
+        self._max_rows: OrderedDict[Grammar, int] = OrderedDict()  # where it is less than _ROWS
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile-grammar")
 
-    def get(self, grammar: Grammar) -> Future[LLMatcher]:
-        """Begins to compile it unless that was done. The future raises GrammarError; it is never cancelled before `close`."""
+    def get(self, grammar: Grammar) -> Start:
+        """Begins to compile it unless that was done.
+
+        The future raises GrammarError. It is cancelled by `close`, and if it waits for a thread and nobody has asked for a while.
+        """
+        now = self._clock()
         with self._lock:
-            future = self._found.get(grammar)
-            if future is None:
-                future = self._found[grammar] = self._executor.submit(compile_grammar, grammar, self._tokenizer)
+            start = self._found.get(grammar)
+            if start is None:
+                self._cancel_unwanted(now)
+                compiling = self._executor.submit(compile_grammar, grammar, self._tokenizer)
+                start = self._found[grammar] = Start(compiling, now + PATIENCE, now)
                 # What is still to be compiled stays, or whoever is late would have it compiled again and again.
-                done = [kept for kept, found in self._found.items() if found.done()]
+                done = [kept for kept, found in self._found.items() if found.compiling.done()]
                 for kept in done[: max(0, len(self._found) - _KEPT)]:
                     del self._found[kept]
             else:
+                start.asked = now
                 self._found.move_to_end(grammar)
-            return future
+            return start
+
+    def take(self, grammar: Grammar, start: Start) -> LLMatcher:
+        """What a row is to copy, from a start that is compiled. Raises GrammarError if it can't be compiled."""
+        matcher = start.compiling.result()
+        with self._lock:
+            start.num_rows += 1
+            if start.num_rows >= self._max_rows.get(grammar, _ROWS):
+                self._drop(grammar, start)
+        return matcher
+
+    def forget(self, grammar: Grammar, start: Start) -> None:
+        """Its lexer is used up: who comes now gets another. Idempotent."""
+        with self._lock:
+            start.forgotten = True
+            self._drop(grammar, start)
+            self._max_rows[grammar] = min(self._max_rows.get(grammar, _ROWS), max(1, start.num_rows // 2))
+            self._max_rows.move_to_end(grammar)
+            if len(self._max_rows) > _KEPT:
+                self._max_rows.popitem(last=False)
+
+    def _cancel_unwanted(self, now: float) -> None:
+        for grammar, start in list(self._found.items()):
+            if now - start.asked > _WANTED and not start.compiling.done() and start.compiling.cancel():
+                del self._found[grammar]
+
+    def _drop(self, grammar: Grammar, start: Start) -> None:
+        if self._found.get(grammar) is start:
+            del self._found[grammar]
 
     def close(self) -> None:
         """Drop what is not begun."""

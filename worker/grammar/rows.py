@@ -12,6 +12,7 @@ from worker.grammar.matcher import Ends, RowMatcher
 from worker.step import Step
 
 if TYPE_CHECKING:
+    from worker.grammar.compiled import Start
     from worker.grammar.masks import StepMasks
 
 
@@ -26,6 +27,7 @@ class ConstrainedRow:
     outputs: list[int] = field(default_factory=list)  # of an earlier life: to be replayed
     # The grammar thread's.
     matcher: RowMatcher | None = None
+    start: Start | None = None  # of which the matcher is a copy
     token_due: bool = False  # its last mask was given out, and the token has not come back
     waiting: tuple[StepMasks, int] | None = None  # the mask that can't be made yet
     # Had no mask in time: gets none any more, until the scheduler starts it again. Written by the launch thread.

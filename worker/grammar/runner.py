@@ -11,15 +11,16 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import dataclass
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from service.grammar import GrammarError
-from worker.grammar.compiled import CompiledGrammars
+from worker.grammar.compiled import CompiledGrammars, Start
 from worker.grammar.masks import StepMasks
 from worker.grammar.matcher import RowMatcher
 from worker.grammar.rows import ConstrainedRow, ConstrainedRows
@@ -27,8 +28,6 @@ from worker.step import RowStatus, Step, StepOutput
 
 log = logging.getLogger("octavo.grammar")
 
-PATIENCE = 0.005
-"""Seconds that a step waits for grammars that are being compiled, once all that its other rows need is there."""
 _THREADS = 4
 
 
@@ -65,9 +64,17 @@ _Job = tuple[ConstrainedRow, StepMasks, int]
 class GrammarRunner:
     """Masks for the constrained rows of one engine, from `start` to `close`."""
 
-    def __init__(self, tokenizer: LLTokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        tokenizer: LLTokenizer,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._vocab_size = vocab_size
         self._words = -(-vocab_size // 32)
-        self._compiled = CompiledGrammars(tokenizer)
+        self._compiled = CompiledGrammars(tokenizer, clock)
         self._rows = ConstrainedRows(eos_token_ids)  # the launch thread's
         self._waiting: set[ConstrainedRow] = set()  # the grammar thread's, as all below
         self._void = False
@@ -90,14 +97,14 @@ class GrammarRunner:
     def settle(self, step: Step) -> None:
         """As `expect`, but waits until they are compiled: for a driver to whom a late row would be a lost one."""
         self.expect(step)
-        wait([self._compiled.get(new.grammar) for new in step.new_rows if new.grammar is not None])
+        wait([self._compiled.get(new.grammar).compiling for new in step.new_rows if new.grammar is not None])
 
     def begin(self, step: Step) -> tuple[StepMasks, list[ConstrainedRow]] | None:
         """Launch thread, in the order of the steps: the masks that the step's sampling will wait for; None if it needs none."""
         places, rows = self._rows.apply(step)
         if not rows:
             return None
-        masks = StepMasks(places, self._words, PATIENCE)
+        masks = StepMasks(places, self._words, self._clock)
         self._inbox.put(_Need(masks, rows))
         return masks, rows
 
@@ -181,17 +188,20 @@ class GrammarRunner:
 
     def _make_matcher(self, row: ConstrainedRow, masks: StepMasks, place: int) -> bool:
         """False: it is being compiled, or can't be."""
-        future = self._compiled.get(row.grammar)
-        if not future.done():
+        start = self._compiled.get(row.grammar)
+        if not start.compiling.done():
             with masks.changed:
-                masks.compiling(place)
-            future.add_done_callback(lambda _: self._inbox.put(_Compiled(row)))
+                masks.compiling(place, start.patience_until)
+            start.compiling.add_done_callback(lambda _: self._inbox.put(_Compiled(row)))
             return False
-        start = _result(future)
-        if start is None:
+        try:
+            matcher = self._compiled.take(row.grammar, start)
+        except GrammarError as error:  # a router has compiled it, so this is news
+            log.warning("a grammar can't be compiled here: %s", error)
             self._give_up(row, late=False)
             return False
-        row.matcher = RowMatcher(start, row.ends, row.outputs)
+        row.start = start
+        row.matcher = RowMatcher(matcher, row.ends, row.outputs)
         with masks.changed:
             masks.compiled(place)
         return True
@@ -219,9 +229,22 @@ class GrammarRunner:
         for row, place in rows:
             if place in filled and row.matcher is not None:
                 row.matcher.finish_mask(bits[place])
-                if problem := row.matcher.problem:
-                    log.warning("a row can't go on under its grammar: %s", " ".join(problem.split())[:300])
+                problem = " ".join(row.matcher.problem.split())[:300]
+                if problem and row.start is not None and self._shared_too_much(row, row.start, problem):
+                    masks.give_up(place, late=True)
+                    continue
+                if problem:
+                    log.warning("a row can't go on under its grammar: %s", problem)
                 masks.filled(place)
+
+    def _shared_too_much(self, row: ConstrainedRow, start: Start, problem: str) -> bool:
+        """Whether a row that can't go on might, had others not used up the lexer: it is to start again, with another."""
+        if start.num_rows < 2 or not (start.forgotten or start.is_used_up(self._vocab_size)):
+            return False
+        if not start.forgotten:
+            log.info("%d rows have used up a lexer, the next ones get another: %s", start.num_rows, problem)
+            self._compiled.forget(row.grammar, start)
+        return True
 
     def _give_up(self, row: ConstrainedRow, *, late: bool) -> None:
         if row.waiting is None:
@@ -236,14 +259,6 @@ class GrammarRunner:
         self._void = True
         for row in list(self._waiting):
             self._give_up(row, late=False)
-
-
-def _result(future: Future[LLMatcher]) -> LLMatcher | None:
-    try:
-        return future.result()
-    except GrammarError as error:  # a router has compiled it, so this is news
-        log.warning("a grammar can't be compiled here: %s", error)
-        return None
 
 
 def _nobody_cares(error: BaseException) -> None:
