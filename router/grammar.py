@@ -1,7 +1,8 @@
 """Grammars are compiled before a request is accepted: who sends a bad one is told what is wrong with it, and no worker is bothered.
 
 That happens in a process of its own (router/grammar_helper.py), started at the first grammar: a hostile one can use up its time and
-memory, not ours. Answers are kept by the grammar's hash; those who ask for the same one wait for the same answer.
+memory, not ours. Only where a fresh helper dies of it is that the grammar's fault: one that has run before may have been killed, or be
+worn out. Answers are kept by the grammar's hash; those who ask for the same one wait for the same answer.
 """
 
 from __future__ import annotations
@@ -90,12 +91,17 @@ class GrammarChecker:
         """What is wrong with a grammar; empty if nothing is."""
         async with self._turn:
             try:
-                problem = await self._give_tokenizer(model, assets)
-                if problem:
-                    raise OctavoError(Reason.UNSUPPORTED, f"grammar: {problem}")
-                return await self._job([b"G" + model.digest, data])
-            except HelperGone:
-                return _TOO_MUCH
+                while True:
+                    fresh = self._helper is None
+                    try:
+                        problem = await self._give_tokenizer(model, assets, fresh=fresh)
+                        if problem:
+                            raise OctavoError(Reason.UNSUPPORTED, f"grammar: {problem}")
+                        return await self._job([b"G" + model.digest, data])
+                    except HelperGone:
+                        # One that has run before may have died since, or of the memory that earlier jobs left it.
+                        if fresh:
+                            return _TOO_MUCH
             except TimeoutError:
                 await self._end_helper()
                 text = "the grammar was not compiled in time"
@@ -104,14 +110,16 @@ class GrammarChecker:
                 await self._end_helper()  # its answer would be taken for that to another question
                 raise
 
-    async def _give_tokenizer(self, model: KnownModel, assets: ModelAssets) -> str:
-        """Have the helper know the model's tokenizer; why it can't be used, if so."""
+    async def _give_tokenizer(self, model: KnownModel, assets: ModelAssets, *, fresh: bool) -> str:
+        """Have the helper know the model's tokenizer; why it can't be used, if so. Raises HelperGone unless the helper is `fresh`."""
         if self._helper is None or model.digest not in self._tokenizers:
             eos = [token_id for token_id in assets.eos_token_ids if token_id < model.vocab_size]
             shape = json.dumps({"vocab_size": model.vocab_size, "eos_token_ids": eos}).encode()
             try:
                 problem = await self._job([b"T" + model.digest, shape, assets.files["tokenizer.json"]])
             except HelperGone:
+                if not fresh:
+                    raise
                 problem = "the model's tokenizer takes too much time or memory"
             self._tokenizers[model.digest] = problem
             while len(self._tokenizers) > 4:  # the helper keeps as many
@@ -125,6 +133,8 @@ class GrammarChecker:
             assert helper.stdin is not None and helper.stdout is not None
             try:
                 for data in frames:
+                    if helper.stdin.is_closing():
+                        raise HelperGone  # uvloop's pipes would raise a RuntimeError
                     helper.stdin.write(frame(data))
                     await helper.stdin.drain()
                 size = int.from_bytes(await helper.stdout.readexactly(4), "little")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from router.assets import ModelAssets
 from router.grammar import GrammarChecker
 from router.models import KnownModel
 from service.errors import OctavoError, Reason
+from service.lifecycle import _loop_factory
 from worker.backends.mock_assets import mock_assets
 
+LoopFactory = Callable[[], asyncio.AbstractEventLoop] | None
 MODEL = KnownModel("m", b"d" * 32, 160, 700, 1)
 ASSETS = ModelAssets.load(mock_assets(700, 160))
 
@@ -129,6 +131,53 @@ def test_a_helper_that_dies_costs_one_answer() -> None:
             for text in ("a", "b"):
                 error = await reason_of(grammars.check(regex(text), MODEL, ASSETS))
                 assert error is not None and error.reason is Reason.GRAMMAR_INVALID and "too much" in error.message
+
+    asyncio.run(main())
+
+
+async def kill_idle(grammars: GrammarChecker) -> None:
+    helper = grammars._helper
+    assert helper is not None
+    helper.kill()
+    await helper.wait()
+
+
+@pytest.mark.parametrize("factory", [None, _loop_factory()], ids=["asyncio", "the service's"])
+def test_a_helper_that_was_killed_while_idle_costs_nobody_an_answer(factory: LoopFactory) -> None:
+    """A pipe whose reader has gone behaves differently on each loop."""
+    other = KnownModel("other", b"o" * 32, 160, 700, 1)
+
+    async def main() -> None:
+        async with checker() as grammars:
+            await grammars.check(regex("a"), MODEL, ASSETS)
+            for text, model in (("b", MODEL), ("c", other), ("d", MODEL)):
+                await kill_idle(grammars)
+                assert await reason_of(grammars.check(regex(text), model, ASSETS)) is None
+
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("death", ["os._exit(9)", "raise MemoryError"])
+def test_a_helper_that_earlier_jobs_wore_out_costs_nobody_an_answer(death: str) -> None:
+    lines = (
+        "from router import grammar_helper\n"
+        "done = 0\n"
+        "def check(data, tokenizer):\n"
+        "    global done\n"
+        "    done += 1\n"
+        f"    if done > 1: {death}\n"
+        "grammar_helper._check = check\n"
+        "sys.exit(grammar_helper.main())\n"
+    )
+
+    async def main() -> None:
+        async with checker(*script(lines)) as grammars:
+            helpers = set()
+            for text in ("a", "b", "c"):
+                assert await reason_of(grammars.check(regex(text), MODEL, ASSETS)) is None
+                helpers.add(grammars._helper)
+            assert len(helpers) == 3
 
     asyncio.run(main())
 
