@@ -1,7 +1,9 @@
 """Grammars are compiled before a request is accepted: who sends a bad one is told what is wrong with it, and no worker is bothered.
 
 That happens in a process of its own (router/grammar_helper.py), started at the first grammar: a hostile one can use up its time and
-memory, not ours. Answers are kept by the grammar's hash; those who ask for the same one wait for the same answer.
+memory, not ours. Only where a fresh helper dies of it is that the grammar's fault: one that has run before may have been killed, or be
+worn out. Answers are kept by the grammar's hash; those who ask for the same one wait for the same answer. One helper runs one job at a
+time, so tenants take turns.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import json
 import logging
 import os
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
 
 from octavo.v1 import common_pb2
 
@@ -25,7 +28,7 @@ from service.errors import FieldViolation, OctavoError, Reason
 log = logging.getLogger("octavo.router.grammar")
 
 _KEPT = 1_024
-_MAX_WAITING = 64
+_MAX_WAITING = 64  # for one tenant alone; for all together twice as many
 _ANSWER_BYTES = 1 << 16
 _TOO_MUCH = "it can't be compiled: it takes too much time or memory, or is nested too deeply"
 
@@ -34,8 +37,22 @@ class HelperGone(Exception):
     """The helper has ended, or was ended, in the middle of a job."""
 
 
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A grammar that is not answered yet. Whoever asks for it while it waits puts it into the queue of their tenant."""
+
+    key: bytes
+    turn: asyncio.Event
+    task: asyncio.Task[str]
+    askers: Counter[str] = field(default_factory=Counter)  # by tenant; none that is zero
+
+
 class GrammarChecker:
-    """Says whether grammars can be compiled. Owned by the event loop."""
+    """Says whether grammars can be compiled. Owned by the event loop.
+
+    Tenants take turns. The bound is fair as that of router/gate.py is: a newcomer is measured by the mean of what its tenant and all
+    tenants have here. A job that nobody waits for any more is not begun.
+    """
 
     def __init__(
         self, command: tuple[str, ...] = (sys.executable, "-m", "router.grammar_helper"), patience: float = 10.0
@@ -43,75 +60,131 @@ class GrammarChecker:
         """`patience`: seconds that one job may take, however slow the machine is; its processor time is bounded by the helper."""
         self._command = command
         self._patience = patience
-        self._answers: OrderedDict[bytes, asyncio.Task[str]] = OrderedDict()
-        self._turn = asyncio.Lock()
-        self._waiting = 0
+        self._answers: OrderedDict[bytes, str] = OrderedDict()
+        self._jobs: dict[bytes, _Job] = {}
+        self._queues: OrderedDict[str, dict[bytes, _Job]] = OrderedDict()  # by tenant, who is next first; none is empty
+        self._running: _Job | None = None
+        self._served = ""  # the tenant whose turn it is
         self._helper: asyncio.subprocess.Process | None = None
         self._tokenizers: dict[bytes, str] = {}  # that the helper was given, and what is wrong with them
 
-    async def check(self, grammar: common_pb2.Grammar, model: KnownModel, assets: ModelAssets) -> None:
+    async def check(self, grammar: common_pb2.Grammar, model: KnownModel, assets: ModelAssets, tenant: str) -> None:
         """Raises GRAMMAR_INVALID, naming the field, UNSUPPORTED where the model can't follow any, QUEUE_FULL where too many wait."""
         data = grammar.SerializeToString(deterministic=True)
         key = hashlib.sha256(model.digest + data).digest()
-        task = self._answers.get(key)
-        if task is None:
-            if self._waiting >= _MAX_WAITING:
-                raise OctavoError(Reason.QUEUE_FULL, "too many grammars wait to be compiled", retry_after_ms=500)
-            self._waiting += 1
-            task = asyncio.create_task(self._ask(data, model, assets))
-            self._answers[key] = task
-            task.add_done_callback(lambda done: self._settle(key, done))
-        self._answers.move_to_end(key)
-        # Whoever gives up does not end it for the others.
-        problem = await asyncio.shield(task)
+        problem = self._answers.get(key)
+        if problem is None:
+            problem = await self._wait(self._jobs.get(key) or self._new_job(key, data, model, assets, tenant), tenant)
+        else:
+            self._answers.move_to_end(key)
         if problem:
-            field = f"grammar.{grammar.WhichOneof('kind')}"
-            violation = FieldViolation(field, problem)
-            raise OctavoError(Reason.GRAMMAR_INVALID, f"{field}: {problem}", violations=[violation])
+            path = f"grammar.{grammar.WhichOneof('kind')}"
+            violation = FieldViolation(path, problem)
+            raise OctavoError(Reason.GRAMMAR_INVALID, f"{path}: {problem}", violations=[violation])
 
     async def close(self) -> None:
         """End the helper and whatever waits for it."""
-        tasks = list(self._answers.values())
+        self._queues.clear()
+        tasks = [job.task for job in self._jobs.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._end_helper()
 
-    def _settle(self, key: bytes, task: asyncio.Task[str]) -> None:
-        self._waiting -= 1
-        failed = task.cancelled() or task.exception() is not None
-        if failed and self._answers.get(key) is task:
-            del self._answers[key]
-        done = [kept for kept, answer in self._answers.items() if answer.done()]
-        for kept in done[: max(0, len(self._answers) - _KEPT)]:
-            del self._answers[kept]
+    # Turns ---------------------------------------------------------------------------------------------------------------
 
-    async def _ask(self, data: bytes, model: KnownModel, assets: ModelAssets) -> str:
+    def _new_job(self, key: bytes, data: bytes, model: KnownModel, assets: ModelAssets, tenant: str) -> _Job:
+        """Raises QUEUE_FULL."""
+        own = sum(tenant in job.askers for job in self._jobs.values())
+        if own + len(self._jobs) >= 2 * _MAX_WAITING:
+            raise OctavoError(Reason.QUEUE_FULL, "too many grammars wait to be compiled", retry_after_ms=500)
+        turn = asyncio.Event()
+        job = self._jobs[key] = _Job(key, turn, asyncio.create_task(self._ask(turn, data, model, assets)))
+        job.task.add_done_callback(lambda task: self._settle(job, task))
+        return job
+
+    async def _wait(self, job: _Job, tenant: str) -> str:
+        """The answer to a job. Whoever gives up does not end it for the others."""
+        job.askers[tenant] += 1
+        if not job.turn.is_set():
+            self._queues.setdefault(tenant, {})[job.key] = job
+            self._give_turn()
+        try:
+            return await asyncio.shield(job.task)
+        finally:
+            job.askers[tenant] -= 1
+            if not job.askers[tenant]:
+                del job.askers[tenant]
+                self._unqueue(job, tenant)
+            if not job.askers and not job.turn.is_set():
+                job.task.cancel()
+                self._forget(job)
+
+    def _give_turn(self) -> None:
+        if self._running is None and self._queues:
+            self._served, queue = next(iter(self._queues.items()))
+            job = next(iter(queue.values()))
+            for tenant in job.askers:
+                self._unqueue(job, tenant)
+            self._running = job
+            job.turn.set()
+
+    def _unqueue(self, job: _Job, tenant: str) -> None:
+        queue = self._queues.get(tenant, {})
+        if queue.pop(job.key, None) is not None and not queue:
+            del self._queues[tenant]
+
+    def _forget(self, job: _Job) -> None:
+        if self._jobs.get(job.key) is job:
+            del self._jobs[job.key]
+
+    def _settle(self, job: _Job, task: asyncio.Task[str]) -> None:
+        self._forget(job)
+        if not task.cancelled() and task.exception() is None:
+            self._answers[job.key] = task.result()
+            if len(self._answers) > _KEPT:
+                self._answers.popitem(last=False)
+        if self._running is job:
+            self._running = None
+            if self._served in self._queues:  # only now: who came meanwhile goes first
+                self._queues.move_to_end(self._served)
+            self._give_turn()
+
+    # The helper ----------------------------------------------------------------------------------------------------------
+
+    async def _ask(self, turn: asyncio.Event, data: bytes, model: KnownModel, assets: ModelAssets) -> str:
         """What is wrong with a grammar; empty if nothing is."""
-        async with self._turn:
-            try:
-                problem = await self._give_tokenizer(model, assets)
-                if problem:
-                    raise OctavoError(Reason.UNSUPPORTED, f"grammar: {problem}")
-                return await self._job([b"G" + model.digest, data])
-            except HelperGone:
-                return _TOO_MUCH
-            except TimeoutError:
-                await self._end_helper()
-                text = "the grammar was not compiled in time"
-                raise OctavoError(Reason.QUEUE_FULL, text, retry_after_ms=1_000) from None
-            except asyncio.CancelledError:
-                await self._end_helper()  # its answer would be taken for that to another question
-                raise
+        await turn.wait()
+        try:
+            while True:
+                fresh = self._helper is None
+                try:
+                    problem = await self._give_tokenizer(model, assets, fresh=fresh)
+                    if problem:
+                        raise OctavoError(Reason.UNSUPPORTED, f"grammar: {problem}")
+                    return await self._job([b"G" + model.digest, data])
+                except HelperGone:
+                    # One that has run before may have died since, or of the memory that earlier jobs left it.
+                    if fresh:
+                        return _TOO_MUCH
+        except TimeoutError:
+            await self._end_helper()
+            text = "the grammar was not compiled in time"
+            raise OctavoError(Reason.QUEUE_FULL, text, retry_after_ms=1_000) from None
+        except asyncio.CancelledError:
+            await self._end_helper()  # its answer would be taken for that to another question
+            raise
 
-    async def _give_tokenizer(self, model: KnownModel, assets: ModelAssets) -> str:
-        """Have the helper know the model's tokenizer; why it can't be used, if so."""
+    async def _give_tokenizer(self, model: KnownModel, assets: ModelAssets, *, fresh: bool) -> str:
+        """Have the helper know the model's tokenizer; why it can't be used, if so. Raises HelperGone unless the helper is `fresh`."""
         if self._helper is None or model.digest not in self._tokenizers:
             eos = [token_id for token_id in assets.eos_token_ids if token_id < model.vocab_size]
             shape = json.dumps({"vocab_size": model.vocab_size, "eos_token_ids": eos}).encode()
             try:
                 problem = await self._job([b"T" + model.digest, shape, assets.files["tokenizer.json"]])
             except HelperGone:
+                if not fresh:
+                    raise
                 problem = "the model's tokenizer takes too much time or memory"
             self._tokenizers[model.digest] = problem
             while len(self._tokenizers) > 4:  # the helper keeps as many
@@ -125,6 +198,8 @@ class GrammarChecker:
             assert helper.stdin is not None and helper.stdout is not None
             try:
                 for data in frames:
+                    if helper.stdin.is_closing():
+                        raise HelperGone  # uvloop's pipes would raise a RuntimeError
                     helper.stdin.write(frame(data))
                     await helper.stdin.drain()
                 size = int.from_bytes(await helper.stdout.readexactly(4), "little")

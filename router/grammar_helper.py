@@ -1,7 +1,8 @@
 """The process that compiles grammars for a router: `python -m router.grammar_helper`, one job after another.
 
 A grammar is a program from elsewhere. llguidance bounds what it does, and where that fails the limits of this process do: processor
-time for each job, memory beyond what it has at the start, no files. The router ends it where it takes too long, and starts another.
+time for each job, memory beyond what it has at the start, no files. Who runs out of memory ends: earlier jobs may have used it up, so
+the answer is another helper's. The router ends it where it takes too long, and starts another.
 
 Speaks frames on standard input and output: a length of 4 bytes (little-endian), then so many bytes. A tokenizer is three frames:
 "T" and its name, JSON of vocab_size and eos_token_ids, tokenizer.json. A grammar is two: "G" and the tokenizer's name, an
@@ -77,8 +78,8 @@ def _serve() -> int:
             else:
                 _allow_cpu(CPU_SECONDS)
                 _check(parts[0] or b"", tokenizers.get(name))
-        except (GrammarError, MemoryError) as error:
-            problem = str(error) or "it needs too much memory"
+        except GrammarError as error:
+            problem = str(error)
         sys.stdout.buffer.write(frame(json.dumps({"problem": problem}).encode()))
         sys.stdout.buffer.flush()
     return 0

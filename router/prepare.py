@@ -112,7 +112,7 @@ class Preparation:
         grammar = _own_copy(message.grammar) if message.HasField("grammar") else None
         spec_of = await self._resolve(message.sampling, assets, limits, len(prompt), under_grammar=grammar is not None)
         if grammar is not None:
-            await self._grammars.check(grammar, model, assets)
+            await self._grammars.check(grammar, model, assets, tenant)
         spec = RequestSpec(
             request_id=ticket.request_id,
             tenant=tenant,

@@ -18,11 +18,15 @@ from scheduler.core.preemption import outranks, place_by_preemption
 from scheduler.core.request import Request, RequestState
 from scheduler.core.rows import Rows
 from scheduler.core.state import InFlightPlan, SchedulerState, WorkerState
+from scheduler.core.waiting import WaitingQueue
 
 EMPTY_INT32 = np.empty(0, np.int32)
 GAP_SMOOTHING = 0.1
 CHARGE_EVERY = 4
 """Steps in which the tenants of running requests are charged at most once: somebody may be admitted in each of them."""
+LOOK_PAST = 256
+LOOK_FAR_EVERY = 16
+"""A worker that runs something looks past more than LOOK_PAST requests that it can't run only once in so many steps: 3 µs each."""
 
 
 def plan_step(state: SchedulerState, worker: WorkerState, now: float) -> StepPlan | None:
@@ -161,7 +165,8 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
     A request is passed over, and those behind it may go, if another worker is the better place for it or if the block that it
     needs next is being computed by this very plan: a later plan will find it cached. A request that no worker has room for stops
     the search, unless it may take the place of others: nobody overtakes it, so that it can't starve. At most max_candidates are
-    passed over.
+    passed over. Requests that this worker could never run, idle or not, take nothing from those behind them: they neither stop the
+    search nor count.
 
     A group of suspects stays together where its first request was placed: each step that is theirs alone holds all others up.
     """
@@ -177,12 +182,23 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
     budget = worker.spec.max_num_batched_tokens - int(batch.counts.sum())
     passed_over: list[Request] = []
     max_candidates = state.settings.max_candidates + (len(state.suspects) if batch.suspicion else 0)
-    while budget > 0 and len(passed_over) < max_candidates:
+    num_for_others = 0
+    while budget > 0 and len(passed_over) - num_for_others < max_candidates:
         if worker.rows.num_free == 0 and not outranks(queue, worker):
             break
-        request = queue.pop()
+        request = None if only_others_can_run(state, worker, queue) else queue.pop()
         if request is None:
             break
+        if not can_run(worker.spec, request):
+            if fail_if_hopeless(state, queue, request):
+                continue
+            passed_over.append(request)
+            num_for_others += 1
+            if num_for_others == LOOK_PAST and worker.rows.num_running:
+                if worker.next_step_id < worker.look_far_from_step:
+                    break
+                worker.look_far_from_step = worker.next_step_id + LOOK_FAR_EVERY
+            continue
         if request.suspicion != batch.suspicion:
             passed_over.append(request)
             if batch.suspicion:
@@ -196,10 +212,6 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
             placement, returned = place_by_preemption(state, worker, request, batch)
             budget += returned
         if placement is None:
-            if is_hopeless(state, request):
-                queue.push(request)  # so that failing it finds it where its state says
-                state.fail(request, *why_hopeless(state, request))
-                continue
             passed_over.append(request)
             break
         chain, hits, size = placement.chain, placement.num_hits, placement.worker.spec.block_size
@@ -210,10 +222,20 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
     queue.put_back(passed_over)
 
 
-def is_hopeless(state: SchedulerState, request: Request) -> bool:
-    """Whether no worker of the model could ever hold the request."""
-    specs = [worker.spec for worker in state.workers_of[request.digest]]
-    return not any(can_run(spec, request) for spec in specs)
+def only_others_can_run(state: SchedulerState, worker: WorkerState, queue: WaitingQueue) -> bool:
+    """Whether all that wait are under grammars, which others of the model follow and this worker doesn't. O(workers)."""
+    if worker.spec.grammars or queue.num_under_grammar < queue.num_requests:
+        return False
+    return any(other.spec.grammars for other in state.workers_of[worker.spec.model_digest])
+
+
+def fail_if_hopeless(state: SchedulerState, queue: WaitingQueue, request: Request) -> bool:
+    """Withdraws a popped request if no worker of the model could ever hold it; whether that was so."""
+    if any(can_run(worker.spec, request) for worker in state.workers_of[request.digest]):
+        return False
+    queue.push(request)  # so that failing it finds it where its state says
+    state.fail(request, *why_hopeless(state, request))
+    return True
 
 
 def why_hopeless(state: SchedulerState, request: Request) -> tuple[Reason, str]:

@@ -26,7 +26,7 @@ class Settings:
     """Share of a worker's blocks that stays available when a request is admitted beside others. Running requests may
     use it, so that a newcomer isn't preempted by the next block that its neighbours need."""
     max_candidates: int = 16
-    """Waiting requests looked at in one plan beyond those that are admitted."""
+    """Waiting requests looked at in one plan beyond those that are admitted and those that the worker could never run."""
     max_preempting: int = 8
     """Waiting requests that take the place of running ones of lower priority in one plan."""
     prefix_caching: bool = True

@@ -91,6 +91,8 @@ class WorkerState:
     next_step_id: int = 1
     charge_from_step: int = 0
     """From this step on tenants may be charged again for what their rows have made."""
+    look_far_from_step: int = 0
+    """From this step on the queue may be searched again past many requests that only other workers can run."""
     freed_rows: list[int] = field(default_factory=list)
     """Rows to name as freed in the next plan."""
     draining: bool = False

@@ -149,6 +149,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self.num_requests = 0
         self.num_tokens = 0
+        self.num_under_grammar = 0
         self._num_dead = 0
         self._classes: dict[int, _PriorityClass] = {}
         self._priorities: list[int] = []  # negated, ascending: highest priority first
@@ -224,6 +225,7 @@ class WaitingQueue:
         chosen.count(request, sign)
         self.num_requests += sign
         self.num_tokens += sign * request.num_known_tokens
+        self.num_under_grammar += sign * request.under_grammar
 
     def __iter__(self) -> Iterator[Request]:
         """All waiting requests, class by class; for inspection and for failing all of them."""

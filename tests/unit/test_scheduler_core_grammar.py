@@ -13,10 +13,12 @@ from scheduler.core import (
     RowStatus,
     SamplingParams,
     Scheduler,
+    Settings,
     StepPlan,
     StepResult,
     Unsupported,
     WorkerSpec,
+    planner,
 )
 from scheduler.core.state import MASK_DELAY, MAX_MASK_DELAY
 
@@ -55,6 +57,57 @@ def test_only_workers_that_can_follow_a_grammar_get_it() -> None:
     assert scheduler.plan(1, 0.0) is None
     assert len(planned(scheduler, worker_id=2).new_rows) == 3
     scheduler.submit(request(9, under_grammar=False), 0.0)
+
+
+def run_step(scheduler: Scheduler, worker_id: int, now: float = 0.0) -> StepPlan:
+    plan = planned(scheduler, now, worker_id)
+    scheduler.apply(worker_id, answer(plan, [RowStatus.OK] * int(plan.num_samples.sum())), now)
+    return plan
+
+
+def with_able_worker_full(plain: WorkerSpec = PLAIN) -> Scheduler:
+    """Worker 1 can't follow grammars and is idle; worker 2 has no row left."""
+    scheduler = Scheduler()
+    scheduler.add_worker(1, plain)
+    scheduler.add_worker(2, ABLE)
+    for handle in range(1, 5):
+        scheduler.submit(request(handle, max_tokens=40), 0.0)
+    admitted = 0
+    while admitted < 4:
+        admitted += len(run_step(scheduler, 2).new_rows)
+    return scheduler
+
+
+def admitted_by(scheduler: Scheduler, worker_id: int) -> list[int]:
+    return [row.request.handle for row in planned(scheduler, 0.2, worker_id).new_rows]
+
+
+def test_those_who_wait_for_an_able_worker_hold_up_no_other() -> None:
+    scheduler = with_able_worker_full()
+    assert Settings().max_candidates < 40
+    for handle in range(10, 50):
+        scheduler.submit(request(handle), 0.0)
+    assert scheduler.plan(1, 0.1) is None
+    for handle in (60, 61):
+        scheduler.submit(request(handle, under_grammar=False), 0.1)
+    assert admitted_by(scheduler, 1) == [60, 61]
+    # They have lost no place: the oldest is next where there is room.
+    scheduler.cancel((1, 1), 0.2)
+    assert admitted_by(scheduler, 2) == [10]
+
+
+def test_a_worker_that_runs_something_looks_far_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "LOOK_PAST", 8)
+    scheduler = with_able_worker_full(replace(PLAIN, run_ahead=1))
+    for handle in range(10, 30):
+        scheduler.submit(request(handle), 0.0)
+    admitted: list[int] = []
+    for step in range(1, 2 * planner.LOOK_FAR_EVERY):
+        if step < 4:
+            scheduler.submit(request(100 + step, under_grammar=False, max_tokens=50), 0.1)
+        admitted += [step for _ in run_step(scheduler, 1, 0.2).new_rows]
+    # Idle, then the first look, then the next.
+    assert admitted == [1, 2, 2 + planner.LOOK_FAR_EVERY]
 
 
 def test_one_whose_last_able_worker_left_is_told_so() -> None:
