@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from router.http.ask import Ask, Options, check_text
-from router.http.body import Bodies, Gone, Receive, Scope, Send, header, read_body
+from router.http.body import Bodies, Gone, Receive, Scope, Send, header, skip_body
 from router.http.chat import ChatView, read_chat
 from router.http.completions import CompletionView, read_completions
 from router.http.errors import HttpError, Names, Problem, problem_of
@@ -123,7 +123,7 @@ class Gateway:
             raise HttpError(
                 Problem(405, "GET is for going on with a stream, by last-event-id", headers=(("allow", "POST"),))
             )
-        await read_body(scope, receive)
+        await skip_body(scope, receive)
         if self.inference.draining:
             raise OctavoError(Reason.DRAINING, "this router is shutting down")
         job = self.streams.resume(event_id, self.inference, caller.tenant, scope, send)

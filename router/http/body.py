@@ -70,12 +70,30 @@ class Bodies:
 
 async def read_body(scope: Scope, receive: Receive, hold: Callable[[int], None] = lambda size: None) -> bytes:
     """All of it. `hold` is told of each piece. Raises HttpError 413 for too much, what `hold` raises, and Gone."""
+    chunks: list[bytes] = []
+
+    def keep(chunk: bytes) -> None:
+        hold(len(chunk))
+        chunks.append(chunk)
+
+    await _each_chunk(scope, receive, keep, chunks.clear)
+    return b"".join(chunks)
+
+
+async def skip_body(scope: Scope, receive: Receive) -> None:
+    """Read all of it and keep none. Raises HttpError 413 for too much, and Gone."""
+    await _each_chunk(scope, receive, lambda chunk: None, lambda: None)
+
+
+async def _each_chunk(
+    scope: Scope, receive: Receive, take: Callable[[bytes], None], forget: Callable[[], None]
+) -> None:
+    """`forget`: called when it was too much, before the rest is awaited."""
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
         if header(scope, b"expect") is None:
             await _discard(receive, 0)
         raise _too_large()
-    chunks: list[bytes] = []
     size = 0
     while True:
         message = await receive()
@@ -84,14 +102,13 @@ async def read_body(scope: Scope, receive: Receive, hold: Callable[[int], None] 
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > MAX_BODY_BYTES:
-            chunks.clear()
+            forget()
             if message.get("more_body", False):
                 await _discard(receive, size)
             raise _too_large()
-        hold(len(chunk))
-        chunks.append(chunk)
+        take(chunk)
         if not message.get("more_body", False):
-            return b"".join(chunks)
+            return
 
 
 async def _discard(receive: Receive, size: int) -> None:

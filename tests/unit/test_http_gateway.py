@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 
-from router.http import models
+from router.http.fields import Fields
 from router.http.protocol import Limits
 from router.http.server import HttpServer
 from service.settings import CommonSettings, SettingsError
@@ -292,7 +292,7 @@ def test_large_texts_and_tokens_are_read_and_written_off_the_event_loop(monkeypa
     async def main() -> None:
         async with door(say_text) as (_, at):
             await at.ask("POST", "/tokenize", {"prompt": "x"})  # the model's files have come
-            watch(models.Fields, "__init__")
+            watch(Fields, "__init__")
             watch(json.JSONEncoder, "encode")
             for path, body in (("/tokenize", chat), ("/tokenize", prompt), ("/detokenize", ids)):
                 threads.clear()

@@ -250,6 +250,43 @@ def test_only_its_own_tenant_goes_on_and_strange_ids_are_told_apart() -> None:
     asyncio.run(main())
 
 
+def test_the_body_of_who_comes_again_is_read_and_kept_nowhere() -> None:
+    """Nothing of it is looked at, so nothing of it is to count among the bodies that are held."""
+    alive = most = 0
+
+    class Piece(bytes):
+        def __new__(cls) -> Piece:
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+            return super().__new__(cls, 1 << 10)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    async def main() -> None:
+        async with door(Slowly()) as (_, at):
+            left, sent = 1_000, []
+
+            async def receive() -> dict[str, Any]:
+                nonlocal left
+                if not left:
+                    await asyncio.Event().wait()  # it does not hang up
+                left -= 1
+                return {"type": "http.request", "body": Piece(), "more_body": left > 0}
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"last-event-id", b"req-x:1")]}
+            await at.gateway.app()(scope | {"query_string": b"", "root_path": ""}, receive, send)
+            assert left == 0 and sent[0]["status"] == 404
+
+    asyncio.run(main())
+    assert most <= 3
+
+
 def test_who_has_to_come_again_later_finds_it_there() -> None:
     """The threads that would bring it back have too much to do: that is told, and the stream is kept."""
 
