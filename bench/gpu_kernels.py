@@ -26,7 +26,7 @@ from kernels.compiler import Compiler, architecture_of
 from kernels.launcher import KernelLibrary
 from kernels.operands import DecodeItems, DecodeScratch, StepTensors
 from kernels.ops import KernelOps
-from kernels.shapes import KernelShape, decode_split, kernel_specs
+from kernels.shapes import PARTS_ROWS, KernelShape, decode_split, kernel_specs
 from worker.backends.cuda_model import prefill_tiles
 from worker.backends.cuda_rows import DeviceRows
 from worker.backends.cuda_sampler import CudaSampler
@@ -157,12 +157,13 @@ def _tensor_core_products(bench: Bench, ops: KernelOps, layers: list[list[torch.
                 for weight in weights
             ]
             library = [partial(torch.mm, x[k][:tokens], weight.t(), out=outs[n][:tokens]) for weight in weights]
-            bench.add(f"{name}, {tokens} rows, gemm", ours, 2.0 * n * k)
+            if name == "GATE_UP" or tokens <= PARTS_ROWS:
+                bench.add(f"{name}, {tokens} rows, gemm", ours, 2.0 * n * k)
             bench.add(f"{name}, {tokens} rows, cuBLAS", library, 2.0 * n * k)
         out = logits[:tokens]
-        bench.add(
-            f"head, {tokens} rows, gemm", [partial(ops.gemm_float, head, x[2048], logits, tokens)], 2.0 * head.numel()
-        )
+        if tokens <= PARTS_ROWS:
+            ours = [partial(ops.gemm_float, head, x[2048], logits, tokens)]
+            bench.add(f"head, {tokens} rows, gemm", ours, 2.0 * head.numel())
         bench.add(
             f"head, {tokens} rows, cuBLAS",
             [partial(torch.mm, x[2048][:tokens], head.t(), out_dtype=torch.float32, out=out)],

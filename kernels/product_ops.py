@@ -176,7 +176,8 @@ class ProductOps:
         return self.fits_gemm(tokens) and tokens <= PARTS_ROWS
 
     def gemm_parts(self, weight: Tensor, x: Tensor, scratch: Tensor, tokens: int) -> Parts:
-        """x weight^T for at most 128 tokens, in parts in `scratch` float32 (any shape, large enough)."""
+        """x weight^T for at most 64 tokens, in parts in `scratch` float32 (any shape, large enough)."""
+        assert tokens <= PARTS_ROWS  # more would be written beyond the end of a scratch for so many
         n, k = weight.shape
         splits = gemm_splits(n, k)
         arguments = (self._map(weight, 128), self._rows_map(x, tokens), at(scratch), Int(n), Int(k), Int(tokens))
@@ -194,7 +195,8 @@ class ProductOps:
         self._gemm("gemm_silu", tokens, (n // 64,), *arguments)
 
     def gemm_float(self, weight: Tensor, x: Tensor, out: Tensor, tokens: int) -> None:
-        """matvec_float for at most 128 tokens; the weight's rows are a multiple of 128."""
+        """matvec_float for at most 64 tokens; the weight's rows are a multiple of 128."""
+        assert tokens <= PARTS_ROWS
         tiles, k = weight.shape[0] // 128, weight.shape[1]
         rows = self._rows_map(x, tokens)
         arguments = (self._map(weight, 128), rows, at(out), Int(tiles), Int(k), Int(tokens), Int(out.stride(0)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import sys
 import threading
 from collections import OrderedDict
@@ -98,11 +99,9 @@ def _check(data: bytes, tokenizer: LLTokenizer | None) -> None:
         raise GrammarError("no output satisfies it")
 
 
-def _allow_cpu(seconds: int) -> None:
-    """From now on. The kernel ends the process with SIGXCPU."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    used = int(usage.ru_utime + usage.ru_stime)
-    resource.setrlimit(resource.RLIMIT_CPU, (used + 1 + seconds, resource.RLIM_INFINITY))
+def _allow_cpu(seconds: float) -> None:
+    """Of all threads, from now on; SIGPROF then ends the process. RLIMIT_CPU counts in whole seconds."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _bound() -> None:
