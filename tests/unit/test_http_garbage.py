@@ -72,7 +72,12 @@ def test_garbage(seed: int, caplog: pytest.LogCaptureFixture) -> None:
 
     with caplog.at_level(logging.ERROR):
         asyncio.run(main())
+    # Not ours: the fake scheduler's end, and what gRPC's poller says on the next loop of one that an earlier test has closed.
     ours = [
-        r for r in caplog.records if r.levelno >= logging.ERROR and not r.name.startswith("grpc")
-    ]  # the fake scheduler's end
+        r
+        for r in caplog.records
+        if r.levelno >= logging.ERROR
+        and not r.name.startswith("grpc")
+        and "PollerCompletionQueue" not in r.getMessage()
+    ]
     assert ours == []
