@@ -96,6 +96,19 @@ def test_those_who_wait_for_an_able_worker_hold_up_no_other() -> None:
     assert admitted_by(scheduler, 2) == [10]
 
 
+def test_a_suspect_under_a_grammar_holds_up_only_those_who_could_try_it() -> None:
+    scheduler = Scheduler()
+    for worker_id, spec in ((1, PLAIN), (2, ABLE), (3, ABLE)):
+        scheduler.add_worker(worker_id, spec)
+    for handle in (1, 2):
+        scheduler.submit(request(handle), 0.0)
+    planned(scheduler, worker_id=2)
+    scheduler.remove_worker(2, 0.0)
+    scheduler.submit(request(9, under_grammar=False), 0.1)
+    assert admitted_by(scheduler, 1) == [9]
+    assert admitted_by(scheduler, 3) == [1]
+
+
 def test_a_worker_that_runs_something_looks_far_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "LOOK_PAST", 8)
     scheduler = with_able_worker_full(replace(PLAIN, run_ahead=1))
