@@ -18,7 +18,7 @@ from router.http.body import parse
 from router.http.chat import ChatView, read_chat
 from router.http.completions import CompletionView, read_completions
 from router.http.errors import HttpError, Problem, problem_of
-from router.http.models import detokenize, tokenize
+from router.http.models import TokenizeAsk, detokenize, read_detokenize, tokenize
 from router.http.responses import ResponseView, read_responses
 from router.http.settle import settle
 from router.http.view import View
@@ -60,10 +60,10 @@ class _World(World):
     async def _take(self, path: str, body: dict[str, Any]) -> None:
         inference: Inference = self.inference
         if path == "tokenize":
-            json.dumps(await tokenize(body, inference))
+            json.loads((await tokenize(TokenizeAsk.read(body), inference))[1]())
             return
         if path == "detokenize":
-            json.dumps(await detokenize(body, inference))
+            json.loads((await detokenize(read_detokenize(body), inference))[1]())
             return
         ask: Ask
         view: View
