@@ -56,6 +56,8 @@ def take_chat(fields: Fields, chat: inference_pb2.Chat) -> None:
     messages = fields.take("messages")
     if not isinstance(messages, list):
         raise invalid(fields.path("messages"), "must be a list of messages")
+    if not messages:
+        raise invalid(fields.path("messages"), "must have at least one entry")
     if len(messages) > MAX_MESSAGES:
         raise invalid(fields.path("messages"), f"must have at most {MAX_MESSAGES} entries, has {len(messages)}")
     room = Room()

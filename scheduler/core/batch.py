@@ -34,6 +34,8 @@ class Batch:
     """The highest priority among the requests that lost their place to these."""
     suspicion: int = 0
     """The group of suspects that this step is for; 0: it is for all who are under no suspicion."""
+    extra_bytes: int = 0
+    """What its new rows bring besides token ids."""
     completes: dict[bytes, int] = field(default_factory=dict)
     """Hash and block_id of the blocks of known tokens that this step fills."""
 

@@ -75,7 +75,7 @@ def _check_requests(state: SchedulerState) -> None:
         _require(len(requests) == queue.num_requests, "the queue's count is wrong")
         under_grammar = sum(request.under_grammar for request in requests)
         _require(under_grammar == queue.num_under_grammar, "the queue's count of requests under grammars is wrong")
-        _require(sum(r.num_known_tokens for r in requests) == queue.num_tokens, "the queue's token count is wrong")
+        _require(sum(r.queue_size for r in requests) == queue.num_tokens, "the queue's token count is wrong")
         _require(all(r.digest == digest for r in requests), "a request waits for another model")
     _require(state.row_of.keys() == running, "row_of differs from the rows")
     _require(all(w.rows.requests[row] is live[key] for key, (w, row) in state.row_of.items()), "row_of is wrong")

@@ -24,6 +24,8 @@ EMPTY_INT32 = np.empty(0, np.int32)
 GAP_SMOOTHING = 0.1
 CHARGE_EVERY = 4
 """Steps in which the tenants of running requests are charged at most once: somebody may be admitted in each of them."""
+MAX_EXTRA_BYTES = 8 << 20
+"""Of grammars in one plan, unless a single one is larger: a plan is one message, and 256 of the largest would fit into none."""
 LOOK_PAST = 256
 LOOK_FAR_EVERY = 16
 """A worker that runs something looks past more than LOOK_PAST requests that it can't run only once in so many steps: 3 µs each."""
@@ -207,6 +209,9 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
         if batch.victim_priority is not None and request.priority <= batch.victim_priority:
             passed_over.append(request)
             break  # who has just lost its place must not take what is left of it
+        if batch.extra_bytes and batch.extra_bytes + request.extra_bytes > MAX_EXTRA_BYTES:
+            passed_over.append(request)
+            break  # the next plan has room
         placement = find_placement(state, request, worker if batch.suspicion else None)
         if placement is None:
             placement, returned = place_by_preemption(state, worker, request, batch)
@@ -219,6 +224,7 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
             passed_over.append(request)
             continue
         budget -= admit(state, placement, request, batch, budget, now)
+        batch.extra_bytes += request.extra_bytes
     queue.put_back(passed_over)
 
 

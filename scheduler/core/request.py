@@ -74,6 +74,8 @@ class Request:
     adapter: str = ""
     under_grammar: bool = False
     """Only workers that decode under grammars can run it."""
+    extra_bytes: int = 0
+    """What the shell sends to its worker besides token ids, where that may be much: its grammar."""
     priority: int = 0
     """Higher goes first."""
     arrival: float = 0.0
@@ -151,6 +153,11 @@ class Request:
     def num_prompt_tokens(self) -> int:
         """Length of the prompt."""
         return self.prompt_token_ids.size
+
+    @property
+    def queue_size(self) -> int:
+        """What it counts for among those that wait: its known tokens, and as tokens what else is held for it."""
+        return self.num_known_tokens + self.extra_bytes // 4
 
     @property
     def num_known_tokens(self) -> int:

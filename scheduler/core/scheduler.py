@@ -305,7 +305,7 @@ class Scheduler:
         state, settings = self._state, self._state.settings
         if request.accepted:
             return
-        queues, size = state.queues.values(), request.num_known_tokens
+        queues, size = state.queues.values(), request.queue_size
         loads = [queue.load_on(request.tenant, request.priority) for queue in queues]
         requests = sum(own.requests + everyone.requests for own, everyone in loads)
         tokens = sum(own.tokens + everyone.tokens for own, everyone in loads)

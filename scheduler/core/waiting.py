@@ -31,7 +31,7 @@ COMPACT_ABOVE = 64
 
 @dataclass(slots=True)
 class Amount:
-    """Requests that wait, and their known tokens."""
+    """Requests that wait, and their known tokens with what counts as tokens (Request.queue_size)."""
 
     requests: int = 0
     tokens: int = 0
@@ -39,7 +39,7 @@ class Amount:
     def add(self, request: Request, sign: int) -> None:
         """Counts a request in (1) or out (-1)."""
         self.requests += sign
-        self.tokens += sign * request.num_known_tokens
+        self.tokens += sign * request.queue_size
 
 
 @dataclass(slots=True)
@@ -224,7 +224,7 @@ class WaitingQueue:
     def _count(self, chosen: _PriorityClass, request: Request, sign: int) -> None:
         chosen.count(request, sign)
         self.num_requests += sign
-        self.num_tokens += sign * request.num_known_tokens
+        self.num_tokens += sign * request.queue_size
         self.num_under_grammar += sign * request.under_grammar
 
     def __iter__(self) -> Iterator[Request]:

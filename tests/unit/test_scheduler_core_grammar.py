@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from scheduler.core import (
+    QueueFull,
     Reason,
     Request,
     RowStatus,
@@ -57,6 +58,26 @@ def test_only_workers_that_can_follow_a_grammar_get_it() -> None:
     assert scheduler.plan(1, 0.0) is None
     assert len(planned(scheduler, worker_id=2).new_rows) == 3
     scheduler.submit(request(9, under_grammar=False), 0.0)
+
+
+def test_the_grammars_of_one_plan_are_bounded_and_who_waits_for_that_is_next() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker(1, replace(ABLE, max_num_batched_tokens=64))
+    for handle, extra_bytes in ((1, 6 << 20), (2, 3 << 20), (3, 1 << 20), (4, 20 << 20)):
+        scheduler.submit(replace(request(handle), extra_bytes=extra_bytes), 0.0)
+    plans = [planned(scheduler), planned(scheduler)]
+    scheduler.apply(1, answer(plans[0], [RowStatus.OK] * int(plans[0].num_samples.sum())), 0.0)
+    plans.append(planned(scheduler))
+    assert [[new.request.handle for new in plan.new_rows] for plan in plans] == [[1], [2, 3], [4]]
+
+
+def test_a_grammar_counts_in_the_queue_as_the_tokens_that_it_weighs() -> None:
+    scheduler = Scheduler(Settings(max_waiting_tokens=1_000))
+    scheduler.add_worker(1, ABLE)
+    with pytest.raises(QueueFull):
+        scheduler.submit(replace(request(1), extra_bytes=6_000), 0.0)
+    scheduler.submit(replace(request(1), extra_bytes=3_000), 0.0)
+    scheduler.check_integrity()
 
 
 def run_step(scheduler: Scheduler, worker_id: int, now: float = 0.0) -> StepPlan:
