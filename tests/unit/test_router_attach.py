@@ -152,9 +152,14 @@ def test_a_queue_that_nobody_empties_closes() -> None:
 
 
 def run_router(*flags: str) -> subprocess.Popen[str]:
+    """A router process; its HTTP door on any free port, for the default's is one for all tests that run side by side."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
     return subprocess.Popen(
-        [sys.executable, "-m", "router", *flags], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "router", "--http-listen", "127.0.0.1:0", *flags],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
