@@ -193,7 +193,7 @@ async def rewind(call: Call, marks: Mapping[int, Mark], pool: TextPool) -> None:
     def work() -> list[Output]:
         return [output.rewound(token_ids, mark.num_tokens, mark.text_bytes) for output, token_ids, mark in known]
 
-    outputs = await pool.run(sum(4 * len(token_ids) for _, token_ids, _ in known), work)
+    outputs = await pool.run_plain(sum(4 * len(token_ids) for _, token_ids, _ in known), work)
     for sequence, output in zip(sequences, outputs, strict=True):
         output.catch_up(sequence.output)
         sequence.output = output

@@ -54,7 +54,7 @@ class Texts:
             check_vocabulary("token_ids", ids, model.vocab_size)
             return assets.decode(ids, skip)
 
-        text = await self._pool.run(4 * count, work)
+        text = await self._pool.run_plain(4 * count, work)
         return inference_pb2.DetokenizeResponse(text=text)
 
     def list_models(self) -> inference_pb2.ListModelsResponse:

@@ -43,10 +43,11 @@ def test_a_stream_that_flows_for_a_while_is_trusted_again() -> None:
     silence.dialled(0.0)
     assert silence.over(1.05)
     silence.dialled(2.0)
-    silence.listening(9.9)
-    assert silence.due_at == pytest.approx(11.9)
-    silence.listening(10.1)
-    assert silence.due_at == pytest.approx(11.1)
+    assert silence.over(4.05)
+    silence.dialled(5.0)
+    for now, lease in ((8.9, 4.0), (9.1, 2.0), (13.0, 2.0), (13.2, 1.0), (20.0, 1.0)):  # half after each four seconds
+        silence.listening(now)
+        assert silence.due_at == pytest.approx(now + lease)
 
 
 def test_an_own_stall_is_not_the_routers_silence() -> None:

@@ -287,8 +287,9 @@ def test_the_body_of_who_comes_again_is_read_and_kept_nowhere() -> None:
     assert most <= 3
 
 
-def test_who_has_to_come_again_later_finds_it_there() -> None:
+def test_who_has_to_come_again_later_finds_it_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """The threads that would bring it back have too much to do: that is told, and the stream is kept."""
+    monkeypatch.setattr("router.prepare._SHORT", -1)
 
     async def main() -> None:
         async with door(say_text) as (_, at):
