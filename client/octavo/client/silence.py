@@ -2,8 +2,8 @@
 
 A broken connection is found at once, a frozen process or a parted network only by silence. The router tells its terms (Heartbeat):
 how often it will say something, and after what silence to go elsewhere. After a silence the next one has to be twice as long, and
-whenever a stream has flowed for a while half as long again: clients of an overloaded cluster must not make it worse by resuming all the
-time.
+whenever a stream has flowed for a while half as long again: clients of an overloaded cluster must not make it worse by resuming at
+every turn.
 """
 
 from __future__ import annotations
