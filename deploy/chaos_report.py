@@ -32,7 +32,7 @@ class ChaosReport:
     detection: dict[str, list[float]] = field(
         default_factory=dict
     )  # from the fault until a scheduler lets the worker go
-    first_plan: list[float] = field(default_factory=list)  # from there until one of its requests is planned again
+    first_plan: list[float] = field(default_factory=list)  # from there until the first of its requests is planned again
 
     @property
     def survived(self) -> bool:
@@ -51,7 +51,14 @@ class ChaosReport:
             after = [when - at for name, when in left if name == worker and at - 0.001 <= when < at + within]
             if after:
                 self.detection.setdefault(kind, []).append(1e3 * max(0.0, min(after)))
-        self.first_plan += [float(ms) for log in logs for ms in _AGAIN.findall(log)]
+        for log in logs:
+            first = True  # of those that follow a loss: a plan has room for so many prompts, and the rest are in the next ones
+            for line in log.splitlines():
+                if _LEFT.match(line):
+                    first = True
+                elif first and (again := _AGAIN.search(line)):
+                    self.first_plan.append(float(again[1]))
+                    first = False
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
