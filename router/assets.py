@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from router import chat as chats
 from router.detokenize import TokenTable, UnsupportedDecoder, build_table
+from router.speech.dialect import Dialect, find_dialect
 from router.template import ChatTemplate, TemplateFailure
 from service.errors import OctavoError, Reason
 from service.grammar import eos_token_ids
@@ -43,6 +44,7 @@ class ModelAssets:
     template: ChatTemplate | None
     tool_template: ChatTemplate | None
     template_problem: str
+    dialect: Dialect  # of the template for tools, where there is one
     eos_token_ids: tuple[int, ...]
     generation_config: Mapping[str, Any]
     normalizes: bool
@@ -67,6 +69,7 @@ class ModelAssets:
             _json(files, name) for name in ("config.json", "tokenizer_config.json", "generation_config.json")
         )
         template, tool_template, problem = _templates(files, tokenizer_config)
+        shown = tool_template or template
         return cls(
             files=files,
             tokenizer=tokenizer,
@@ -75,6 +78,7 @@ class ModelAssets:
             template=template,
             tool_template=tool_template,
             template_problem=problem,
+            dialect=Dialect() if shown is None else find_dialect(shown),
             eos_token_ids=eos_token_ids(config, generation, tokenizer_config, tokenizer.token_to_id),
             generation_config=generation,
             normalizes=json.loads(files["tokenizer.json"]).get("normalizer") is not None,
@@ -89,13 +93,14 @@ class ModelAssets:
 
     def render(self, chat: inference_pb2.Chat, now: datetime | None = None) -> str:
         """The prompt of a conversation as text. Raises INVALID_ARGUMENT."""
-        template = (self.tool_template if chat.tools else None) or self.template
+        tools = chats.tools(chat)
+        template = (self.tool_template if tools else None) or self.template
         if template is None:
             raise OctavoError(Reason.INVALID_ARGUMENT, self.template_problem)
         try:
             return template.render(
                 chats.messages(chat),
-                tools=chats.tools(chat),
+                tools=tools,
                 template_args=chats.template_args(chat),
                 add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
                 continue_final_message=chat.continue_final_message,

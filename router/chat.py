@@ -19,7 +19,9 @@ def messages(chat: inference_pb2.Chat) -> list[dict[str, Any]]:
 
 
 def tools(chat: inference_pb2.Chat) -> list[dict[str, Any]]:
-    """The tool descriptions, as they were given."""
+    """The tool descriptions, as they were given; none where none is to be called."""
+    if chat.tool_choice.mode == inference_pb2.ToolChoice.MODE_NONE:
+        return []
     return [plain(tool) for tool in chat.tools]
 
 
@@ -48,6 +50,8 @@ def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
         shown["name"] = message.name
     if message.tool_call_id:
         shown["tool_call_id"] = message.tool_call_id
+    if message.reasoning:
+        shown["reasoning_content"] = message.reasoning
     if message.tool_calls:
         shown["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": plain(call.arguments)}}

@@ -68,8 +68,17 @@ class GrammarChecker:
         self._helper: asyncio.subprocess.Process | None = None
         self._tokenizers: dict[bytes, str] = {}  # that the helper was given, and what is wrong with them
 
-    async def check(self, grammar: common_pb2.Grammar, model: KnownModel, assets: ModelAssets, tenant: str) -> None:
-        """Raises GRAMMAR_INVALID, naming the field, UNSUPPORTED where the model can't follow any, QUEUE_FULL where too many wait."""
+    async def check(
+        self,
+        grammar: common_pb2.Grammar,
+        model: KnownModel,
+        assets: ModelAssets,
+        tenant: str,
+        asked_by: str = "grammar",
+    ) -> None:
+        """Raises GRAMMAR_INVALID, naming the field that asked for it, UNSUPPORTED where the model can't follow any, and QUEUE_FULL
+        where too many wait.
+        """
         data = grammar.SerializeToString(deterministic=True)
         key = hashlib.sha256(model.digest + data).digest()
         problem = self._answers.get(key)
@@ -78,7 +87,7 @@ class GrammarChecker:
         else:
             self._answers.move_to_end(key)
         if problem:
-            path = f"grammar.{grammar.WhichOneof('kind')}"
+            path = f"grammar.{grammar.WhichOneof('kind')}" if asked_by == "grammar" else asked_by
             violation = FieldViolation(path, problem)
             raise OctavoError(Reason.GRAMMAR_INVALID, f"{path}: {problem}", violations=[violation])
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import TypeVar
 
 import numpy as np
-from octavo.v1 import common_pb2, inference_pb2
+from octavo.v1 import inference_pb2
 
 from router.assets import AssetStore, ModelAssets
 from router.grammar import GrammarChecker
@@ -20,7 +20,9 @@ from router.models import KnownModel, ModelDirectory
 from router.output import Output, ReplayError
 from router.request import Request, RequestSpec
 from router.resolve import ModelLimits, Resolved, check_prompt, resolve, sequence_seed
-from router.ticket import Ticket, TicketOffice, invalid
+from router.speech.choice import grammar_of, manner_of
+from router.speech.manner import PLAIN, Manner
+from router.ticket import Ticket, TicketOffice, grammar_hash, invalid
 from router.validate import Violations, check_request
 from service.columns import pack
 from service.errors import OctavoError, Reason
@@ -71,10 +73,11 @@ class Clocks:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Ready to be submitted. `started` lacks only the cached tokens."""
+    """Ready to be submitted. `started` lacks only the cached tokens. `manner`: how the outputs are to be read."""
 
     request: Request
     started: inference_pb2.Started
+    manner: Manner = PLAIN
 
 
 class Preparation:
@@ -109,18 +112,27 @@ class Preparation:
         assets = await self._assets.get(model.digest)
         limits = ModelLimits(model.max_model_len, model.vocab_size)
         accepted = wall if ticket is None else ticket.arrival_ms / 1e3
-        prompt = await self.tokenize(message, assets, limits, accepted)
+        manner, shown = PLAIN, ""
+        if message.WhichOneof("input") == "chat":
+            shown, prompt = await self.tokenize_chat(message.chat, assets, limits, accepted, limits.max_model_len)
+            manner = manner_of(message.chat, assets.dialect, shown)
+        else:
+            prompt = await self.tokenize(message, assets, limits, accepted)
         check_prompt(prompt, limits, given=message.WhichOneof("input") == "token_ids")
         column = pack(prompt, np.int32)
+        given = message.grammar if message.HasField("grammar") else None
+        grammar, asked_by = grammar_of(message.chat, manner, given)
+        hashes = hashlib.sha256(column).digest(), grammar_hash(grammar)
+        if ticket is not None and ticket.prompt_hash != hashes[0]:
+            raise invalid("the ticket belongs to a request with another prompt")
+        if ticket is not None and ticket.grammar_hash != hashes[1]:
+            raise invalid("the ticket belongs to a request with another grammar")
+        spec_of = await self._resolve(message.sampling, assets, limits, len(prompt), under_grammar=grammar is not None)
+        if grammar is not None and ticket is None:  # else a router of this cluster has seen that it can be compiled
+            await self._grammars.check(grammar, model, assets, tenant, asked_by)
         if ticket is None:
             seed = message.sampling.seed if message.sampling.HasField("seed") else secrets.randbits(64)
-            ticket = Ticket(_new_id(), tenant, round(wall * 1e3), seed, model.digest, hashlib.sha256(column).digest())
-        elif ticket.prompt_hash != hashlib.sha256(column).digest():
-            raise invalid("the ticket belongs to a request with another prompt")
-        grammar = _own_copy(message.grammar) if message.HasField("grammar") else None
-        spec_of = await self._resolve(message.sampling, assets, limits, len(prompt), under_grammar=grammar is not None)
-        if grammar is not None:
-            await self._grammars.check(grammar, model, assets, tenant)
+            ticket = Ticket(_new_id(), tenant, round(wall * 1e3), seed, model.digest, *hashes)
         spec = RequestSpec(
             request_id=ticket.request_id,
             tenant=tenant,
@@ -144,7 +156,7 @@ class Preparation:
         if message.HasField("resume"):
             delivered = sum(len(state.token_ids) for state in message.resume.outputs)
             await self._pool.run_plain(4 * delivered, lambda: _replay(request, message.resume, limits))
-        return Prepared(request, self._started(spec, ticket))
+        return Prepared(request, self._started(spec, ticket), manner)
 
     async def _resolve(
         self,
@@ -267,13 +279,6 @@ def _too_long(count: int, limits: ModelLimits) -> OctavoError:
         Reason.PROMPT_TOO_LONG,
         f"{count} prompt tokens exceed the model's context of {limits.max_model_len} tokens",
     )
-
-
-def _own_copy(grammar: common_pb2.Grammar) -> common_pb2.Grammar:
-    """A part of a message keeps all of it in memory, the prompt's text too."""
-    copy = common_pb2.Grammar()
-    copy.CopyFrom(grammar)
-    return copy
 
 
 def _new_id() -> str:

@@ -33,6 +33,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises TemplateFailure where the source is no template."""
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._environment = _environment()
         if len(source) > _MAX_SOURCE_CHARACTERS:

@@ -16,11 +16,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from octavo.v1 import common_pb2
+
 from service.errors import FieldViolation, OctavoError, Reason
 from service.settings import SettingsError
 
-_VERSION = b"\x01"
-_FIXED = struct.Struct("<QQ32s32sHH")  # arrival_ms, seed, digest, prompt hash, lengths of request id and tenant
+_VERSION = b"\x02"
+_FIXED = struct.Struct(
+    "<QQ32s32s32sHH"
+)  # arrival_ms, seed, digest, hashes of prompt and grammar, lengths of request id and tenant
 _MAC_BYTES = 32
 _KEY_BYTES = 32
 
@@ -29,7 +33,8 @@ _KEY_BYTES = 32
 class Ticket:
     """What a router must know again.
 
-    `prompt_hash` is SHA-256 over the prompt's int32 column: a ticket resumes its own request only.
+    `prompt_hash` is SHA-256 over the prompt's int32 column, `grammar_hash` over the grammar's message, zeros without one: a ticket
+    resumes its own request only, and its grammar needs no second look.
     """
 
     request_id: str
@@ -38,6 +43,7 @@ class Ticket:
     seed: int
     digest: bytes
     prompt_hash: bytes
+    grammar_hash: bytes = bytes(32)
 
 
 class TicketOffice:
@@ -51,7 +57,13 @@ class TicketOffice:
         """The ticket as opaque bytes."""
         request_id, tenant = ticket.request_id.encode(), ticket.tenant.encode()
         fixed = _FIXED.pack(
-            ticket.arrival_ms, ticket.seed, ticket.digest, ticket.prompt_hash, len(request_id), len(tenant)
+            ticket.arrival_ms,
+            ticket.seed,
+            ticket.digest,
+            ticket.prompt_hash,
+            ticket.grammar_hash,
+            len(request_id),
+            len(tenant),
         )
         body = _VERSION + fixed + request_id + tenant
         return body + hmac.digest(self._key, body, "sha256")
@@ -61,7 +73,7 @@ class TicketOffice:
         body, mac = data[:-_MAC_BYTES], data[-_MAC_BYTES:]
         if not hmac.compare_digest(mac, hmac.digest(self._key, body, "sha256")) or body[:1] != _VERSION:
             raise invalid("the ticket was not issued by this cluster")
-        arrival_ms, seed, digest, prompt_hash, id_length, tenant_length = _FIXED.unpack_from(body, 1)
+        arrival_ms, seed, digest, prompt_hash, grammar_hash, id_length, tenant_length = _FIXED.unpack_from(body, 1)
         names = body[1 + _FIXED.size :]
         ticket = Ticket(
             names[:id_length].decode(),
@@ -70,10 +82,16 @@ class TicketOffice:
             seed,
             digest,
             prompt_hash,
+            grammar_hash,
         )
         if ticket.tenant != tenant:
             raise invalid("the ticket belongs to another tenant")
         return ticket
+
+
+def grammar_hash(grammar: common_pb2.Grammar | None) -> bytes:
+    """Of a request's grammar, as tickets hold it."""
+    return bytes(32) if grammar is None else hashlib.sha256(grammar.SerializeToString(deterministic=True)).digest()
 
 
 def invalid(message: str) -> OctavoError:

@@ -7,6 +7,7 @@ What a grammar can't be held to is refused, never approximated: unknown JSON sch
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
@@ -49,13 +50,73 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 
 
 def _to_llguidance(grammar: Grammar) -> str:
+    held = _of_kind(grammar)
+    if not grammar.closing:
+        return json.dumps({"grammars": [held]})
+    # Anything up to the first closing mark, white space, and then what is held to the grammar.
+    thought = f"{_quoted(grammar.opening)} thought" if grammar.opening else "thought"
+    start = f"({thought} space)? @held" if grammar.opening else f"{thought} space @held"
+    lark = f"start: {start}\nspace: /\\s{{0,4}}/\nthought[lazy]: /(?s:.*)/ {_quoted(grammar.closing)}\n"
+    return json.dumps({"grammars": [{"lark_grammar": lark}, held | {"name": "held"}]})
+
+
+def _calls_in_lark(calls: dict[str, Any]) -> str:
+    """Text that is free ends where a call begins."""
+    rules, names = [], []
+    opening = calls["opening"]
+    mark = opening.strip()
+    for index, (name, schema) in enumerate(calls["functions"]):
+        names.append(f"call_{index}")
+        begins = f'{{"name": {json.dumps(name)}, {json.dumps(calls["arguments"])}: '
+        rules.append(f"call_{index}: {_quoted(begins)} arguments_{index} {_quoted('}' + calls['closing'])}")
+        rules.append(f"arguments_{index}: %json {_schema_of_arguments(name, schema)}")
+    rules.append("call: " + " | ".join(names))
+    further = f"{{0,{calls['most'] - 1}}}"
+    one = f"{_quoted(opening)} call" if opening else "call"
+    between = f"{_quoted(calls['separator'])} {one}" if calls["separator"] else one
+    several = f"{one} ({between}){further}" if calls["most"] > 1 else one
+    if not calls["free"]:
+        rules.append(f"start: {several}")
+    elif mark:
+        space = _quoted(opening[opening.index(mark) + len(mark) :])
+        rules.append(f"start: (head {space} call){{0,{calls['most']}}} TEXT")
+        rules.append(f"head[lazy]: TEXT {_quoted(mark)}")
+        rules.append("TEXT: /(?s:.*)/")
+    else:
+        rules.append(f"start: {several} | TEXT?")
+        rules.append(r"TEXT: /[^\s\{](?s:.*)/")
+    return "\n".join(rules) + "\n"
+
+
+def _schema_of_arguments(name: str, text: str) -> str:
+    try:
+        schema = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"function {name}: no JSON: {_short(error)}") from None
+    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+        raise GrammarError(f"function {name}: its parameters must be the schema of an object")
+    try:
+        _refuse_what_is_compiled_wrongly(schema)
+    except GrammarError as error:
+        raise GrammarError(f"function {name}: {error}") from None
+    guidance = {"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
+    return json.dumps(schema | {"type": "object", "x-guidance": guidance})
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _of_kind(grammar: Grammar) -> dict[str, Any]:
+    if grammar.kind == "calls":
+        return {"lark_grammar": _calls_in_lark(json.loads(grammar.text))}
     if grammar.kind == "regex":
-        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.text, 'd')}/")
+        return {"lark_grammar": f"start: /{regex_to_lark(grammar.text, 'd')}/"}
     if grammar.kind == "lark":
-        return LLMatcher.grammar_from_lark(grammar.text)
+        return {"lark_grammar": grammar.text}
     if grammar.kind == "choice":
         quoted = (json.dumps(value, ensure_ascii=False) for value in json.loads(grammar.text))
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(quoted))
+        return {"lark_grammar": "start: " + " | ".join(quoted)}
     try:
         schema = json.loads(grammar.text)
     except (ValueError, RecursionError) as error:
@@ -66,11 +127,13 @@ def _to_llguidance(grammar: Grammar) -> str:
         raise GrammarError("must be an object, or true" if schema is not False else "no output satisfies it")
     _refuse_what_is_compiled_wrongly(schema)
     # A schema may choose its own white space ("x-guidance"), but not that what can't be held to is left out.
-    return LLMatcher.grammar_from_json_schema(
+    compiled = LLMatcher.grammar_from_json_schema(
         json.dumps(schema),
         defaults={"whitespace_pattern": _WHITESPACE},
         overrides={"lenient": False, "coerce_one_of": False},
     )
+    (held,) = json.loads(compiled)["grammars"]
+    return dict(held)
 
 
 def _refuse_what_is_compiled_wrongly(schema: dict[str, object]) -> None:

@@ -68,16 +68,54 @@ ERROR_REASON_LOST: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 
 class Grammar(_message.Message):
-    __slots__ = ("json_schema", "regex", "lark", "choice")
+    __slots__ = ("json_schema", "regex", "lark", "choice", "calls", "after")
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     REGEX_FIELD_NUMBER: _ClassVar[int]
     LARK_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
     json_schema: str
     regex: str
     lark: str
     choice: Choices
-    def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ...) -> None: ...
+    calls: ToolCalls
+    after: Reasoning
+    def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ..., calls: _Optional[_Union[ToolCalls, _Mapping]] = ..., after: _Optional[_Union[Reasoning, _Mapping]] = ...) -> None: ...
+
+class Reasoning(_message.Message):
+    __slots__ = ("opening", "closing")
+    OPENING_FIELD_NUMBER: _ClassVar[int]
+    CLOSING_FIELD_NUMBER: _ClassVar[int]
+    opening: str
+    closing: str
+    def __init__(self, opening: _Optional[str] = ..., closing: _Optional[str] = ...) -> None: ...
+
+class ToolCalls(_message.Message):
+    __slots__ = ("functions", "opening", "closing", "separator", "arguments", "most", "free")
+    FUNCTIONS_FIELD_NUMBER: _ClassVar[int]
+    OPENING_FIELD_NUMBER: _ClassVar[int]
+    CLOSING_FIELD_NUMBER: _ClassVar[int]
+    SEPARATOR_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    functions: _containers.RepeatedCompositeFieldContainer[ToolFunction]
+    opening: str
+    closing: str
+    separator: str
+    arguments: str
+    most: int
+    free: bool
+    def __init__(self, functions: _Optional[_Iterable[_Union[ToolFunction, _Mapping]]] = ..., opening: _Optional[str] = ..., closing: _Optional[str] = ..., separator: _Optional[str] = ..., arguments: _Optional[str] = ..., most: _Optional[int] = ..., free: _Optional[bool] = ...) -> None: ...
+
+class ToolFunction(_message.Message):
+    __slots__ = ("name", "json_schema")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    json_schema: str
+    def __init__(self, name: _Optional[str] = ..., json_schema: _Optional[str] = ...) -> None: ...
 
 class Choices(_message.Message):
     __slots__ = ("values",)

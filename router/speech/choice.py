@@ -1,0 +1,110 @@
+"""What a conversation asks of the model's calls, as the manner to read its outputs in and the grammar that holds them to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from octavo.v1 import common_pb2, inference_pb2
+
+from router import chat as chats
+from router.speech.dialect import THINK, THOUGHT, Dialect, thought_after
+from router.speech.manner import PLAIN, CallStyle, Manner, Thought
+from service.errors import FieldViolation, OctavoError, Reason
+from service.grammar import MAX_CALLS, MAX_FUNCTIONS
+
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}\Z")
+_MOST_CALLS = 16
+_Choice = inference_pb2.ToolChoice
+
+
+def manner_of(chat: inference_pb2.Chat, dialect: Dialect, prompt: str) -> Manner:
+    """How the answer to `chat`, rendered as `prompt`, is to be read. Raises INVALID_ARGUMENT and UNSUPPORTED."""
+    thought = thought_after(prompt) if dialect.thinks and not chat.continue_final_message else Thought.NONE
+    mode = chat.tool_choice.mode
+    if mode not in _Choice.Mode.values():
+        raise _invalid("chat.tool_choice.mode", "is none that this server knows")
+    enforced = mode in (_Choice.MODE_REQUIRED, _Choice.MODE_NAMED)
+    if enforced and not chat.tools:
+        raise _invalid("chat.tool_choice", "needs tools")
+    if not chat.tools or mode == _Choice.MODE_NONE or (dialect.calls is None and not enforced):
+        return PLAIN if thought is Thought.NONE else Manner(thought=thought)
+    if dialect.calls is None:
+        description = "the model's chat template shows no calls in a form that this server knows"
+        raise OctavoError(
+            Reason.UNSUPPORTED,
+            f"chat.tool_choice: {description}",
+            violations=[FieldViolation("chat.tool_choice", description)],
+        )
+    functions = _functions(chat)
+    if mode == _Choice.MODE_NAMED and chat.tool_choice.name not in functions:
+        raise _invalid("chat.tool_choice.name", "must be the name of one of the tools")
+    exact = enforced or any(function.get("strict") is True for function in functions.values())
+    return Manner(dialect.calls, frozenset(functions), exact, thought)
+
+
+def grammar_of(
+    chat: inference_pb2.Chat, manner: Manner, given: common_pb2.Grammar | None
+) -> tuple[common_pb2.Grammar | None, str]:
+    """The grammar of the answer, and the field that asked for it. `given`: that of the request. Raises INVALID_ARGUMENT."""
+    grammar, path = None, ""
+    if manner.calls is not None and manner.exact:
+        if given is not None:
+            raise _invalid("grammar", "can't be combined with calls of tools that are held to their schemas")
+        grammar, path = common_pb2.Grammar(calls=_calls(chat, manner.calls)), "chat.tools"
+    elif given is not None:
+        grammar, path = common_pb2.Grammar(), "grammar"
+        grammar.CopyFrom(given)  # a part of a message keeps all of it in memory, the prompt's text too
+    if grammar is not None and manner.thought is not Thought.NONE and not grammar.HasField("after"):
+        grammar.after.closing = THOUGHT
+        grammar.after.opening = "" if manner.thought is Thought.OPEN else THINK
+    return grammar, path
+
+
+def _calls(chat: inference_pb2.Chat, style: CallStyle) -> common_pb2.ToolCalls:
+    choice, functions = chat.tool_choice, _functions(chat)
+    named = choice.mode == _Choice.MODE_NAMED
+    several = not named and (chat.parallel_tool_calls or not chat.HasField("parallel_tool_calls"))
+    calls = common_pb2.ToolCalls(
+        opening=style.opening,
+        closing=style.closing,
+        separator=style.separator,
+        arguments=style.arguments,
+        most=min(_MOST_CALLS, MAX_CALLS) if several else 1,
+        free=choice.mode == _Choice.MODE_UNSPECIFIED,
+    )
+    for name, function in functions.items():
+        if named and name != choice.name:
+            continue
+        held = not calls.free or function.get("strict") is True
+        schema = function.get("parameters") if held else None
+        calls.functions.add(name=name, json_schema="" if schema is None else json.dumps(schema, ensure_ascii=False))
+    return calls
+
+
+def _functions(chat: inference_pb2.Chat) -> dict[str, dict[str, Any]]:
+    """The functions of the tools by name. Raises INVALID_ARGUMENT."""
+    if len(chat.tools) > MAX_FUNCTIONS:
+        raise _invalid("chat.tools", f"must have at most {MAX_FUNCTIONS} entries, has {len(chat.tools)}")
+    functions: dict[str, dict[str, Any]] = {}
+    for index, tool in enumerate(chats.tools(chat)):
+        path = f"chat.tools[{index}]"
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, dict):
+            raise _invalid(path, 'must be {"type": "function", "function": {…}}')
+        name = function.get("name")
+        if not isinstance(name, str) or not _NAME.match(name):
+            raise _invalid(f"{path}.function.name", "must be 1 to 64 of a-z, A-Z, 0-9, _, . and -")
+        if name in functions:
+            raise _invalid(f"{path}.function.name", "must not be that of another one")
+        parameters = function.get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise _invalid(f"{path}.function.parameters", "must be a JSON schema")
+        functions[name] = function
+    return functions
+
+
+def _invalid(path: str, description: str) -> OctavoError:
+    violation = FieldViolation(path, description)
+    return OctavoError(Reason.INVALID_ARGUMENT, f"{path}: {description}", violations=[violation])
