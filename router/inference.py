@@ -144,15 +144,30 @@ class Inference:
             raise request.error
         return call.started()
 
+    async def told(self, call: Call) -> dict[int, str]:
+        """The text of each output as far as its client has it."""
+        outputs = [sequence.output for sequence in call.request.sequences]
+
+        def work() -> dict[int, str]:
+            return {output.index: output.told() for output in outputs}
+
+        return await self._pool.run_plain(4 * call.num_tokens, work)
+
     async def complete(
-        self, message: inference_pb2.GenerateRequest, tenant: str, deadline: float | None
+        self,
+        message: inference_pb2.GenerateRequest,
+        tenant: str,
+        deadline: float | None,
+        begun: Callable[[Prepared], None] | None = None,
     ) -> inference_pb2.CompleteResponse:
-        """Run a request and collect its outputs."""
+        """Run a request and collect its outputs. `begun` is told how it was prepared."""
         if message.resume_grace_ms:
             wrong = Violations()
             wrong.add("resume_grace_ms", "is for streams only")
             wrong.raise_if_any()
         async with self.running(message, tenant, deadline, bounded=False) as call:
+            if begun is not None:
+                begun(call.prepared)
             request = call.request
             while not request.done:
                 await call.stream.wait()

@@ -93,14 +93,7 @@ class Output:
 
     def replay(self, token_ids: Sequence[int], text_bytes: int) -> None:
         """Stand where a client stands that got these tokens and so much text. Before any append. Raises ReplayError."""
-        if self.append(token_ids) < len(token_ids):
-            raise ReplayError("tokens after the end of the output")
-        self._decode()
-        text = "".join(self._text).encode()
-        while self._held and len(text) < text_bytes:
-            # It seems to begin a stop string again, but the tokens that came after it showed that it does not.
-            self._release_oldest()
-            text = "".join(self._text).encode()
+        text = self._replayed(token_ids, text_bytes)
         if text_bytes > len(text):
             raise ReplayError(f"{text_bytes} bytes of text where the tokens give {len(text)}")
         try:
@@ -110,6 +103,22 @@ class Output:
         self._text = [rest] if rest else []
         self._sent = len(self.token_ids)
         self.text_bytes = text_bytes
+
+    def _replayed(self, token_ids: Sequence[int], text_bytes: int) -> bytes:
+        if self.append(token_ids) < len(token_ids):
+            raise ReplayError("tokens after the end of the output")
+        self._decode()
+        text = "".join(self._text).encode()
+        while self._held and len(text) < text_bytes:
+            # It seems to begin a stop string again, but the tokens that came after it showed that it does not.
+            self._release_oldest()
+            text = "".join(self._text).encode()
+        return text
+
+    def told(self) -> str:
+        """The text that was taken so far. Reads nothing that changes while nothing is taken."""
+        fresh = Output(self.index, self._rules, self._detokenizer.fresh())
+        return fresh._replayed(self.token_ids[: self._sent], self.text_bytes)[: self.text_bytes].decode()
 
     def rewound(self, token_ids: Sequence[int], num_tokens: int, text_bytes: int) -> Output:
         """This output as it was for a client that got so many tokens and so much text; the rest of `token_ids`, which this one has,

@@ -27,7 +27,7 @@ from router.http.stream import Streams, headers_of
 from router.http.tasks import together, while_connected
 from router.http.view import View
 from router.inference import Inference
-from router.prepare import TextPool
+from router.prepare import Prepared, TextPool
 from service.errors import OctavoError, Reason
 from service.keys import Authenticator, Caller, Role
 
@@ -146,7 +146,11 @@ class Gateway:
     async def _complete(self, ask: Ask, tenant: str) -> list[Any]:
         inference = self.inference
         deadline = None if ask.timeout is None else inference.hub.now() + ask.timeout
-        return await together(inference.complete(request, tenant, deadline) for request in ask.requests)
+
+        def prepared(one: Prepared) -> None:
+            ask.manner = one.manner
+
+        return await together(inference.complete(request, tenant, deadline, prepared) for request in ask.requests)
 
     async def _written(self, size: int, write: Callable[[], bytes]) -> bytes:
         """What `write` makes of messages of `size` bytes; in a thread if that takes long."""

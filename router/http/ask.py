@@ -10,6 +10,7 @@ from octavo.v1 import inference_pb2
 from router.http.body import Scope, header
 from router.http.errors import HttpError, Names, invalid
 from router.http.fields import Fields
+from router.speech.manner import PLAIN, Manner
 
 _MAX_TIMEOUT_MS = 86_400_000
 
@@ -59,7 +60,14 @@ class Ask:
     )  # of each prompt that is echoed with log-probabilities: its first token's text
     echo: bool = False
     keep_last: int | None = None  # tokens of each prompt; -1: as many as there is room for
+    include_reasoning: bool = True
+    manner: Manner = PLAIN  # how the outputs are to be read, once they are prepared
     prompt_only: bool = False  # no output is wanted, and one token made because nothing less can be
+
+    @property
+    def wants_named_call(self) -> bool:
+        """Whether the outputs are calls of the function that was named."""
+        return self.requests[0].chat.tool_choice.mode == inference_pb2.ToolChoice.MODE_NAMED
 
     def forget_prompts(self) -> None:
         """They are on their way, and may be megabytes; the answer takes its time."""

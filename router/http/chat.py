@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from octavo.v1 import inference_pb2
@@ -23,6 +24,9 @@ from router.http.jsontext import (
 )
 from router.http.messages import take_chat
 from router.http.sampling import take_request, take_sampling
+from router.http.told import Told
+from router.http.tools import take_tools
+from router.speech.manner import PLAIN
 from router.validate import MAX_LOGPROBS
 
 DONE = b"data: [DONE]\n\n"
@@ -34,13 +38,16 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
     fields = Fields(body)
     request = inference_pb2.GenerateRequest()
     stream, include_usage = take_streaming(fields)
-    take_chat(fields, request.chat)
+    take_tools(fields, request.chat, take_chat(fields, request.chat))
     take_sampling(fields, request.sampling)
     limit = _take_max_tokens(fields, request.sampling)
     _take_logprobs(fields, request.sampling)
     if stream and request.sampling.HasField("prompt_logprobs"):
         raise invalid("prompt_logprobs", "can't be combined with stream")
     keep_last = take_keep_last(fields)
+    if keep_last is not None and request.chat.tools:
+        raise invalid("truncate_prompt_tokens", "can't be combined with tools")
+    include_reasoning = fields.flag("include_reasoning")
     fields.refuse(("echo", "best_of"))
     grammar = take_grammar(fields, request.grammar)
     take_request(fields, request)
@@ -65,6 +72,7 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
         include_usage=include_usage,
         timeout=options.timeout,
         keep_last=keep_last,
+        include_reasoning=include_reasoning is not False,
     )
 
 
@@ -95,6 +103,10 @@ class ChatView:
     def __init__(self, ask: Ask) -> None:
         self._logprobs = ask.requests[0].sampling.HasField("logprobs")
         self._n = ask.n
+        self._ask = ask
+        self._named = ask.wants_named_call
+        self._request_id = ""
+        self._told: dict[int, Told] = {}  # by output, where its text is to be taken apart
         self._include_usage = ask.include_usage
         self._created = int(time.time())
         self._head = b""
@@ -105,13 +117,14 @@ class ChatView:
     def answer(self, answers: list[inference_pb2.CompleteResponse]) -> bytes:
         """The whole."""
         (answer,) = answers
+        self._request_id = answer.request_id
         outputs = answer.outputs
         choices = [
             {
                 "index": output.index,
-                "message": {"role": "assistant", "content": output.text, "refusal": None},
+                "message": {"role": "assistant", "refusal": None} | self._message(output),
                 "logprobs": chat_logprobs(output.logprobs) if self._logprobs else None,
-                "finish_reason": FINISH_REASONS[output.finish_reason],
+                "finish_reason": self._finish_reason(output),
                 "stop_reason": stop_reason(output),
             }
             for output in outputs
@@ -128,6 +141,7 @@ class ChatView:
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream: the role of each choice."""
         (one,) = started
+        self._request_id = one.request_id
         opening = dumps(self._opening(one.request_id, one.model, one.digest, "chat.completion.chunk"))
         self._head = f'data: {opening[:-1]},"choices":[{{"index":'.encode()
         role = b',"delta":{"role":"assistant","content":""' + self._plain_tail
@@ -135,6 +149,8 @@ class ChatView:
 
     def delta(self, prompt: int, delta: inference_pb2.Delta) -> bytes:
         """More text, as an event; nothing where there is none."""
+        if self._ask.manner is not PLAIN:
+            return self._taken_apart(delta)
         if self._logprobs:
             shown = dumps(chat_logprobs(delta.logprobs))
             text = f'{delta.index},"delta":{{"content":{quoted(delta.text)}}},"logprobs":{shown},"finish_reason":null}}'
@@ -147,11 +163,19 @@ class ChatView:
     def finished(self, prompt: int, finished: inference_pb2.Finished) -> bytes:
         """The end of a choice, as an event."""
         self._usages[finished.index] = finished.usage
+        last = "{}" if self._ask.manner is PLAIN else dumps(self._telling(finished.index).finish())
         text = (
-            f'{finished.index},"delta":{{}},"logprobs":null,"finish_reason":{quoted(FINISH_REASONS[finished.finish_reason])},'
+            f'{finished.index},"delta":{last},"logprobs":null,"finish_reason":{quoted(self._finish_reason(finished))},'
             f'"stop_reason":{dumps(stop_reason(finished))}}}'
         )
         return self._head + text.encode() + self._tail
+
+    def stand_at(self, texts: Mapping[int, str]) -> None:
+        """The client comes again, with so much of each output's text."""
+        self._told.clear()
+        if self._ask.manner is not PLAIN:
+            for index, text in texts.items():
+                self._telling(index).feed(text)
 
     def fail(self, problem: Problem) -> bytes:
         """The last event where it goes wrong: no [DONE] follows."""
@@ -164,6 +188,34 @@ class ChatView:
         total = dumps(usage(self._usages.values(), (self._usages[0],)))
         head = self._head[: self._head.rindex(b'{"index"')]
         return [b'%s],"usage":%s}\n\n' % (head, total.encode()), DONE]
+
+    def _telling(self, index: int) -> Told:
+        told = self._told.get(index)
+        if told is None:
+            ask = self._ask
+            told = Told(ask.manner, self._request_id, index, reasoning=ask.include_reasoning)
+            self._told[index] = told
+        return told
+
+    def _message(self, output: inference_pb2.Output) -> dict[str, Any]:
+        if self._ask.manner is PLAIN:
+            return {"content": output.text}
+        return self._telling(output.index).message(output.text)
+
+    def _taken_apart(self, delta: inference_pb2.Delta) -> bytes:
+        """All that the text tells in one event, so that a client has seen it or has not."""
+        told = self._telling(delta.index).feed(delta.text)
+        if not told and not self._logprobs:
+            return b""
+        shown = dumps(chat_logprobs(delta.logprobs)) if self._logprobs else "null"
+        text = f'{delta.index},"delta":{dumps(told)},"logprobs":{shown},"finish_reason":null}}'
+        return self._head + text.encode() + self._tail
+
+    def _finish_reason(self, ended: inference_pb2.Output | inference_pb2.Finished) -> str:
+        """As OpenAI has it: calls that were asked for by name are no reason."""
+        reason = FINISH_REASONS[ended.finish_reason]
+        told = self._told.get(ended.index)
+        return "tool_calls" if told is not None and told.called and reason == "stop" and not self._named else reason
 
     def _opening(self, request_id: str, model: str, digest: str, kind: str) -> dict[str, Any]:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavo.v1 import inference_pb2
@@ -222,6 +222,9 @@ class CompletionView:
         reason = quoted(FINISH_REASONS[finished.finish_reason])
         end = f'{reason},"stop_reason":{dumps(stop_reason(finished))}'
         return self._event(prompt * self._n + finished.index, "", end=end)
+
+    def stand_at(self, texts: Mapping[int, str]) -> None:
+        """Nothing here depends on it."""
 
     def fail(self, problem: Problem) -> bytes:
         """The last event where it goes wrong: no [DONE] follows."""

@@ -51,8 +51,8 @@ class Room:
         self._struct_bytes += _VALUE_BYTES
 
 
-def take_chat(fields: Fields, chat: inference_pb2.Chat) -> None:
-    """messages, and how the template is rendered."""
+def take_chat(fields: Fields, chat: inference_pb2.Chat) -> Room:
+    """messages, and how the template is rendered. Returns the room that is left."""
     messages = fields.take("messages")
     if not isinstance(messages, list):
         raise invalid(fields.path("messages"), "must be a list of messages")
@@ -64,6 +64,7 @@ def take_chat(fields: Fields, chat: inference_pb2.Chat) -> None:
     for index, message in enumerate(messages):
         take_message(Fields(message, f"{fields.path('messages')}[{index}]"), chat, room)
     take_template(fields, chat, room)
+    return room
 
 
 def take_template(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
@@ -103,7 +104,9 @@ def take_message(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
         _take_call(Fields(call, f"{fields.path('tool_calls')}[{index}]"), message, room)
     fields.only("annotations", [])
     fields.only("refusal", "")
-    fields.refuse(("audio", "function_call", "reasoning", "reasoning_content", "partial", "prefix"))
+    reasoning = fields.text("reasoning_content")
+    message.reasoning = fields.text("reasoning") or reasoning or ""
+    fields.refuse(("audio", "function_call", "partial", "prefix"))
     fields.finish()
 
 

@@ -12,6 +12,7 @@ from router.http.errors import HttpError, Names, invalid, problem_of
 from router.http.fields import Fields
 from router.http.jsontext import dumps, dumps_long
 from router.http.messages import take_chat
+from router.http.tools import take_tools
 from router.inference import Inference
 from service.errors import OctavoError, Reason
 
@@ -56,7 +57,7 @@ class TokenizeAsk:
         else:
             if "messages" not in body:
                 raise invalid("prompt", "one of prompt and messages must be set")
-            take_chat(fields, request.chat)
+            take_tools(fields, request.chat, take_chat(fields, request.chat))
         shown = bool(fields.flag("return_token_strs"))
         fields.finish()
         return cls(request, shown)

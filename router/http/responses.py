@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from octavo.v1 import common_pb2, inference_pb2
@@ -150,6 +151,9 @@ class ResponseView:
             self._event("response.output_item.done", output_index=0, item=whole["output"][0]),
             self._event(f"response.{whole['status']}", response=whole),
         ]
+
+    def stand_at(self, texts: Mapping[int, str]) -> None:
+        """Nothing here depends on it."""
 
     def fail(self, problem: Problem) -> bytes:
         """The last event where it goes wrong."""

@@ -18,6 +18,7 @@ from router.http.tasks import together
 from router.http.view import View
 from router.inference import Inference
 from router.parking import Call, Expired, Mark
+from router.speech.manner import PLAIN
 from service.errors import OctavoError, Reason
 
 _LAST_EVENT_ID = "last-event-id"
@@ -97,6 +98,7 @@ class Streams:
                 return call
 
             calls = await together(enter(request) for request in ask.requests)
+            ask.manner = calls[0].prepared.manner
             ask.forget_prompts()
             started = await together(inference.started(call) for call in calls)
             journal = None
@@ -127,6 +129,8 @@ class Streams:
         try:
             async with inference.resuming(request_id, tenant, stands) as call:
                 journal: Journal = call.view
+                if journal.ask.manner is not PLAIN:
+                    journal.view.stand_at(await inference.told(call))
                 stream = EventStream(scope, send, [call])
                 started = call.started()
                 await stream.start(headers_of(started))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from octavo.v1 import inference_pb2
@@ -26,6 +27,10 @@ class View(Protocol):
 
     def finished(self, prompt: int, finished: inference_pb2.Finished) -> bytes:
         """The end of an output, as an event."""
+        ...
+
+    def stand_at(self, texts: Mapping[int, str]) -> None:
+        """The client of a stream comes again, with so much of each output's text: the next deltas follow on it."""
         ...
 
     def fail(self, problem: Problem) -> bytes:

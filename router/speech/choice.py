@@ -28,14 +28,14 @@ def manner_of(chat: inference_pb2.Chat, dialect: Dialect, prompt: str) -> Manner
     enforced = mode in (_Choice.MODE_REQUIRED, _Choice.MODE_NAMED)
     if enforced and not chat.tools:
         raise _invalid("chat.tool_choice", "needs tools")
-    if not chat.tools or mode == _Choice.MODE_NONE or (dialect.calls is None and not enforced):
+    if not chat.tools or mode == _Choice.MODE_NONE or (dialect.calls is None and mode == _Choice.MODE_UNSPECIFIED):
         return PLAIN if thought is Thought.NONE else Manner(thought=thought)
     if dialect.calls is None:
         description = "the model's chat template shows no calls in a form that this server knows"
         raise OctavoError(
             Reason.UNSUPPORTED,
-            f"chat.tool_choice: {description}",
-            violations=[FieldViolation("chat.tool_choice", description)],
+            f"chat.tools: {description}",
+            violations=[FieldViolation("chat.tools", description)],
         )
     functions = _functions(chat)
     if mode == _Choice.MODE_NAMED and chat.tool_choice.name not in functions:
@@ -72,7 +72,7 @@ def _calls(chat: inference_pb2.Chat, style: CallStyle) -> common_pb2.ToolCalls:
         separator=style.separator,
         arguments=style.arguments,
         most=min(_MOST_CALLS, MAX_CALLS) if several else 1,
-        free=choice.mode == _Choice.MODE_UNSPECIFIED,
+        free=choice.mode not in (_Choice.MODE_REQUIRED, _Choice.MODE_NAMED),
     )
     for name, function in functions.items():
         if named and name != choice.name:

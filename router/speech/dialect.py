@@ -65,7 +65,9 @@ def find_dialect(template: ChatTemplate) -> Dialect:
         return Dialect(None, thinks)
     if found["opening"]:
         return Dialect(CallStyle(found["opening"], found["closing"], found["arguments"], "\n"), thinks)
-    return Dialect(CallStyle("", "", found["arguments"], "; "), thinks)
+    if found["arguments"] != "parameters":  # in a list, or after a mark that is not known
+        return Dialect(None, thinks)
+    return Dialect(CallStyle("", "", "parameters", "; "), thinks)
 
 
 def thought_after(prompt: str) -> Thought:

@@ -176,7 +176,6 @@ def test_choices_are_a_grammar_and_two_grammars_are_none() -> None:
     [
         ({"foo": 1}, "foo"),
         ({"foo": None}, "foo"),
-        ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": []}, "functions"),
         ({"store": True}, "store"),

@@ -258,9 +258,11 @@ class RouterUnderTest:
 
 
 @asynccontextmanager
-async def cluster(script: Script, **options: Any) -> AsyncIterator[tuple[FakeScheduler, RouterUnderTest]]:
-    """One scheduler with a script and one router attached to it."""
-    scheduler = FakeScheduler(script)
+async def cluster(
+    script: Script, files: dict[str, bytes] | None = None, **options: Any
+) -> AsyncIterator[tuple[FakeScheduler, RouterUnderTest]]:
+    """One scheduler with a script and one router attached to it. `files`: the model's."""
+    scheduler = FakeScheduler(script, files)
     await scheduler.start()
     try:
         async with RouterUnderTest([scheduler.address], **options) as router:

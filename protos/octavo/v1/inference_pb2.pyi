@@ -71,10 +71,12 @@ class ToolChoice(_message.Message):
         MODE_NONE: _ClassVar[ToolChoice.Mode]
         MODE_REQUIRED: _ClassVar[ToolChoice.Mode]
         MODE_NAMED: _ClassVar[ToolChoice.Mode]
+        MODE_AUTO: _ClassVar[ToolChoice.Mode]
     MODE_UNSPECIFIED: ToolChoice.Mode
     MODE_NONE: ToolChoice.Mode
     MODE_REQUIRED: ToolChoice.Mode
     MODE_NAMED: ToolChoice.Mode
+    MODE_AUTO: ToolChoice.Mode
     MODE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     mode: ToolChoice.Mode
