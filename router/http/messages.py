@@ -86,6 +86,7 @@ def take_message(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
     """One turn. A client may send back what it got, so what is null or empty in an answer is none of its fields."""
     message = chat.messages.add(role=fields.text("role") or "", name=fields.text("name") or "")
     message.tool_call_id = fields.text("tool_call_id") or ""
+    fields.take("provider_specific_fields")  # litellm keeps there what OpenAI's messages lack, and sends it back
     content = fields.take("content")
     if isinstance(content, str):
         room.take_parts(1, fields.path("content"))

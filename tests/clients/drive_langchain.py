@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from typing import Literal
 
 import openai
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 
 URL = sys.argv[1]
 COMMON = {"model": "mock", "base_url": URL, "api_key": "unused", "max_retries": 0}
 TURNS = [SystemMessage("be brief"), HumanMessage("hello"), AIMessage("yes?"), HumanMessage("go on")]
+
+
+@tool
+def weather(city: Literal["Rome", "Oslo"]) -> str:
+    """The weather there."""
+    return f"fine in {city}"
 
 
 def chat() -> None:
@@ -55,6 +63,22 @@ def completion() -> None:
     assert OpenAI(**COMMON, max_tokens=5).invoke("hello")
 
 
+def tools() -> None:
+    model = ChatOpenAI(**COMMON, temperature=0, max_completion_tokens=2_000)
+    for choice in ("required", "weather"):
+        bound = model.bind_tools([weather], tool_choice=choice)
+        answer = bound.invoke(TURNS)
+        assert answer.tool_calls and not answer.invalid_tool_calls
+        assert all(call["name"] == "weather" and call["args"]["city"] in ("Rome", "Oslo") for call in answer.tool_calls)
+        gathered = None
+        for chunk in bound.stream(TURNS):
+            gathered = chunk if gathered is None else gathered + chunk
+        assert [call["args"] for call in gathered.tool_calls] == [call["args"] for call in answer.tool_calls]
+    results = [ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"]) for call in answer.tool_calls]
+    brief = ChatOpenAI(**COMMON, max_completion_tokens=6).bind_tools([weather])
+    assert brief.invoke([*TURNS, answer, *results]).content
+
+
 def timeout() -> None:
     try:
         ChatOpenAI(**COMMON, timeout=0.5, max_completion_tokens=4_000, extra_body={"ignore_eos": True}).invoke(TURNS)
@@ -79,6 +103,6 @@ def retry_on_429() -> None:
     asyncio.run(main())
 
 
-for check in (chat, stream, n, logprobs, stop, seed, completion, timeout, cancel_by_closing, retry_on_429):
+for check in (chat, stream, n, logprobs, stop, seed, completion, tools, timeout, cancel_by_closing, retry_on_429):
     check()
     print(check.__name__, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 
@@ -13,6 +14,8 @@ import litellm
 URL = sys.argv[1]
 COMMON = {"model": "openai/mock", "api_base": URL, "api_key": "unused", "num_retries": 0, "max_retries": 0}
 HELLO = [{"role": "user", "content": "hello"}]
+CITY = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY | {"additionalProperties": False}}}
 litellm.suppress_debug_info = True
 litellm.telemetry = False
 
@@ -66,6 +69,21 @@ def errors() -> None:
         raise AssertionError("nothing was refused")
 
 
+def tools() -> None:
+    same = {**COMMON, "messages": HELLO, "tools": [WEATHER], "temperature": 0, "max_tokens": 2_000}
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        message = litellm.completion(**same, tool_choice=choice).choices[0].message
+        whole = [call.function.arguments for call in message.tool_calls]
+        assert all(json.loads(arguments)["city"] in ("Rome", "Oslo") for arguments in whole)
+        chunks = list(litellm.completion(**same, tool_choice=choice, stream=True))
+        gathered = litellm.stream_chunk_builder(chunks).choices[0].message.tool_calls
+        assert [call.function.arguments for call in gathered] == whole
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "fine"} for call in message.tool_calls]
+    turns = [*HELLO, message.model_dump(), *results]
+    after = litellm.completion(**COMMON, messages=turns, tools=[WEATHER], max_tokens=6)
+    assert after.choices[0].message.content
+
+
 def timeout() -> None:
     try:
         litellm.completion(**COMMON, messages=HELLO, max_tokens=4_000, timeout=0.5, extra_body={"ignore_eos": True})
@@ -99,6 +117,19 @@ def retry_on_429() -> None:
     asyncio.run(main())
 
 
-for check in (chat, stream, n, logprobs, stop, seed, completion, errors, timeout, cancel_by_closing, retry_on_429):
+for check in (
+    chat,
+    stream,
+    n,
+    logprobs,
+    stop,
+    seed,
+    completion,
+    errors,
+    tools,
+    timeout,
+    cancel_by_closing,
+    retry_on_429,
+):
     check()
     print(check.__name__, flush=True)

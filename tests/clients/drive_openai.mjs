@@ -6,6 +6,18 @@ const baseURL = process.argv[2];
 const model = "mock";
 const messages = [{ role: "user", content: "hello" }];
 const client = new OpenAI({ baseURL, apiKey: "unused", maxRetries: 0 });
+const weather = {
+  type: "function",
+  function: {
+    name: "weather",
+    parameters: {
+      type: "object",
+      properties: { city: { enum: ["Rome", "Oslo"] } },
+      required: ["city"],
+      additionalProperties: false,
+    },
+  },
+};
 const create = (fields, options) => client.chat.completions.create({ model, messages, ...fields }, options);
 
 async function textOf(stream) {
@@ -69,6 +81,22 @@ const checks = {
   async errors() {
     await assert.rejects(create({ top_p: 7 }), (error) => error instanceof OpenAI.BadRequestError && error.param === "top_p");
     await assert.rejects(create({ model: "other" }), OpenAI.NotFoundError);
+  },
+  async tools() {
+    const same = { tools: [weather], tool_choice: "required", temperature: 0, max_tokens: 2000 };
+    const { message, finish_reason } = (await create({ ...same, parallel_tool_calls: false })).choices[0];
+    assert.equal(finish_reason, "tool_calls");
+    assert.equal(message.tool_calls.length, 1);
+    assert.ok(["Rome", "Oslo"].includes(JSON.parse(message.tool_calls[0].function.arguments).city));
+    const whole = (await create(same)).choices[0].message.tool_calls.map((call) => call.function);
+    const gathered = await client.chat.completions.stream({ model, messages, ...same }).finalMessage();
+    assert.deepEqual(gathered.tool_calls.map(({ function: { name, arguments: text } }) => ({ name, arguments: text })), whole);
+    const named = await create({ ...same, tool_choice: { type: "function", function: { name: "weather" } } });
+    assert.equal(named.choices[0].finish_reason, "stop");
+    assert.equal(named.choices[0].message.tool_calls[0].function.name, "weather");
+    const result = { role: "tool", tool_call_id: message.tool_calls[0].id, content: "fine" };
+    const after = await create({ messages: [...messages, message, result], tools: [weather], max_tokens: 6 });
+    assert.ok(after.choices[0].message.content);
   },
   async timeout() {
     await assert.rejects(create({ max_tokens: 4000, ignore_eos: true }, { timeout: 500 }), OpenAI.APIConnectionTimeoutError);

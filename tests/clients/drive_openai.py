@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 
@@ -11,6 +12,20 @@ import openai
 URL = sys.argv[1]
 MODEL = "mock"
 HELLO = [{"role": "user", "content": "hello"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+NOW = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "additionalProperties": False}}}
+ASKED = {"model": MODEL, "messages": HELLO, "tools": [WEATHER, NOW], "max_tokens": 2_000, "temperature": 0}
 client = openai.OpenAI(base_url=URL, api_key="unused", max_retries=0)
 
 
@@ -100,7 +115,8 @@ def errors() -> None:
         ({"top_p": 7}, openai.BadRequestError, "top_p"),
         ({"model": "other"}, openai.NotFoundError, "model"),
         ({"extra_body": {"foo": 1}}, openai.BadRequestError, "foo"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
+        ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, openai.BadRequestError, "functions"),
     ):
         try:
             client.chat.completions.create(**{"model": MODEL, "messages": HELLO} | fields)
@@ -108,6 +124,46 @@ def errors() -> None:
             assert error.param == param, error
         else:
             raise AssertionError(f"{fields} was not refused")
+
+
+def fits(name: str, arguments: str) -> None:
+    given = json.loads(arguments)
+    assert (name, given) == ("now", {}) or (name == "weather" and given["city"] in ("Rome", "Oslo")), (name, arguments)
+
+
+def tools() -> None:
+    """Required and named calls, whole and streamed; their results sent back."""
+    one = client.chat.completions.create(**ASKED, tool_choice="required", parallel_tool_calls=False).choices[0]
+    assert one.finish_reason == "tool_calls" and one.message.content is None
+    (call,) = one.message.tool_calls
+    fits(call.function.name, call.function.arguments)
+    named = {"type": "function", "function": {"name": "weather"}}
+    choice = client.chat.completions.create(**ASKED, tool_choice=named).choices[0]
+    assert choice.finish_reason == "stop" and [c.function.name for c in choice.message.tool_calls] == ["weather"]
+    result = {"role": "tool", "tool_call_id": call.id, "content": "fine"}
+    turns = [*HELLO, one.message, result]
+    after = client.chat.completions.create(model=MODEL, messages=turns, tools=[WEATHER, NOW], max_tokens=6)
+    assert after.choices[0].message.content
+
+
+def parallel_tools() -> None:
+    many = client.chat.completions.create(**ASKED, tool_choice="required").choices[0]
+    whole = [(call.function.name, call.function.arguments) for call in many.message.tool_calls]
+    assert len({call.id for call in many.message.tool_calls}) == len(whole)
+    for name, arguments in whole:
+        fits(name, arguments)
+    calls: dict[int, list[str]] = {}
+    reason = None
+    for chunk in client.chat.completions.create(**ASKED, tool_choice="required", stream=True):
+        reason = chunk.choices[0].finish_reason or reason
+        for piece in chunk.choices[0].delta.tool_calls or ():
+            if piece.id:
+                calls[piece.index] = [piece.function.name, ""]
+            calls[piece.index][1] += piece.function.arguments or ""
+    assert [tuple(calls[index]) for index in range(len(calls))] == whole and reason == "tool_calls"
+    with client.chat.completions.stream(**ASKED, tool_choice="required") as events:
+        gathered = events.get_final_completion().choices[0].message.tool_calls
+    assert [(call.function.name, call.function.arguments) for call in gathered] == whole
 
 
 def timeout() -> None:
@@ -148,7 +204,8 @@ def retry_on_429() -> None:
 
 
 for check in (
-    chat, stream, n, logprobs, stop, seed, completions, responses, models, errors, timeout, cancel_by_closing, retry_on_429,
+    chat, stream, n, logprobs, stop, seed, completions, responses, models, errors, tools, parallel_tools,
+    timeout, cancel_by_closing, retry_on_429,
 ):  # fmt: skip
     check()
     print(check.__name__, flush=True)

@@ -20,7 +20,7 @@ from tests.clients.environments import environment
 pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("clients")]
 
 HERE = Path(__file__).parent
-CHECKS = ("chat", "stream", "n", "logprobs", "stop", "seed", "timeout", "cancel_by_closing", "retry_on_429")
+CHECKS = ("chat", "stream", "n", "logprobs", "stop", "seed", "tools", "timeout", "cancel_by_closing", "retry_on_429")
 PROGRAMS = {
     "openai": ("bin/python", "drive_openai.py"),
     "langchain": ("bin/python", "drive_langchain.py"),

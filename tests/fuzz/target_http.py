@@ -30,8 +30,10 @@ from tests.fuzz.peers import VOCAB
 from tests.fuzz.target_requests import World
 
 _SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
+_TOOL = {"type": "function", "function": {"name": "f", "parameters": _SCHEMA}}
+_NAMED = {"type": "function", "function": {"name": "f"}}
 _WORDS: tuple[Any, ...] = (
-    "text", "json_object", "function", "user", "assistant", "tool", "required", "auto", [1, 2, 3], [[1], "x"], {"5": 1.0}, "good",
+    "text", "json_object", "function", "user", "assistant", "tool", "required", "auto", "none", _TOOL, _NAMED, [1, 2, 3], [[1], "x"], {"5": 1.0}, "good",
     {"type": "json_schema", "json_schema": {"name": "n", "schema": _SCHEMA}}, ["a", "b"], 20, 21, 64, 65, 32_000, VOCAB, VOCAB - 1,
 )  # fmt: skip
 
@@ -128,6 +130,13 @@ class _World(World):
                 "logprobs": True,
                 "top_logprobs": 2,
             }
+            if random.random() < 0.4:
+                common.pop("response_format", None)
+                choice = random.choice(("none", "auto", "required", _NAMED))
+                common |= {"tools": [_TOOL], "tool_choice": choice, "parallel_tool_calls": random.random() < 0.5}
+                common |= {"include_reasoning": random.random() < 0.5}
+                turns += [{"role": "tool", "content": "4", "tool_call_id": "1"}]
+                turns += [{"role": "assistant", "content": "so", "reasoning_content": "hm"}]
             return common | more, "chat"
         if kind < 7:
             prompt = random.choice(("hello", [5, 6], ["hello", [7, 8]], ["a", "b"]))

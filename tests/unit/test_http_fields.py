@@ -93,6 +93,7 @@ def test_a_conversation_in_all_its_shapes() -> None:
                 "role": "assistant",
                 "content": None,
                 "tool_calls": [call],
+                "provider_specific_fields": {"refusal": None, "reasoning": None},
                 "refusal": None,
                 "audio": None,
                 "annotations": [],
