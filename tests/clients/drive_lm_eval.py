@@ -1,7 +1,7 @@
 """lm-evaluation-harness: `python drive_lm_eval.py BASE_URL MODEL_DIR RESULTS`, run in its own environment beside the tasks.
 
 It scores both tasks by its model `local-completions`, which sends token ids and reads the log-probabilities of the echo, and writes
-what it found as JSON: the metrics, and of each document the texts of its requests with the log-likelihoods that it took from the answers.
+what it found as JSON: the metrics, and of each document its requests' texts with the log-likelihoods it took from the answers.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class Reference:
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
 
     def pair(self, context: str, continuation: str) -> tuple[float, bool]:
-        """As lm-eval defines it: of the tokens of both as one text, those beyond as many as the context alone has are the continuation,
-        even where a token spans the boundary. Spaces at the end of the context belong to the continuation.
+        """As lm-eval defines it: of the tokens of both as one text, those beyond as many as the context alone has are the
+        continuation, even where a token spans the boundary. Spaces at the end of the context belong to the continuation.
         """
         spaces = len(context) - len(context.rstrip())
         if spaces:
