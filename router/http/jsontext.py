@@ -97,13 +97,21 @@ def completion_logprobs(
         tokens.append(token.text)
         # The first token of a prompt has no probability: nothing stands before it.
         values.append(token.logprob if token.rank else None)
-        tops.append({top.text: top.logprob for top in reversed((token, *entry.top))} if token.rank else None)
+        tops.append(_by_text(token, *entry.top) if token.rank else None)
         offsets.append(first_offset + offset)
         if text.startswith(
             token.text, offset
         ):  # special tokens have no text there, and pieces of a character none of their own
             offset += len(token.text)
     return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+
+def _by_text(*tokens: inference_pb2.TokenLogprob) -> dict[str, float]:
+    """The likeliest of those with the same text, as pieces of characters have: the best must not hide behind the chosen one."""
+    found: dict[str, float] = {}
+    for one in sorted(tokens, key=lambda token: token.logprob):
+        found[one.text] = one.logprob
+    return found
 
 
 def prompt_logprobs(entries: Iterable[inference_pb2.TokenLogprobs]) -> list[dict[str, Any] | None]:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("openai", "langchain", "litellm", "node")
+NAMES = ("openai", "langchain", "litellm", "lm_eval", "node")
 
 
 def cache() -> Path:
