@@ -10,13 +10,12 @@ from worker.backends.mock import EOS_TOKEN_ID
 
 BOS_TOKEN_ID = 256
 
-# Tools and calls as Hermes and Qwen write them.
 _TEMPLATE = (
-    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] or '' }}"
-    "{% for call in message['tool_calls'] or [] %}"
-    '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}\n{% endfor %}"
+    "{% if tools %}tools:{% for tool in tools %} {{ tool | tojson }}{% endfor %}{{ '\n' }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}"  # in the form of Hermes and Qwen
+    '{{ \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}{{ call.function.arguments | tojson }}'
+    "{{ '}\n</tool_call>' }}{% endfor %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
