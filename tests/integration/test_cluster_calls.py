@@ -1,0 +1,74 @@
+"""Calls of tools through all services on the mock model, whose tokens are random: whatever comes out is calls with right arguments."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import grpc
+import jsonschema
+import pytest
+from octavo.v1 import common_pb2, inference_pb2
+from octavo.v1.inference_pb2_grpc import InferenceServiceStub
+
+from deploy.cluster import LocalCluster
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+CLOCK = {
+    "type": "object",
+    "properties": {"utc": {"type": "boolean"}},
+    "required": ["utc"],
+    "additionalProperties": False,
+}
+SCHEMAS = {"weather": CITY, "clock": CLOCK}
+STOP = common_pb2.FINISH_REASON_STOP
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[InferenceServiceStub]:
+    lease = {"lease-ms": 5000}
+    worker = {**lease, "max-model-len": 2048, "num-blocks": 600, "max-rows": 8, "mock-vocab-size": 700}
+    flags = {"scheduler": lease, "router": lease, "worker": worker}
+    with (
+        LocalCluster(redis=False, flags=flags, timeout=120) as cluster,
+        grpc.insecure_channel(cluster.routers[0]) as channel,
+    ):
+        yield InferenceServiceStub(channel)
+
+
+def test_required_calls_come_out_right(stub: InferenceServiceStub) -> None:
+    calls = common_pb2.ToolCalls(
+        opening="<tool_call>\n", closing="\n</tool_call>", separator="\n", arguments="arguments", most=3
+    )
+    for name, schema in SCHEMAS.items():
+        calls.functions.add(name=name, json_schema=json.dumps(schema))
+    request = inference_pb2.GenerateRequest(
+        text="x", sampling={"max_tokens": 1500, "seed": 3, "n": 4}, grammar=common_pb2.Grammar(calls=calls)
+    )
+    answer = stub.Complete(inference_pb2.CompleteRequest(request=request), timeout=120)
+    assert len(answer.outputs) == 4
+    for output in answer.outputs:
+        assert output.finish_reason == STOP
+        one = r"<tool_call>\n(.*?)\n</tool_call>"
+        assert re.fullmatch(rf"(?s){one}(\n{one}){{0,2}}", output.text), output.text
+        for text in re.findall(f"(?s){one}", output.text):
+            call = json.loads(text)
+            assert list(call) == ["name", "arguments"]
+            jsonschema.validate(call["arguments"], SCHEMAS[call["name"]])
+
+
+def test_a_model_that_shows_no_calls_says_so(stub: InferenceServiceStub) -> None:
+    chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user")])
+    chat.tools.add().update({"type": "function", "function": {"name": "clock", "parameters": CLOCK}})
+    chat.tool_choice.mode = inference_pb2.ToolChoice.MODE_REQUIRED
+    request = inference_pb2.GenerateRequest(chat=chat, sampling={"max_tokens": 4})
+    with pytest.raises(grpc.RpcError, match="shows no calls"):
+        stub.Complete(inference_pb2.CompleteRequest(request=request), timeout=60)
+    request.chat.ClearField("tool_choice")
+    assert len(stub.Complete(inference_pb2.CompleteRequest(request=request), timeout=60).outputs) == 1
