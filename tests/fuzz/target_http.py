@@ -33,7 +33,8 @@ _SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
 _TOOL = {"type": "function", "function": {"name": "f", "parameters": _SCHEMA}}
 _NAMED = {"type": "function", "function": {"name": "f"}}
 _WORDS: tuple[Any, ...] = (
-    "text", "json_object", "function", "user", "assistant", "tool", "required", "auto", "none", _TOOL, _NAMED, [1, 2, 3], [[1], "x"], {"5": 1.0}, "good",
+    "text", "json_object", "function", "user", "assistant", "tool", "required", "auto",
+    "none", _TOOL, _NAMED, [1, 2, 3], [[1], "x"], {"5": 1.0}, "good",
     {"type": "json_schema", "json_schema": {"name": "n", "schema": _SCHEMA}}, ["a", "b"], 20, 21, 64, 65, 32_000, VOCAB, VOCAB - 1,
 )  # fmt: skip
 
