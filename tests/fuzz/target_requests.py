@@ -50,7 +50,7 @@ class _Assets:
 class _Grammars:
     """Compiling is another target's business."""
 
-    async def check(self, grammar: Any, model: Any, assets: Any, tenant: str) -> None:
+    async def check(self, grammar: Any, model: Any, assets: Any, tenant: str, asked_by: str = "") -> None:
         return
 
 

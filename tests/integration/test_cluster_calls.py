@@ -63,12 +63,15 @@ def test_required_calls_come_out_right(stub: InferenceServiceStub) -> None:
             jsonschema.validate(call["arguments"], SCHEMAS[call["name"]])
 
 
-def test_a_model_that_shows_no_calls_says_so(stub: InferenceServiceStub) -> None:
+def test_a_conversation_that_requires_a_call_gets_one(stub: InferenceServiceStub) -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user")])
     chat.tools.add().update({"type": "function", "function": {"name": "clock", "parameters": CLOCK}})
-    chat.tool_choice.mode = inference_pb2.ToolChoice.MODE_REQUIRED
-    request = inference_pb2.GenerateRequest(chat=chat, sampling={"max_tokens": 4})
-    with pytest.raises(grpc.RpcError, match="shows no calls"):
-        stub.Complete(inference_pb2.CompleteRequest(request=request), timeout=60)
-    request.chat.ClearField("tool_choice")
-    assert len(stub.Complete(inference_pb2.CompleteRequest(request=request), timeout=60).outputs) == 1
+    chat.tool_choice.mode = inference_pb2.ToolChoice.MODE_NAMED
+    chat.tool_choice.name = "clock"
+    request = inference_pb2.GenerateRequest(chat=chat, sampling={"max_tokens": 1500, "seed": 4})
+    (output,) = stub.Complete(inference_pb2.CompleteRequest(request=request), timeout=60).outputs
+    found = re.fullmatch(r"(?s)<tool_call>\n(.*)\n</tool_call>", output.text)
+    assert found is not None and output.finish_reason == STOP
+    call = json.loads(found[1])
+    jsonschema.validate(call["arguments"], CLOCK)
+    assert call["name"] == "clock"

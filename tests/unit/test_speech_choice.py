@@ -138,7 +138,8 @@ def test_what_looks_for_no_calls() -> None:
 @pytest.mark.parametrize(
     ("asked", "dialect", "reason", "field"),
     [
-        (chat(WEATHER, mode=REQUIRED), Dialect(), Reason.UNSUPPORTED, "chat.tool_choice"),
+        (chat(WEATHER, mode=REQUIRED), Dialect(), Reason.UNSUPPORTED, "chat.tools"),
+        (chat(WEATHER, mode=pb.ToolChoice.MODE_AUTO), Dialect(), Reason.UNSUPPORTED, "chat.tools"),
         (chat(mode=REQUIRED), TAGGED, Reason.INVALID_ARGUMENT, "chat.tool_choice"),
         (chat(WEATHER, mode=NAMED, name="clock"), TAGGED, Reason.INVALID_ARGUMENT, "chat.tool_choice.name"),
         (chat(WEATHER, mode=9), TAGGED, Reason.INVALID_ARGUMENT, "chat.tool_choice.mode"),
