@@ -49,8 +49,42 @@ def _tokenizer() -> LLTokenizer:
 
 
 def _message(random: Random) -> tuple[common_pb2.Grammar, bool]:
-    """A grammar, and whether it was mutated from a valid one."""
-    kind = random.choice(("json_schema", "json_schema", "regex", "lark", "choice"))
+    """A grammar, and whether it was mutated from a valid one. A third of them hold after reasoning."""
+    message, mutated = _of_a_kind(random)
+    if random.random() < 0.3:
+        message.after.closing = random.choice(("</think>", "</think>", "a", "", values.text(random)))
+        message.after.opening = random.choice(("", "<think>", values.text(random)))
+    return message, mutated
+
+
+def _calls(random: Random) -> common_pb2.ToolCalls:
+    """Calls in the two forms of models, and in forms that nobody has."""
+    tagged = random.random() < 0.6
+    calls = common_pb2.ToolCalls(
+        opening="<tool_call>\n" if tagged else "",
+        closing="\n</tool_call>" if tagged else "",
+        separator="\n" if tagged else "; ",
+        arguments="arguments" if tagged else "parameters",
+        most=random.choice((1, 2, 16, 64)),
+        free=random.random() < 0.5,
+    )
+    for index in range(random.randint(1, 3)):
+        schema = {"type": "object", "properties": {"a": made(random.randrange(1 << 20))}}
+        data = documents.mutated_json(random, schema, _WORDS) if random.random() < 0.5 else json.dumps(schema).encode()
+        text = random.choice(("", data.decode(errors="replace")))
+        calls.functions.add(name=f"f{index}" if random.random() < 0.9 else values.text(random), json_schema=text)
+    if random.random() < 0.3:
+        name = random.choice(("opening", "closing", "separator", "arguments"))
+        setattr(calls, name, values.text(random))
+    if random.random() < 0.1:
+        calls.most = random.choice((0, 65, 2**32 - 1))
+    return calls
+
+
+def _of_a_kind(random: Random) -> tuple[common_pb2.Grammar, bool]:
+    kind = random.choice(("json_schema", "json_schema", "regex", "lark", "choice", "calls"))
+    if kind == "calls":
+        return common_pb2.Grammar(calls=_calls(random)), True
     if kind == "json_schema":
         schema = made(random.randrange(1 << 20))
         data = documents.mutated_json(random, schema, _WORDS) if random.random() < 0.8 else json.dumps(schema).encode()
