@@ -54,22 +54,23 @@ class ModelAssets:
         """Parse and unroll everything; a tenth of a second or so for a large vocabulary. Raises AssetError."""
         if "tokenizer.json" not in files:
             raise AssetError("tokenizer.json is missing")
+        config, tokenizer_config, generation = (
+            _json(files, name) for name in ("config.json", "tokenizer_config.json", "generation_config.json")
+        )
+        template, tool_template, problem = _templates(files, tokenizer_config)
+        shown = tool_template or template
+        dialect = Dialect() if shown is None else find_dialect(shown)
         try:
             tokenizer = _tokenizer(files["tokenizer.json"])
             plain = _tokenizer(files["tokenizer.json"])
             plain.encode_special_tokens = True
-            table = build_table(tokenizer)
+            table = build_table(tokenizer, dialect.marks)
         except UnsupportedDecoder as error:
             raise AssetError(str(error)) from None
         except BaseException as error:
             if not is_tokenizer_error(error):
                 raise
             raise AssetError(f"tokenizer.json: {error}") from None
-        config, tokenizer_config, generation = (
-            _json(files, name) for name in ("config.json", "tokenizer_config.json", "generation_config.json")
-        )
-        template, tool_template, problem = _templates(files, tokenizer_config)
-        shown = tool_template or template
         return cls(
             files=files,
             tokenizer=tokenizer,
@@ -78,7 +79,7 @@ class ModelAssets:
             template=template,
             tool_template=tool_template,
             template_problem=problem,
-            dialect=Dialect() if shown is None else find_dialect(shown),
+            dialect=dialect,
             eos_token_ids=eos_token_ids(config, generation, tokenizer_config, tokenizer.token_to_id),
             generation_config=generation,
             normalizes=json.loads(files["tokenizer.json"]).get("normalizer") is not None,

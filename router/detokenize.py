@@ -19,6 +19,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,15 +66,17 @@ class TokenTable(Protocol):
         ...
 
 
-def build_table(tokenizer: Tokenizer) -> TokenTable:
-    """Unroll a tokenizer's decoder. About a microsecond for each token of the vocabulary. Raises UnsupportedDecoder."""
+def build_table(tokenizer: Tokenizer, shown: AbstractSet[str] = frozenset()) -> TokenTable:
+    """Unroll a tokenizer's decoder. About a microsecond for each token of the vocabulary. `shown`: tokens that are never left
+    out, special ones too. Raises UnsupportedDecoder.
+    """
     num_ids = _num_ids(tokenizer)  # before anything that walks over all of them
     if num_ids > _MAX_IDS:
         raise UnsupportedDecoder(f"tokenizer.json: a token has the id {num_ids - 1}; {_MAX_IDS} ids may be")
     spec = json.loads(tokenizer.to_str())
     steps = _decoder_steps(spec.get("decoder"))
     tokens = [tokenizer.id_to_token(i) for i in range(num_ids)]
-    special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+    special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special} - shown
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         return ByteLevelTable(tokens, special)

@@ -144,12 +144,12 @@ class Inference:
             raise request.error
         return call.started()
 
-    async def told(self, call: Call) -> dict[int, str]:
-        """The text of each output as far as its client has it."""
-        outputs = [sequence.output for sequence in call.request.sequences]
+    async def told(self, call: Call) -> dict[int, tuple[str, bool]]:
+        """By output, the text that its client has, and whether it knows of its end."""
+        sequences = call.request.sequences
 
-        def work() -> dict[int, str]:
-            return {output.index: output.told() for output in outputs}
+        def work() -> dict[int, tuple[str, bool]]:
+            return {one.output.index: (one.output.told(), one.finished_sent) for one in sequences}
 
         return await self._pool.run_plain(4 * call.num_tokens, work)
 

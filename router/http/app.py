@@ -109,9 +109,12 @@ class Gateway:
         if await self._resumed(scope, receive, send, caller):
             return
         options = Options.read(scope)
-        ask, view = await self._bodies.read(
-            scope, receive, lambda body: (read_responses(body, options), ResponseView(body))
-        )
+
+        def read(body: dict[str, Any]) -> tuple[Ask, ResponseView]:
+            ask = read_responses(body, options)
+            return ask, ResponseView(ask, body)
+
+        ask, view = await self._bodies.read(scope, receive, read)
         await self._answer(ask, view, caller, scope, receive, send)
 
     async def _resumed(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> bool:

@@ -170,12 +170,11 @@ class ChatView:
         )
         return self._head + text.encode() + self._tail
 
-    def stand_at(self, texts: Mapping[int, str]) -> None:
+    def stand_at(self, told: Mapping[int, tuple[str, bool]]) -> None:
         """The client comes again, with so much of each output's text."""
         self._told.clear()
-        if self._ask.manner is not PLAIN:
-            for index, text in texts.items():
-                self._telling(index).feed(text)
+        for index, (text, _) in told.items():
+            self._telling(index).feed(text)
 
     def fail(self, problem: Problem) -> bytes:
         """The last event where it goes wrong: no [DONE] follows."""

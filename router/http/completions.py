@@ -223,7 +223,7 @@ class CompletionView:
         end = f'{reason},"stop_reason":{dumps(stop_reason(finished))}'
         return self._event(prompt * self._n + finished.index, "", end=end)
 
-    def stand_at(self, texts: Mapping[int, str]) -> None:
+    def stand_at(self, told: Mapping[int, tuple[str, bool]]) -> None:
         """Nothing here depends on it."""
 
     def fail(self, problem: Problem) -> bytes:

@@ -15,6 +15,8 @@ from router.http.grammar import take_grammar
 from router.http.jsontext import dumps, dumps_long
 from router.http.messages import Room, take_message, take_template
 from router.http.sampling import take_request, take_sampling
+from router.http.told import Told
+from router.speech.manner import PLAIN
 from router.validate import MAX_MESSAGES
 
 _LENGTH = common_pb2.FINISH_REASON_LENGTH
@@ -93,9 +95,12 @@ def _take_input(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
 
 
 class ResponseView:
-    """How a response is shown."""
+    """How a response is shown: what the model answers, without what it thinks."""
 
-    def __init__(self, body: dict[str, Any]) -> None:
+    def __init__(self, ask: Ask, body: dict[str, Any]) -> None:
+        self._ask = ask
+        self._told: Told | None = None
+        self._done_is_due = False
         self._echoed = {name: body.get(name) for name in _ECHOED}
         self._created = int(time.time())
         self._number = 0
@@ -110,7 +115,9 @@ class ResponseView:
         (answer,) = answers
         (output,) = answer.outputs
         self._begin(answer.request_id, answer.model)
-        return dumps_long(self._whole(output.text, output.finish_reason, output.usage)).encode()
+        told = self._telling()
+        text = output.text if told is None else told.message(output.text)["content"] or ""
+        return dumps_long(self._whole(text, output.finish_reason, output.usage)).encode()
 
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream."""
@@ -126,6 +133,9 @@ class ResponseView:
 
     def delta(self, prompt: int, delta: inference_pb2.Delta) -> bytes:
         """More text, as an event; nothing where there is none."""
+        told = self._telling()
+        if told is not None:
+            return self._further(told.feed(delta.text))
         if not delta.text:
             return b""
         kept = delta.text_bytes - len(delta.text.encode())
@@ -138,6 +148,20 @@ class ResponseView:
     def finished(self, prompt: int, finished: inference_pb2.Finished) -> bytes:
         """The end of the text, as an event."""
         self._end = finished
+        told = self._telling()
+        if told is not None and (last := self._further(told.finish())):
+            self._done_is_due = True
+            return last
+        return self._done()
+
+    def _further(self, told: dict[str, Any]) -> bytes:
+        text: str = told.get("content", "")
+        if not text:
+            return b""
+        self._text.append(text)
+        return self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+
+    def _done(self) -> bytes:
         return self._event("response.output_text.done", **self._place(), text="".join(self._text), logprobs=[])
 
     def close(self) -> list[bytes]:
@@ -147,17 +171,33 @@ class ResponseView:
         text = "".join(self._text)
         whole = self._whole(text, end.finish_reason, end.usage)
         return [
+            *([self._done()] if self._done_is_due else []),
             self._event("response.content_part.done", **self._place(), part=_part(text)),
             self._event("response.output_item.done", output_index=0, item=whole["output"][0]),
             self._event(f"response.{whole['status']}", response=whole),
         ]
 
-    def stand_at(self, texts: Mapping[int, str]) -> None:
-        """Nothing here depends on it."""
+    def stand_at(self, told: Mapping[int, tuple[str, bool]]) -> None:
+        """The client comes again, with so much of the output's text, and its end or not."""
+        text, ended = told[0]
+        self._told = None
+        telling = self._telling()
+        assert telling is not None
+        self._text = [telling.feed(text).get("content", "")]
+        if ended:
+            self._text.append(telling.finish().get("content", ""))
+        else:
+            self._done_is_due = False
 
     def fail(self, problem: Problem) -> bytes:
         """The last event where it goes wrong."""
         return self._event("error", code=problem.code, message=problem.message, param=problem.param)
+
+    def _telling(self) -> Told | None:
+        """What takes the text apart, where it has parts."""
+        if self._told is None and self._ask.manner is not PLAIN:
+            self._told = Told(self._ask.manner, "", 0, reasoning=False)
+        return self._told
 
     def _begin(self, request_id: str, model: str) -> None:
         name = request_id.removeprefix("req-")

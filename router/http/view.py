@@ -29,8 +29,8 @@ class View(Protocol):
         """The end of an output, as an event."""
         ...
 
-    def stand_at(self, texts: Mapping[int, str]) -> None:
-        """The client of a stream comes again, with so much of each output's text: the next deltas follow on it."""
+    def stand_at(self, told: Mapping[int, tuple[str, bool]]) -> None:
+        """The client of a stream comes again, with so much text of each output, and its end or not: the next deltas follow on it."""
         ...
 
     def fail(self, problem: Problem) -> bytes:

@@ -49,6 +49,12 @@ class Dialect:
     calls: CallStyle | None = None
     thinks: bool = False
 
+    @property
+    def marks(self) -> frozenset[str]:
+        """Texts around calls and reasoning. They are part of the output, whatever the tokenizer takes them for."""
+        around = () if self.calls is None else (self.calls.opening.strip(), self.calls.closing.strip())
+        return frozenset((*around, *((THINK, THOUGHT) if self.thinks else ()))) - {""}
+
 
 def find_dialect(template: ChatTemplate) -> Dialect:
     """The dialect of a template. Costs one rendering."""

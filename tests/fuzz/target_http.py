@@ -78,7 +78,7 @@ class _World(World):
             view = CompletionView(ask)
         else:
             ask = read_responses(body, Options())
-            view = ResponseView(body)
+            view = ResponseView(ask, body)
         await settle(ask, inference)
         for request in ask.requests:
             request.SerializeToString()

@@ -316,3 +316,61 @@ def test_grpc_tells_the_text_as_it_was_written() -> None:
             assert answer.outputs[0].text == CALL
 
     asyncio.run(main())
+
+
+async def responded(at: Door, body: Mapping[str, Any], cut: int = 0) -> tuple[str, str, str]:
+    """Text of the deltas, of the event that ends them, and of the last response; gone on with after the event `cut`."""
+    deltas, done, last, seen = "", "", "", ""
+    headers: dict[str, str] = {}
+    for go_on in (False, True):
+        connection = await at.connect()
+        await connection.send("POST", "/v1/responses", {**body, "stream": True}, **headers)
+        assert (await connection.head())[0] == 200
+        async for event in connection.events():
+            if event.startswith("id: "):
+                seen, _, event = event.removeprefix("id: ").partition("\n")
+            told = json.loads(event.partition("data: ")[2])
+            deltas += told["delta"] if told["type"] == "response.output_text.delta" else ""
+            done = told["text"] if told["type"] == "response.output_text.done" else done
+            if told["type"] == "response.completed":
+                last = told["response"]["output"][0]["content"][0]["text"]
+            if not go_on and cut and int(seen.rpartition(":")[2]) == cut:
+                break
+        await connection.close()
+        if last and not go_on:
+            break
+        headers = {"last_event_id": seen}
+    return deltas, done, last
+
+
+@pytest.mark.parametrize(("text", "answer"), [("<think>hm</think> yes and no", "yes and no"), ("<thin", "<thin")])
+def test_a_response_is_the_answer_without_the_reasoning(text: str, answer: str) -> None:
+    async def main() -> None:
+        async with told(text) as (_, at):
+            body = {"input": "hello"}
+            whole = (await at.ask("POST", "/v1/responses", body)).json()
+            assert whole["output"][0]["content"][0]["text"] == answer
+            assert await responded(at, body) == (answer,) * 3
+            for cut in range(1, 12):
+                assert await responded(at, body | {"resume_grace_ms": 20_000}, cut) == (answer,) * 3, cut
+
+    asyncio.run(main())
+
+
+def test_marks_are_part_of_the_output_where_the_tokenizer_calls_them_special() -> None:
+    encoder = byte_level_tokenizer()
+    encoder.add_special_tokens(["<tool_call>", "</tool_call>", "<other>"])
+    ids = [*encoder.encode(f"<other>{CALL}", add_special_tokens=False).ids, 1]
+    assert encoder.token_to_id("<tool_call>") in ids
+
+    async def script(message: scheduler_pb2.AttachRequest, say: Say) -> None:
+        if message.HasField("submit"):
+            await say(tokens(0, (message.submit.handle, 0, ids, common_pb2.FINISH_REASON_STOP)))
+
+    async def main() -> None:
+        files = asset_files(encoder, chat_template__jinja=QWEN_2.encode())
+        async with door(script, files=files) as (_, at):
+            choice = await whole(at, BODY)
+            assert calls_of(choice) == [("weather", {"city": "Röm"})] and choice["message"]["content"] is None
+
+    asyncio.run(main())
