@@ -61,7 +61,7 @@ def _to_llguidance(grammar: Grammar) -> str:
 
 
 def _calls_in_lark(calls: dict[str, Any]) -> str:
-    """Text that is free ends where a call begins."""
+    """Text that is free ends where a call begins, and after calls comes nothing else."""
     rules, names = [], []
     opening = calls["opening"]
     mark = opening.strip()
@@ -79,7 +79,8 @@ def _calls_in_lark(calls: dict[str, Any]) -> str:
         rules.append(f"start: {several}")
     elif mark:
         space = _quoted(opening[opening.index(mark) + len(mark) :])
-        rules.append(f"start: (head {space} call){{0,{calls['most']}}} TEXT")
+        further_calls = f" ({between}){further}" if calls["most"] > 1 else ""
+        rules.append(f"start: TEXT | head {space} call{further_calls}")
         rules.append(f"head[lazy]: TEXT {_quoted(mark)}")
         rules.append("TEXT: /(?s:.*)/")
     else:

@@ -40,7 +40,8 @@ def manner_of(chat: inference_pb2.Chat, dialect: Dialect, prompt: str) -> Manner
     functions = _functions(chat)
     if mode == _Choice.MODE_NAMED and chat.tool_choice.name not in functions:
         raise _invalid("chat.tool_choice.name", "must be the name of one of the tools")
-    exact = enforced or any(function.get("strict") is True for function in functions.values())
+    strict = any(function.get("strict") is True for function in functions.values())
+    exact = enforced or strict or not _several(chat)
     return Manner(dialect.calls, frozenset(functions), exact, thought)
 
 
@@ -65,7 +66,7 @@ def grammar_of(
 def _calls(chat: inference_pb2.Chat, style: CallStyle) -> common_pb2.ToolCalls:
     choice, functions = chat.tool_choice, _functions(chat)
     named = choice.mode == _Choice.MODE_NAMED
-    several = not named and (chat.parallel_tool_calls or not chat.HasField("parallel_tool_calls"))
+    several = not named and _several(chat)
     calls = common_pb2.ToolCalls(
         opening=style.opening,
         closing=style.closing,
@@ -81,6 +82,10 @@ def _calls(chat: inference_pb2.Chat, style: CallStyle) -> common_pb2.ToolCalls:
         schema = function.get("parameters") if held else None
         calls.functions.add(name=name, json_schema="" if schema is None else json.dumps(schema, ensure_ascii=False))
     return calls
+
+
+def _several(chat: inference_pb2.Chat) -> bool:
+    return chat.parallel_tool_calls or not chat.HasField("parallel_tool_calls")
 
 
 def _functions(chat: inference_pb2.Chat) -> dict[str, dict[str, Any]]:

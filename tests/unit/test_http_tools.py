@@ -183,6 +183,8 @@ def test_what_is_asked_of_the_model() -> None:
         strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}  # type: ignore[operator]
         calls = (await grammar_of(tools=[strict, NOW])).calls
         assert calls.free and calls.functions[0].json_schema and not calls.functions[1].json_schema
+        calls = (await grammar_of(parallel_tool_calls=False)).calls  # also where the model chooses
+        assert calls.free and calls.most == 1 and not any(function.json_schema for function in calls.functions)
         grammar = await grammar_of(tools=None, response_format={"type": "json_object"}, template=REASONER)
         assert grammar.json_schema and grammar.after.closing == "</think>"
 
