@@ -55,7 +55,7 @@ def _to_llguidance(grammar: Grammar) -> str:
         return json.dumps({"grammars": [held]})
     # Anything up to the first closing mark, white space, and then what is held to the grammar.
     thought = f"{_quoted(grammar.opening)} thought" if grammar.opening else "thought"
-    start = f"({thought} space)? @held" if grammar.opening else f"{thought} space @held"
+    start = f"(space {thought} space)? @held" if grammar.opening else f"{thought} space @held"
     lark = f"start: {start}\nspace: /\\s{{0,4}}/\nthought[lazy]: /(?s:.*)/ {_quoted(grammar.closing)}\n"
     return json.dumps({"grammars": [{"lark_grammar": lark}, held | {"name": "held"}]})
 
@@ -94,7 +94,8 @@ def _schema_of_arguments(name: str, text: str) -> str:
         schema = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"function {name}: no JSON: {_short(error)}") from None
-    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+    kind = schema.get("type", "object") if isinstance(schema, dict) else None
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise GrammarError(f"function {name}: its parameters must be the schema of an object")
     try:
         _refuse_what_is_compiled_wrongly(schema)

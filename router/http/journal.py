@@ -10,7 +10,7 @@ from router.http.ask import Ask
 from router.http.view import View
 from router.parking import Mark
 
-_WIDTH = 4  # of an entry: number, output index (-1: none), its tokens so far, and its bytes of text (-1: it ended)
+_WIDTH = 4  # of an entry: number, output index (-1: none), its tokens so far, and its bytes of text (-1 and less: where it ended)
 
 
 class Journal:
@@ -25,6 +25,7 @@ class Journal:
         self._prefix = b"id: %s:" % request_id.encode()
         self._entries = array("q")
         self._tokens: dict[int, int] = {}  # by output index, also of deltas that gave no event
+        self._bytes: dict[int, int] = {}  # of text, likewise
         self._openings: list[bytes] = []
         self._closings: list[bytes] = []
         self._closes_at = 0  # events before the first of them
@@ -43,12 +44,13 @@ class Journal:
     def delta(self, delta: inference_pb2.Delta, event: bytes) -> bytes:
         """One with text, or none where `event` is empty."""
         tokens = self._tokens[delta.index] = self._tokens.get(delta.index, 0) + len(delta.token_ids)
+        self._bytes[delta.index] = delta.text_bytes
         return self._number(event, delta.index, tokens, delta.text_bytes) if event else b""
 
     def finished(self, finished: inference_pb2.Finished, event: bytes) -> bytes:
         """The end of an output."""
         index = finished.index
-        return self._number(event, index, self._tokens.get(index, 0), -1)
+        return self._number(event, index, self._tokens.get(index, 0), -1 - self._bytes.get(index, 0))
 
     def closing(self, events: list[bytes]) -> bytes:
         """The last events, from where the client stands on."""
@@ -69,10 +71,10 @@ class Journal:
             _, index, tokens, text_bytes = self._entries[at : at + _WIDTH]
             if index < 0:
                 continue
-            before = marks.get(index, Mark())
             finished = text_bytes < 0
-            marks[index] = Mark(tokens, before.text_bytes if finished else text_bytes, finished)
+            marks[index] = Mark(tokens, -1 - text_bytes if finished else text_bytes, finished)
         self._tokens = {index: mark.num_tokens for index, mark in marks.items()}
+        self._bytes = {index: mark.text_bytes for index, mark in marks.items()}
         if count < self._closes_at:
             self._closings = []
         return marks

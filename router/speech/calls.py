@@ -11,7 +11,7 @@ _IN_STRING = re.compile(r'["\\]')
 _OUTSIDE = re.compile(r'["{}\[\]]')
 _SPACE = re.compile(r"[ \t\r\n]*")
 # What a grammar writes before the arguments (service/guidance.py).
-_HEAD = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "(?:arguments|parameters)": ')
+_HEAD = re.compile(r'\{"name": ("[^"\\]*"), "(?:arguments|parameters)": ')
 
 
 class ObjectScanner:
@@ -65,9 +65,11 @@ def read_call(text: str, functions: Container[str]) -> tuple[str, str] | None:
 
 
 def read_head(text: str) -> tuple[str, int] | None:
-    """The name in the beginning of a call that a grammar writes, and where its arguments begin; None before those are there."""
+    """The name in the beginning of a call that a grammar writes, and where its arguments begin; None before those are there. Names
+    have nothing that JSON escapes.
+    """
     head = _HEAD.match(text)
-    return None if head is None else (json.loads(head[1]), head.end())
+    return None if head is None else (head[1][1:-1], head.end())
 
 
 def _members(text: str) -> dict[str, str]:
@@ -106,4 +108,6 @@ def _no_json(word: str) -> NoReturn:
     raise ValueError(word)  # NaN and infinity, which Python's decoder would take
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_json)
+_DECODER = json.JSONDecoder(
+    parse_constant=_no_json, parse_int=float
+)  # of any length: what a number is worth is not asked

@@ -12,7 +12,7 @@ from router import chat as chats
 from router.speech.dialect import THINK, THOUGHT, Dialect, thought_after
 from router.speech.manner import PLAIN, CallStyle, Manner, Thought
 from service.errors import FieldViolation, OctavoError, Reason
-from service.grammar import MAX_CALLS, MAX_FUNCTIONS
+from service.grammar import MAX_CALLS, MAX_FUNCTIONS, size_problem
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}\Z")
 _MOST_CALLS = 16
@@ -28,8 +28,9 @@ def manner_of(chat: inference_pb2.Chat, dialect: Dialect, prompt: str) -> Manner
     enforced = mode in (_Choice.MODE_REQUIRED, _Choice.MODE_NAMED)
     if enforced and not chat.tools:
         raise _invalid("chat.tool_choice", "needs tools")
+    plain = PLAIN if thought is Thought.NONE else Manner(thought=thought)
     if not chat.tools or mode == _Choice.MODE_NONE or (dialect.calls is None and mode == _Choice.MODE_UNSPECIFIED):
-        return PLAIN if thought is Thought.NONE else Manner(thought=thought)
+        return plain
     if dialect.calls is None:
         description = "the model's chat template shows no calls in a form that this server knows"
         raise OctavoError(
@@ -37,7 +38,12 @@ def manner_of(chat: inference_pb2.Chat, dialect: Dialect, prompt: str) -> Manner
             f"chat.tools: {description}",
             violations=[FieldViolation("chat.tools", description)],
         )
-    functions = _functions(chat)
+    try:
+        functions = _functions(chat)
+    except OctavoError:
+        if mode == _Choice.MODE_UNSPECIFIED:  # tools of another kind are for the template alone
+            return plain
+        raise
     if mode == _Choice.MODE_NAMED and chat.tool_choice.name not in functions:
         raise _invalid("chat.tool_choice.name", "must be the name of one of the tools")
     strict = any(function.get("strict") is True for function in functions.values())
@@ -50,10 +56,13 @@ def grammar_of(
 ) -> tuple[common_pb2.Grammar | None, str]:
     """The grammar of the answer, and the field that asked for it. `given`: that of the request. Raises INVALID_ARGUMENT."""
     grammar, path = None, ""
+    known = manner.exact or chat.tool_choice.mode == _Choice.MODE_AUTO
+    if given is not None and manner.calls is not None and known:
+        raise _invalid("grammar", "can't be combined with tools, unless none is to be called")
     if manner.calls is not None and manner.exact:
-        if given is not None:
-            raise _invalid("grammar", "can't be combined with calls of tools that are held to their schemas")
         grammar, path = common_pb2.Grammar(calls=_calls(chat, manner.calls)), "chat.tools"
+        if (problem := size_problem(grammar)) is not None:
+            raise _invalid(path, problem[1])
     elif given is not None:
         grammar, path = common_pb2.Grammar(), "grammar"
         grammar.CopyFrom(given)  # a part of a message keeps all of it in memory, the prompt's text too

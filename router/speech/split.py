@@ -147,6 +147,11 @@ class Splitter:
         """Where the output begins that may be calls without a mark."""
         text = self._skipped(text)
         bare = text.lstrip()
+        if self._manner.exact and bare and (bare is not text or not text.startswith("{")):
+            self._step = (
+                self._answer
+            )  # under a grammar calls stand at the very beginning, and what begins otherwise is text
+            return text
         tagged = bare.startswith(_PYTHON_TAG)
         rest = bare[len(_PYTHON_TAG) :].lstrip() if tagged else bare
         if len(text) - len(rest) > _MOST_SPACE + len(_PYTHON_TAG):
@@ -222,10 +227,11 @@ class Splitter:
         closing = self._manner.calls.closing.strip()
         bare = text.lstrip()
         if closing:
-            if bare.startswith(closing):
+            near = len(text) - len(bare) <= _MOST_SPACE
+            if near and bare.startswith(closing):
                 self._begin_answer()
                 return bare[len(closing) :]
-            if closing.startswith(bare) and len(text) - len(bare) <= _MOST_SPACE:
+            if near and closing.startswith(bare):
                 return self._hold(text)
             self._begin_answer()
             return text

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 
+from router.http.journal import Journal
+from router.parking import Mark
 from router.validate import MAX_TOOLS
 from tests.unit.http_door import Door, data_of, door
 from tests.unit.test_router_fakes import FakeScheduler, Say, asset_files, byte_level_tokenizer, tokens
@@ -215,6 +217,7 @@ def test_a_named_call_is_no_reason_to_end() -> None:
         ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice.name"),
         ({"tools": None, "tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tool_choice": "required", "tools": [LIST]}, "tools"),
         ({"functions": []}, "functions"),
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
@@ -318,6 +321,19 @@ def test_grpc_tells_the_text_as_it_was_written() -> None:
             assert answer.outputs[0].text == CALL
 
     asyncio.run(main())
+
+
+def test_the_end_of_an_output_is_marked_with_all_of_its_text() -> None:
+    """Also with that of deltas which told nothing yet."""
+    nothing: Any = None
+    journal = Journal("req-a", nothing, nothing)
+    journal.delta(inference_pb2.Delta(index=0, token_ids=[1], text_bytes=1), b"x")
+    journal.delta(inference_pb2.Delta(index=0, token_ids=[2], text_bytes=5), b"")
+    journal.finished(inference_pb2.Finished(index=0), b"y")
+    assert journal.back_to(2) == {0: Mark(2, 5, finished=True)}
+    assert journal.back_to(1) == {0: Mark(1, 1)}
+    journal.finished(inference_pb2.Finished(index=0), b"y")
+    assert journal.back_to(3) == {0: Mark(1, 1, finished=True)}
 
 
 async def responded(at: Door, body: Mapping[str, Any], cut: int = 0) -> tuple[str, str, str]:
