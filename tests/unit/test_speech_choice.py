@@ -25,7 +25,7 @@ TAGGED = Dialect(CallStyle("<tool_call>\n", "\n</tool_call>", "arguments", "\n")
 THINKING = Dialect(TAGGED.calls, True)
 BARE = Dialect(CallStyle("", "", "parameters", "; "))
 AUTO, NONE = pb.ToolChoice.MODE_UNSPECIFIED, pb.ToolChoice.MODE_NONE
-REQUIRED, NAMED, AUTO = pb.ToolChoice.MODE_REQUIRED, pb.ToolChoice.MODE_NAMED, pb.ToolChoice.MODE_AUTO
+REQUIRED, NAMED, KNOWN = pb.ToolChoice.MODE_REQUIRED, pb.ToolChoice.MODE_NAMED, pb.ToolChoice.MODE_AUTO
 CITY = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "Oslo"]}},
@@ -139,15 +139,15 @@ def test_what_looks_for_no_calls() -> None:
     ("asked", "dialect", "reason", "field"),
     [
         (chat(WEATHER, mode=REQUIRED), Dialect(), Reason.UNSUPPORTED, "chat.tools"),
-        (chat(WEATHER, mode=AUTO), Dialect(), Reason.UNSUPPORTED, "chat.tools"),
+        (chat(WEATHER, mode=KNOWN), Dialect(), Reason.UNSUPPORTED, "chat.tools"),
         (chat(mode=REQUIRED), TAGGED, Reason.INVALID_ARGUMENT, "chat.tool_choice"),
         (chat(WEATHER, mode=NAMED, name="clock"), TAGGED, Reason.INVALID_ARGUMENT, "chat.tool_choice.name"),
         (chat(WEATHER, mode=9), TAGGED, Reason.INVALID_ARGUMENT, "chat.tool_choice.mode"),
-        (chat(WEATHER, WEATHER, mode=AUTO), TAGGED, Reason.INVALID_ARGUMENT, "chat.tools[1].function.name"),
-        (chat({"name": "a b"}, mode=AUTO), TAGGED, Reason.INVALID_ARGUMENT, "chat.tools[0].function.name"),
-        (chat({"name": "a" * 65}, mode=AUTO), TAGGED, Reason.INVALID_ARGUMENT, "chat.tools[0].function.name"),
+        (chat(WEATHER, WEATHER, mode=KNOWN), TAGGED, Reason.INVALID_ARGUMENT, "chat.tools[1].function.name"),
+        (chat({"name": "a b"}, mode=KNOWN), TAGGED, Reason.INVALID_ARGUMENT, "chat.tools[0].function.name"),
+        (chat({"name": "a" * 65}, mode=KNOWN), TAGGED, Reason.INVALID_ARGUMENT, "chat.tools[0].function.name"),
         (
-            chat({"name": "a", "parameters": 1}, mode=AUTO),
+            chat({"name": "a", "parameters": 1}, mode=KNOWN),
             TAGGED,
             Reason.INVALID_ARGUMENT,
             "chat.tools[0].function.parameters",
