@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import TypeVar
 
 import numpy as np
-from octavo.v1 import inference_pb2
+from octavo.v1 import common_pb2, inference_pb2
 
 from router.assets import AssetStore, ModelAssets
 from router.grammar import GrammarChecker
@@ -112,16 +112,14 @@ class Preparation:
         assets = await self._assets.get(model.digest)
         limits = ModelLimits(model.max_model_len, model.vocab_size)
         accepted = wall if ticket is None else ticket.arrival_ms / 1e3
-        manner, shown = PLAIN, ""
+        shown = ""
         if message.WhichOneof("input") == "chat":
             shown, prompt = await self.tokenize_chat(message.chat, assets, limits, accepted, limits.max_model_len)
-            manner = manner_of(message.chat, assets.dialect, shown)
         else:
             prompt = await self.tokenize(message, assets, limits, accepted)
         check_prompt(prompt, limits, given=message.WhichOneof("input") == "token_ids")
         column = pack(prompt, np.int32)
-        given = message.grammar if message.HasField("grammar") else None
-        grammar, asked_by = grammar_of(message.chat, manner, given)
+        manner, grammar, asked_by = await self._reading(message, assets, shown)
         hashes = hashlib.sha256(column).digest(), grammar_hash(grammar)
         if ticket is not None and ticket.prompt_hash != hashes[0]:
             raise invalid("the ticket belongs to a request with another prompt")
@@ -173,6 +171,20 @@ class Preparation:
         return await self._pool.run(
             0, lambda: resolve(params, assets, limits, num_prompt_tokens, under_grammar=under_grammar)
         )
+
+    async def _reading(
+        self, message: inference_pb2.GenerateRequest, assets: ModelAssets, shown: str
+    ) -> tuple[Manner, common_pb2.Grammar | None, str]:
+        """How the outputs are to be read, the grammar that holds them, and the field that asked for it. Tools may be a megabyte: they
+        are looked at in a thread.
+        """
+        given = message.grammar if message.HasField("grammar") else None
+
+        def work() -> tuple[Manner, common_pb2.Grammar | None, str]:
+            manner = manner_of(message.chat, assets.dialect, shown) if shown else PLAIN
+            return manner, *grammar_of(message.chat, manner, given)
+
+        return await self._pool.run(message.chat.ByteSize(), work) if message.chat.tools else work()
 
     async def tokenize(
         self,

@@ -22,9 +22,9 @@ class ObjectScanner:
         self._in_string = False
         self._escaped = False
 
-    def feed(self, text: str, start: int = 0) -> int:
-        """`text[start:]` follows. The index after the object's last character, or -1 where it goes on."""
-        at = start
+    def feed(self, text: str) -> int:
+        """`text` follows. The index after the object's last character, or -1 where it goes on."""
+        at = 0
         while at < len(text):
             if self._escaped:
                 self._escaped = False
@@ -108,6 +108,5 @@ def _no_json(word: str) -> NoReturn:
     raise ValueError(word)  # NaN and infinity, which Python's decoder would take
 
 
-_DECODER = json.JSONDecoder(
-    parse_constant=_no_json, parse_int=float
-)  # of any length: what a number is worth is not asked
+# What a number is worth is not asked, and Python makes no integer of more than 4,300 digits.
+_DECODER = json.JSONDecoder(parse_constant=_no_json, parse_int=float)

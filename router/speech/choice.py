@@ -12,7 +12,7 @@ from router import chat as chats
 from router.speech.dialect import THINK, THOUGHT, Dialect, thought_after
 from router.speech.manner import PLAIN, CallStyle, Manner, Thought
 from service.errors import FieldViolation, OctavoError, Reason
-from service.grammar import MAX_CALLS, MAX_FUNCTIONS, size_problem
+from service.grammar import MAX_FUNCTIONS, size_problem
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}\Z")
 _MOST_CALLS = 16
@@ -81,7 +81,7 @@ def _calls(chat: inference_pb2.Chat, style: CallStyle) -> common_pb2.ToolCalls:
         closing=style.closing,
         separator=style.separator,
         arguments=style.arguments,
-        most=min(_MOST_CALLS, MAX_CALLS) if several else 1,
+        most=_MOST_CALLS if several else 1,
         free=choice.mode not in (_Choice.MODE_REQUIRED, _Choice.MODE_NAMED),
     )
     for name, function in functions.items():

@@ -62,7 +62,6 @@ class Splitter:
         self._long_space = False  # the white space that comes is the rest of a run that was too long to be held
         self._skip_space = False  # white space that comes first is dropped
         self._raw: list[str] = []  # of the call that is being read, from before its mark
-        self._head = ""  # of a call under a grammar
         self._scanner = ObjectScanner()
         self._step: Callable[[str], str | None] = self._answer
         if manner.thought is Thought.OPEN:
@@ -168,7 +167,6 @@ class Splitter:
     def _begin_call(self, before: str) -> None:
         self._raw.append(before)
         self._scanner = ObjectScanner()
-        self._head = ""
         self._step = self._call_head if self._manner.exact else self._call
 
     def _call(self, text: str) -> str | None:

@@ -45,7 +45,7 @@ def tokenizer() -> LLTokenizer:
 
 
 def chat(*functions: Any, mode: int = AUTO, name: str = "", **fields: Any) -> pb.Chat:
-    made = pb.Chat(messages=[pb.ChatMessage(role="user")], tool_choice=pb.ToolChoice(mode=mode, name=name), **fields)  # type: ignore[arg-type]
+    made = pb.Chat(messages=[pb.ChatMessage(role="user")], tool_choice=pb.ToolChoice(mode=mode, name=name), **fields)
     for function in functions:
         json_format.ParseDict({"type": "function", "function": function}, made.tools.add())
     return made

@@ -136,7 +136,7 @@ def test_the_cuts_do_not_matter(
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert told(manner, *pieces) == whole
     assert told(manner, *text) == whole
-    for _, arguments in whole["calls"]:  # type: ignore[attr-defined]
+    for _, arguments in whole["calls"]:
         if not exact:
             assert isinstance(json.loads(arguments), dict)
 
