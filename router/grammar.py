@@ -23,6 +23,7 @@ from octavo.v1 import common_pb2
 from router.assets import ModelAssets
 from router.grammar_helper import frame
 from router.models import KnownModel
+from router.shared_grammar import SharedGrammars
 from service.errors import FieldViolation, OctavoError, Reason
 
 log = logging.getLogger("octavo.router.grammar")
@@ -58,6 +59,7 @@ class GrammarChecker:
         self, command: tuple[str, ...] = (sys.executable, "-m", "router.grammar_helper"), patience: float = 10.0
     ) -> None:
         """`patience`: seconds that one job may take, however slow the machine is; its processor time is bounded by the helper."""
+        self.shared = SharedGrammars()
         self._command = command
         self._patience = patience
         self._answers: OrderedDict[bytes, str] = OrderedDict()

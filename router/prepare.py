@@ -143,7 +143,7 @@ class Preparation:
             prompt_column=column,
             num_prompt_tokens=len(prompt),
             sampling=spec_of.sampling,
-            grammar=grammar,
+            grammar=None if grammar is None else self._grammars.shared.share(grammar),
             # A clock that was set back must not make a request younger than it is.
             arrival=now - max(0.0, wall - accepted),
             deadline=deadline,

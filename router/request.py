@@ -10,6 +10,7 @@ from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 from router.detokenize import TokenTable
 from router.logprobs import PositionLogprobs, to_message
 from router.output import Output
+from router.shared_grammar import SharedGrammar
 from service.columns import pack
 from service.errors import OctavoError
 
@@ -40,7 +41,7 @@ class RequestSpec:
     resumed: bool = False
     # Bytes of the client's message: what is known of a request's size before anything is computed for it.
     message_size: int = 0
-    grammar: common_pb2.Grammar | None = None
+    grammar: SharedGrammar | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -185,7 +186,7 @@ class Request:
             attempt=sequence.attempt,
             waited_ms=max(0, round((now - spec.arrival) * 1e3)),
             sampling=spec.sampling,
-            grammar=spec.grammar,
+            grammar=None if spec.grammar is None else spec.grammar.message,
             prompt=[scheduler_pb2.Segment(token_ids=spec.prompt_column)],
             output_token_ids=pack(sequence.output.token_ids, np.int32),
             num_prompt_tokens=spec.num_prompt_tokens,

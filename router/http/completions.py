@@ -160,19 +160,20 @@ class CompletionView:
             for answer in answers:
                 for output in answer.outputs:
                     output.usage.completion_tokens = 0
-        whole: dict[str, Any] = {
-            **self._opening(first.request_id, first.model, first.digest),
-            "choices": [
-                self._choice(prompt, answer.outputs[0], output)
+        total = usage(
+            (output.usage for answer in answers for output in answer.outputs),
+            (answer.outputs[0].usage for answer in answers),
+        )
+        # One at a time: as objects, log-probabilities are ten times their text.
+        choices = b",".join(
+            [
+                dumps_long(self._choice(prompt, answer.outputs[0], output), levels=2).encode()
                 for prompt, answer in enumerate(answers)
                 for output in answer.outputs
-            ],
-            "usage": usage(
-                (output.usage for answer in answers for output in answer.outputs),
-                (answer.outputs[0].usage for answer in answers),
-            ),
-        }
-        return dumps_long(whole).encode()
+            ]
+        )
+        opening = dumps(self._opening(first.request_id, first.model, first.digest)).encode()
+        return b'%s,"choices":[%s],"usage":%s}' % (opening[:-1], choices, dumps(total).encode())
 
     def _choice(self, prompt: int, first: inference_pb2.Output, output: inference_pb2.Output) -> dict[str, Any]:
         echo, text, entries = self._echoes[prompt], output.text, list(output.logprobs)

@@ -5,17 +5,39 @@ from __future__ import annotations
 from octavo.v1 import inference_pb2
 
 from router.http.ask import Ask
+from router.http.errors import invalid
 from router.inference import Inference
+
+MAX_PROMPT_LOGPROBS = 524_288  # of all prompts of one answer: 12 MB of messages, 20 MB of JSON
 
 
 async def settle(ask: Ask, inference: Inference) -> None:
-    """What needs the model's tokenizer, where the prompts themselves are to be cut or shown. Raises OctavoError."""
+    """What needs the model's tokenizer, where the prompts themselves are to be cut or shown. Raises OctavoError and HttpError."""
     if ask.keep_last is not None:
         await _truncate(ask, ask.keep_last, inference)
     if ask.echo:
         ask.echoes = [await _text_of(request, inference) for request in ask.requests]
         if ask.requests[0].sampling.HasField("logprobs"):
             ask.first_tokens = [await _use_token_ids(request, inference) for request in ask.requests]
+    # The router bounds those of one prompt. They travel once, and chats show them once; here each of the n outputs does.
+    first = ask.requests[0]
+    is_chat = first.WhichOneof("input") == "chat"
+    if first.sampling.HasField("prompt_logprobs") and len(ask.requests) * ask.n > 1 and not is_chat:
+        await _check_prompt_logprobs(ask, inference)
+
+
+async def _check_prompt_logprobs(ask: Ask, inference: Inference) -> None:
+    """Raises a 400 as soon as it is known that all prompts together have too many."""
+    each, count = 1 + ask.requests[0].sampling.prompt_logprobs, 0
+    for request in ask.requests:
+        await _use_token_ids(request, inference)
+        count += len(request.token_ids.ids) * ask.n * each
+        if count > MAX_PROMPT_LOGPROBS:
+            raise invalid(
+                "echo" if ask.echo else "prompt_logprobs",
+                f"{len(ask.requests)} prompts, with {each} log-probabilities for each token and {ask.n} outputs that show them,"
+                f" would have more than {MAX_PROMPT_LOGPROBS} in one answer: ask for fewer prompts at a time",
+            )
 
 
 async def _truncate(ask: Ask, keep_last: int, inference: Inference) -> None:

@@ -20,6 +20,7 @@ from router.inference import Inference
 from router.models import ModelDirectory
 from router.prepare import Clocks, Preparation, Prepared, TextPool
 from router.service import InferenceService
+from router.shared_grammar import SharedGrammars
 from router.ticket import TicketOffice
 from scheduler.codec import decode_submit
 from service.errors import OctavoError
@@ -52,6 +53,9 @@ class _Grammars:
 
     async def check(self, grammar: Any, model: Any, assets: Any, tenant: str, asked_by: str = "") -> None:
         return
+
+    def __init__(self) -> None:
+        self.shared = SharedGrammars()
 
 
 class _Context:

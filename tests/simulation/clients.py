@@ -7,6 +7,7 @@ from octavo.v1 import common_pb2, inference_pb2
 from router.output import Output
 from router.request import Request, RequestSpec
 from router.resolve import sequence_seed
+from router.shared_grammar import SharedGrammar
 from service.columns import pack
 from service.errors import OctavoError, Reason
 from tests.simulation.grammars import message_of
@@ -97,7 +98,7 @@ class Client:
             arrival=self._arrival,
             deadline=self._deadline,
             resumed=self._accepted,
-            grammar=None if plan.grammar is None else message_of(plan.grammar),
+            grammar=None if plan.grammar is None else SharedGrammar(message_of(plan.grammar)),
         )
         outputs = []
         for index, received in enumerate(self._received):

@@ -428,6 +428,40 @@ def test_too_many_log_probabilities_of_a_prompt_are_refused(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(("asked", "named"), [({"echo": True, "logprobs": 1}, "echo"), ({"prompt_logprobs": 1}, None)])
+@pytest.mark.parametrize("more", [{"prompt": ["hello", [IDS[0], IDS[1]]]}, {"prompt": "hello", "n": 2}])
+def test_so_are_too_many_of_all_prompts_together(
+    asked: dict[str, Any], named: str | None, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts of two tokens, or one that two outputs show, with two each."""
+
+    async def main() -> None:
+        async with door(say_text) as (scheduler, at):
+            body = {"max_tokens": 40, **more, **asked}
+            monkeypatch.setattr("router.http.settle.MAX_PROMPT_LOGPROBS", 8)
+            reply = await at.ask("POST", "/v1/completions", body)
+            assert reply.status == 200 and len(reply.json()["choices"]) == 2
+            submitted = len(scheduler.submits())
+            monkeypatch.setattr("router.http.settle.MAX_PROMPT_LOGPROBS", 7)
+            reply = await at.ask("POST", "/v1/completions", body)
+            assert reply.status == 400 and reply.error["param"] == (named or "prompt_logprobs")
+            assert "more than 7" in reply.error["message"] and len(scheduler.submits()) == submitted
+
+    asyncio.run(main())
+
+
+def test_a_chat_shows_them_once_and_stays_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.http.settle.MAX_PROMPT_LOGPROBS", 1)
+
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            body = {"messages": [{"role": "user", "content": "x"}], "n": 2, "prompt_logprobs": 1, "max_tokens": 40}
+            reply = await at.ask("POST", CHAT, body)
+            assert reply.status == 200 and len(reply.json()["choices"]) == 2
+
+    asyncio.run(main())
+
+
 def test_a_prompt_is_cut_to_its_last_tokens() -> None:
     async def main() -> None:
         async with door(say_text) as (scheduler, at):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from random import Random
 from typing import Any
 
@@ -18,9 +19,12 @@ from worker.backend import BackendError
 from worker.backends.mock import EOS_TOKEN_ID, MockBackend, MockSettings
 from worker.backends.mock_assets import mock_assets
 from worker.engine import Engine
-from worker.grammar.compiled import PATIENCE, CompiledGrammars
+from worker.grammar import compiled as compiled_module
+from worker.grammar.compiled import PATIENCE, CompiledGrammars, Start, estimate_bytes
 from worker.grammar.load import load_runner
 from worker.grammar.masks import StepMasks
+from worker.grammar.matcher import Ends
+from worker.grammar.rows import ConstrainedRow
 from worker.grammar.runner import GrammarRunner
 from worker.offline import OfflineEngine, OfflineRequest
 from worker.step import Int32Array, NewRow, RowStatus, SamplingParams, Step, StepOutput
@@ -235,6 +239,69 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(compiling: threading.Eve
     for start in (*busy, wanted, last, again):
         assert not start.compiling.result(20).is_error()
     compiled.close()
+
+
+def test_what_is_kept_is_bounded_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest that no row uses goes first, and what runs stays."""
+    grammars = [Grammar("regex", f"{letter}{{1,9}}") for letter in "abcde"]
+    monkeypatch.setattr("worker.grammar.compiled._KEPT_BYTES", 3 * estimate_bytes(grammars[0]))
+    tokenizer = load_tokenizer(mock_assets(VOCAB, 64)["tokenizer.json"], VOCAB, (EOS_TOKEN_ID,))
+    compiled = CompiledGrammars(tokenizer, lambda: 0.0)
+
+    def compile_one(index: int) -> Start:
+        start = compiled.get(grammars[index])
+        start.compiling.result(20)
+        return start
+
+    first, second, third = (compile_one(index) for index in range(3))
+    row = new_constrained_row(grammars[0])
+    compiled.take(grammars[0], first, row)
+    fourth = compile_one(3)
+    assert compile_one(0) is first and compile_one(2) is third and compile_one(3) is fourth
+    assert compile_one(1) is not second
+    rows = [new_constrained_row(grammar) for grammar in grammars[1:4]]
+    for index, other in enumerate(rows, 1):
+        compiled.take(grammars[index], compile_one(index), other)
+    # All are in use: more than the bound, until rows end.
+    used = [compile_one(index) for index in range(4)]
+    assert [compile_one(index) for index in range(4)] == used and used[0] is first
+    del row, other
+    rows.clear()
+    assert compile_one(3) is used[3] and compile_one(2) is used[2] and compile_one(1) is used[1]
+    assert compile_one(0) is not first
+    compiled.close()
+
+
+def new_constrained_row(grammar: Grammar) -> ConstrainedRow:
+    return ConstrainedRow(grammar, Ends.of(SamplingParams(), (EOS_TOKEN_ID,)), 3, 3)
+
+
+def test_a_row_holds_its_start_as_long_as_it_runs(
+    running: Running, compiling: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that waited until it was compiled, too."""
+    monkeypatch.setattr("worker.grammar.compiled._KEPT_BYTES", 0)
+    compiled: list[Grammar] = []
+    inner = compiled_module.compile_grammar
+    monkeypatch.setattr(
+        "worker.grammar.compiled.compile_grammar",
+        lambda grammar, tokenizer: (compiled.append(grammar), inner(grammar, tokenizer))[1],
+    )
+    add_done_callback = Future.add_done_callback
+
+    def waited_for(future: Future[Any], callback: Callable[[Future[Any]], object]) -> None:
+        add_done_callback(future, callback)
+        compiling.set()
+
+    monkeypatch.setattr(Future, "add_done_callback", waited_for)
+    running.run(make_step(1, [0], new_rows=(new_row(0, SLOW),)))
+    running.run(make_step(2, [0, 1], new_rows=(new_row(1, ABC),)))
+    running.run(make_step(3, [0, 1, 2], new_rows=(new_row(2, SLOW),)))
+    assert compiled == [SLOW, ABC]
+    running.run(make_step(4, [1], freed_rows=ids(0, 2)))
+    running.run(make_step(5, [1, 3], new_rows=(new_row(3, ABC),)))  # who asks next drops what nobody uses
+    running.run(make_step(6, [1, 3, 0], new_rows=(new_row(0, SLOW),)))
+    assert compiled == [SLOW, ABC, SLOW]
 
 
 def test_a_grammar_that_can_not_be_compiled_here_ends_its_row_only(

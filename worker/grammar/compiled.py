@@ -9,7 +9,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -17,13 +18,23 @@ from llguidance import LLMatcher, LLTokenizer
 from service.grammar import Grammar
 from service.guidance import compile_grammar
 
-_KEPT = 128  # half a megabyte each, as a rule
+_KEPT = 128
+_KEPT_BYTES = 256 << 20  # as `estimate_bytes` has it
 _ROWS = 256  # each may have found states of the lexer, up to 35 MB in all
 _THREADS = 2
 _WANTED = 10.0  # seconds: who is late asks again each second at the latest, unless all rows are taken
 
 PATIENCE = 0.005
 """Seconds that steps wait for a grammar that is being compiled, from when it was first asked for."""
+
+
+def estimate_bytes(grammar: Grammar) -> int:
+    """What a compiled grammar holds before its lexer has grown, in bytes.
+
+    llguidance does not tell. Measured with 49,152 tokens: 0.1 to 0.8 MB up to 3 KB of text, and 29 (regex) to 123 bytes (a schema's
+    properties) for each byte of larger ones, 23 MB for 211 KB of schema.
+    """
+    return (512 << 10) + 128 * len(grammar.text.encode())
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +50,10 @@ class Start:
     """On the clock of `CompiledGrammars`: from then on nobody waits for it any more."""
     asked: float
     """When somebody last asked for it."""
+    num_bytes: int
+    """An estimate."""
+    rows: WeakSet[object] = field(default_factory=WeakSet)
+    """Who has a copy and lives: dropping this would free nothing, and have the next row compile another."""
     num_rows: int = 0
     """Copies that were taken: see `CompiledGrammars.take`."""
     forgotten: bool = False
@@ -55,6 +70,9 @@ class Start:
 class CompiledGrammars:
     """Starts by their grammar. Any thread may ask.
 
+    Those that no row uses are bounded in number and in bytes, the oldest go first; what is over the bounds in use goes when somebody
+    next asks for any after its rows have ended.
+
     One serves so many rows and is then compiled again, so that what its lexer has grown to is given back. Of a grammar whose lexer
     was used up it serves half as many the next time, down to one: then each row has a lexer of its own.
     """
@@ -64,6 +82,7 @@ class CompiledGrammars:
         self._clock = clock
         self._lock = threading.Lock()
         self._found: OrderedDict[Grammar, Start] = OrderedDict()
+        self._num_bytes = 0  # of all found
         self._max_rows: OrderedDict[Grammar, int] = OrderedDict()  # where it is less than _ROWS
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile-grammar")
 
@@ -78,21 +97,23 @@ class CompiledGrammars:
             if start is None:
                 self._cancel_unwanted(now)
                 compiling = self._executor.submit(compile_grammar, grammar, self._tokenizer)
-                start = self._found[grammar] = Start(compiling, now + PATIENCE, now)
-                # What is still to be compiled stays, or whoever is late would have it compiled again and again.
-                done = [kept for kept, found in self._found.items() if found.compiling.done()]
-                for kept in done[: max(0, len(self._found) - _KEPT)]:
-                    del self._found[kept]
+                start = self._found[grammar] = Start(compiling, now + PATIENCE, now, estimate_bytes(grammar))
+                self._num_bytes += start.num_bytes
             else:
                 start.asked = now
                 self._found.move_to_end(grammar)
+            self._evict(start)
             return start
 
-    def take(self, grammar: Grammar, start: Start) -> LLMatcher:
-        """What a row is to copy, from a start that is compiled. Raises GrammarError if it can't be compiled."""
+    def take(self, grammar: Grammar, start: Start, row: object) -> LLMatcher:
+        """What a row is to copy, from a start that is compiled. Raises GrammarError if it can't be compiled.
+
+        The row uses it as long as `row`, its object, lives.
+        """
         matcher = start.compiling.result()
         with self._lock:
             start.num_rows += 1
+            start.rows.add(row)
             if start.num_rows >= self._max_rows.get(grammar, _ROWS):
                 self._drop(grammar, start)
         return matcher
@@ -110,11 +131,23 @@ class CompiledGrammars:
     def _cancel_unwanted(self, now: float) -> None:
         for grammar, start in list(self._found.items()):
             if now - start.asked > _WANTED and not start.compiling.done() and start.compiling.cancel():
-                del self._found[grammar]
+                self._drop(grammar, start)
+
+    def _evict(self, asked: Start) -> None:
+        """Down to the bounds, if that can be: not the one just asked for."""
+        if len(self._found) <= _KEPT and self._num_bytes <= _KEPT_BYTES:
+            return
+        for grammar, start in list(self._found.items()):
+            # What is still to be compiled stays, or whoever is late would have it compiled again and again.
+            if start is not asked and start.compiling.done() and not start.rows:
+                self._drop(grammar, start)
+                if len(self._found) <= _KEPT and self._num_bytes <= _KEPT_BYTES:
+                    return
 
     def _drop(self, grammar: Grammar, start: Start) -> None:
         if self._found.get(grammar) is start:
             del self._found[grammar]
+            self._num_bytes -= start.num_bytes
 
     def close(self) -> None:
         """Drop what is not begun."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from worker.grammar.masks import StepMasks
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class ConstrainedRow:
     """One request in its row. The launch thread makes it and adds outputs until it samples; then the grammar thread owns it."""
 

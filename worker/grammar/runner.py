@@ -13,8 +13,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from weakref import ref
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -192,10 +193,10 @@ class GrammarRunner:
         if not start.compiling.done():
             with masks.changed:
                 masks.compiling(place, start.patience_until)
-            start.compiling.add_done_callback(lambda _: self._inbox.put(_Compiled(row)))
+            self._tell_when_compiled(start, ref(row))
             return False
         try:
-            matcher = self._compiled.take(row.grammar, start)
+            matcher = self._compiled.take(row.grammar, start, row)
         except GrammarError as error:  # a router has compiled it, so this is news
             log.warning("a grammar can't be compiled here: %s", error)
             self._give_up(row, late=False)
@@ -205,6 +206,16 @@ class GrammarRunner:
         with masks.changed:
             masks.compiled(place)
         return True
+
+    def _tell_when_compiled(self, start: Start, waiting: ref[ConstrainedRow]) -> None:
+        """A future keeps its callbacks: one that held the row would have the start in use for as long as it is kept."""
+
+        def tell(_: Future[LLMatcher]) -> None:
+            row = waiting()
+            if row is not None:
+                self._inbox.put(_Compiled(row))
+
+        start.compiling.add_done_callback(tell)
 
     def _fill(self, jobs: list[_Job]) -> None:
         for masks in {id(masks): masks for _, masks, _ in jobs}.values():
