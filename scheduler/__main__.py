@@ -56,6 +56,7 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
     core = Settings(
         max_waiting_requests=settings.max_waiting,
         max_waiting_tokens=settings.max_waiting_tokens,
+        max_shared_tokens=settings.max_shared_tokens,
         watermark=settings.watermark,
         no_worker_timeout=settings.no_worker_timeout,
     )

@@ -20,6 +20,10 @@ class SchedulerSettings(CommonSettings):
     max_waiting_tokens: int = flag("tokens of waiting requests, in the same way", 16_000_000)
     run_ahead: int = flag("plans in flight for each worker, at least", 2)
     max_run_ahead: int = flag("and at most, where steps are so short that the device would wait for the next plan", 4)
+    max_shared_tokens: int = flag(
+        "tokens of a step in which several requests compute, at most: a long prompt holds up the others' tokens for one such step",
+        2_048,
+    )
     watermark: float = flag("share of a worker's blocks kept free when a request is admitted", 0.01)
     no_worker_timeout: float = flag(
         "seconds that requests wait for a worker after the last one of their model left", 60.0
@@ -32,8 +36,8 @@ class SchedulerSettings(CommonSettings):
         super().__post_init__()
         if not 1 <= self.run_ahead <= self.max_run_ahead <= MAX_RUN_AHEAD:
             raise SettingsError(f"--run-ahead and --max-run-ahead must be from 1 to {MAX_RUN_AHEAD}, in this order")
-        if self.max_waiting < 1 or self.max_waiting_tokens < 1:
-            raise SettingsError("--max-waiting and --max-waiting-tokens must be at least 1")
+        if min(self.max_waiting, self.max_waiting_tokens, self.max_shared_tokens) < 1:
+            raise SettingsError("--max-waiting, --max-waiting-tokens and --max-shared-tokens must be at least 1")
         if self.spread_seconds < 0:
             raise SettingsError("--spread-seconds must not be negative")
         for address in self.peer:

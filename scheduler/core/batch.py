@@ -39,10 +39,19 @@ class Batch:
     completes: dict[bytes, int] = field(default_factory=dict)
     """Hash and block_id of the blocks of known tokens that this step fills."""
 
-    def drop(self, row: int, rows: Rows) -> int:
-        """Leaves out a running row that is about to be freed, and its blocks. Returns the tokens that it would have computed."""
+    @property
+    def num_rows(self) -> int:
+        """Rows that compute, new ones among them."""
+        return self.rows.size + len(self.new_rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """What they compute."""
+        return int(self.counts.sum()) + sum(self.new_counts)
+
+    def drop(self, row: int, rows: Rows) -> None:
+        """Leaves out a running row that is about to be freed, and its blocks."""
         kept = self.rows != row
-        num_tokens = int(self.counts[~kept].sum())
         is_chunk = np.zeros(self.rows.size, np.bool_)
         is_chunk[self.chunks] = True
         self.rows, self.counts, self.chunks = self.rows[kept], self.counts[kept], is_chunk[kept].nonzero()[0]
@@ -51,4 +60,3 @@ class Batch:
         if self.completes:
             owned = set(rows.owned_blocks(row).tolist())
             self.completes = {name: block for name, block in self.completes.items() if block not in owned}
-        return num_tokens

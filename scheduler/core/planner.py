@@ -17,6 +17,7 @@ from scheduler.core.plan import DEAD_BLOCK, Admitted, Int64Array, NewRow, StepPl
 from scheduler.core.preemption import outranks, place_by_preemption
 from scheduler.core.request import Request, RequestState
 from scheduler.core.rows import Rows
+from scheduler.core.settings import WorkerSpec
 from scheduler.core.state import InFlightPlan, SchedulerState, WorkerState
 from scheduler.core.waiting import WaitingQueue
 
@@ -85,7 +86,7 @@ def schedule_running(state: SchedulerState, worker: WorkerState, batch: Batch) -
         computed = rows.num_computed[order]
         # All known tokens, but never the last one that the limit allows: it is sampled, and nobody reads its keys.
         want = np.minimum(rows.num_tokens[order], rows.limit[order] - 1) - computed
-        counts = share_budget(want, spec.max_num_batched_tokens)
+        counts = share_budget(want, step_budget(state, spec, order.size))
         chosen = counts.nonzero()[0]
         if chosen.size < order.size:
             order, counts, computed = order[chosen], counts[chosen], computed[chosen]
@@ -101,6 +102,14 @@ def schedule_running(state: SchedulerState, worker: WorkerState, batch: Batch) -
         growing = needed.nonzero()[0]
         batch.append_blocks = worker.pool.allocate(num_needed)
         batch.append_rows = rows.append_blocks(order[growing], needed[growing], batch.append_blocks)
+
+
+def step_budget(state: SchedulerState, spec: WorkerSpec, num_rows: int) -> int:
+    """Tokens of a step that so many rows share. All of them wait for its end, so it is short; a prompt alone may have a long one."""
+    if num_rows <= 1:
+        return spec.max_num_batched_tokens
+    # Never so few that decodes leave nothing for prompts.
+    return min(spec.max_num_batched_tokens, max(state.settings.max_shared_tokens, 2 * spec.max_rows))
 
 
 def of_one_group(rows: Rows, order: Int64Array, suspicion: int) -> Int64Array:
@@ -181,11 +190,12 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
         worker.charge_from_step = worker.next_step_id + CHARGE_EVERY
         for running, num_tokens in worker.rows.take_uncharged():
             queue.charge(running, num_tokens)
-    budget = worker.spec.max_num_batched_tokens - int(batch.counts.sum())
     passed_over: list[Request] = []
     max_candidates = state.settings.max_candidates + (len(state.suspects) if batch.suspicion else 0)
     num_for_others = 0
-    while budget > 0 and len(passed_over) - num_for_others < max_candidates:
+    while len(passed_over) - num_for_others < max_candidates:
+        if budget_for_one_more(state, worker, batch) <= 0:
+            break
         if worker.rows.num_free == 0 and not outranks(queue, worker):
             break
         request = None if only_others_can_run(state, worker, queue) else queue.pop()
@@ -214,8 +224,7 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
             break  # the next plan has room
         placement = find_placement(state, request, worker if batch.suspicion else None)
         if placement is None:
-            placement, returned = place_by_preemption(state, worker, request, batch)
-            budget += returned
+            placement = place_by_preemption(state, worker, request, batch)
         if placement is None:
             passed_over.append(request)
             break
@@ -223,9 +232,14 @@ def admit_waiting(state: SchedulerState, worker: WorkerState, batch: Batch, now:
         if placement.worker is not worker or next_block_is_coming(request, chain, hits, size, batch.completes):
             passed_over.append(request)
             continue
-        budget -= admit(state, placement, request, batch, budget, now)
+        admit(state, placement, request, batch, now)
         batch.extra_bytes += request.extra_bytes
     queue.put_back(passed_over)
+
+
+def budget_for_one_more(state: SchedulerState, worker: WorkerState, batch: Batch) -> int:
+    """Tokens that a newcomer may compute in this step; none where it is not above 0."""
+    return step_budget(state, worker.spec, batch.num_rows + 1) - batch.num_tokens
 
 
 def only_others_can_run(state: SchedulerState, worker: WorkerState, queue: WaitingQueue) -> bool:
@@ -252,8 +266,8 @@ def why_hopeless(state: SchedulerState, request: Request) -> tuple[Reason, str]:
     return Reason.PROMPT_TOO_LONG, "no worker that is left can hold the request"
 
 
-def admit(state: SchedulerState, placement: Placement, request: Request, batch: Batch, budget: int, now: float) -> int:
-    """Gives a request a row, its cached blocks and its first chunk; returns the size of the chunk."""
+def admit(state: SchedulerState, placement: Placement, request: Request, batch: Batch, now: float) -> None:
+    """Gives a request a row, its cached blocks and its first chunk."""
     worker, num_hits = placement.worker, placement.num_hits
     spec, rows, pool = worker.spec, worker.rows, worker.pool
     request.limit = limit_on(spec, request)
@@ -266,7 +280,7 @@ def admit(state: SchedulerState, placement: Placement, request: Request, batch: 
     first = spec.first_live_block(num_cached)
     hits = [block for name in placement.chain.hashes[first:num_hits] if (block := pool.lookup(name)) is not None]
     pool.touch(hits)
-    count = min(request.num_known_tokens - num_cached, budget)
+    count = min(request.num_known_tokens - num_cached, budget_for_one_more(state, worker, batch))
     # Placement looked for room for all known tokens; only the first chunk's blocks are taken. Others may take the rest meanwhile:
     # then whoever is last in order is preempted, which costs less than to keep blocks idle.
     num_blocks = -(-(num_cached + count) // spec.block_size)
@@ -289,7 +303,6 @@ def admit(state: SchedulerState, placement: Placement, request: Request, batch: 
     batch.new_counts.append(count)
     note_completed_blocks(worker, batch, row, count)
     count_admission(state, request, num_cached, now)
-    return count
 
 
 def count_admission(state: SchedulerState, request: Request, num_cached: int, now: float) -> None:

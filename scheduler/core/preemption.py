@@ -22,34 +22,30 @@ def outranks(queue: WaitingQueue, worker: WorkerState) -> bool:
     return waiting is not None and running is not None and waiting > running
 
 
-def place_by_preemption(
-    state: SchedulerState, worker: WorkerState, request: Request, batch: Batch
-) -> tuple[Placement | None, int]:
-    """Makes room for a request that no worker has room for; returns its place and the tokens that leave the batch for it.
+def place_by_preemption(state: SchedulerState, worker: WorkerState, request: Request, batch: Batch) -> Placement | None:
+    """Makes room for a request that no worker has room for; returns its place.
 
     None where the worker can't make room, or where another one could at the expense of a lower priority: that one's next plan will.
     """
-    nothing = None, 0
     if request.suspicion or batch.suspicion or batch.num_preempting >= state.settings.max_preempting:
-        return nothing
+        return None
     victims = find_victims(state, worker, request)
     if not victims:
-        return nothing
+        return None
     lowest = worker.rows.lowest_priority()
     for other in state.workers_of[request.digest]:
         priority = other.rows.lowest_priority()
         if priority is not None and lowest is not None and priority < lowest and find_victims(state, other, request):
-            return nothing
+            return None
     chain, num_hits = find_prefix(state, worker, request, request.known_token_ids())
     if next_block_is_coming(request, chain, num_hits, worker.spec.block_size, batch.completes):
-        return nothing
-    freed = 0
+        return None
     for row in victims:
-        freed += batch.drop(row, worker.rows)
+        batch.drop(row, worker.rows)
         batch.victim_priority = state.preempt(worker, row).priority  # ascending: the lowest go first
     state.counters.priority_preemptions += len(victims)
     batch.num_preempting += 1
-    return place_on(state, worker, request, request.known_token_ids()), freed
+    return place_on(state, worker, request, request.known_token_ids())
 
 
 def find_victims(state: SchedulerState, worker: WorkerState, request: Request) -> list[int]:

@@ -29,6 +29,9 @@ class Settings:
     """Waiting requests looked at in one plan beyond those that are admitted and those that the worker could never run."""
     max_preempting: int = 8
     """Waiting requests that take the place of running ones of lower priority in one plan."""
+    max_shared_tokens: int = 2_048
+    """Tokens of a step in which several rows compute, where it is less than a worker's budget: long enough for an H100 to multiply at
+    full speed (7 ms at a billion weights), short enough for those who wait for their next token. At least twice a worker's rows."""
     prefix_caching: bool = True
     no_worker_timeout: float = 60.0
     """Seconds that requests wait for a worker of their model after the last one left, before they fail."""
@@ -40,6 +43,7 @@ class Settings:
             "max_waiting_requests",
             "max_waiting_tokens",
             "max_candidates",
+            "max_shared_tokens",
             "max_preempting",
             "max_failures_alone",
         ):

@@ -177,8 +177,9 @@ class Stream:
 class Cluster:
     """Scheduler, devices and routers, driven call by call. Everything is checked after each call."""
 
-    def __init__(self, scheduler: Scheduler, spec: WorkerSpec) -> None:
-        self.scheduler, self.spec = scheduler, spec
+    def __init__(self, scheduler: Scheduler, spec: WorkerSpec, max_shared_tokens: int = 2_048) -> None:
+        """`max_shared_tokens` is the scheduler's setting."""
+        self.scheduler, self.spec, self.max_shared_tokens = scheduler, spec, max_shared_tokens
         self.devices: dict[int, Device] = {}
         self.streams: dict[RequestKey, Stream] = {}
         self.done: list[Stream] = []
@@ -313,6 +314,9 @@ class Cluster:
     def check_plan(self, worker_id: int, plan: StepPlan) -> None:
         device = self.devices[worker_id]
         assert int(plan.num_scheduled.sum()) <= device.spec.max_num_batched_tokens, "over the token budget"
+        if plan.rows.size > 1:
+            shared = max(self.max_shared_tokens, 2 * device.spec.max_rows)
+            assert int(plan.num_scheduled.sum()) <= shared, "a step that several share is too long"
         assert np.unique(plan.rows).size == plan.rows.size
         assert (plan.num_scheduled >= 1).all()
         in_flight = {key for d in self.devices.values() for _, named in d.inbox for key in named}

@@ -95,6 +95,7 @@ def random_events(weights: dict[str, float], seed: int, count: int) -> list[Even
 
 seeds = st.integers(0, 2**32 - 1)
 lengths = st.integers(MAX_EVENTS // 4, MAX_EVENTS)
+shared_tokens = st.sampled_from((1, 2_048))
 fast = settings(
     max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -143,10 +144,12 @@ def play(cluster: Cluster, events: list[Event]) -> None:
 
 
 @fast
-@given(worker_specs(), st.integers(1, 3), seeds, lengths)
-def test_tokens_do_not_depend_on_the_schedule(spec: WorkerSpec, num_workers: int, seed: int, length: int) -> None:
+@given(worker_specs(), st.integers(1, 3), seeds, lengths, shared_tokens)
+def test_tokens_do_not_depend_on_the_schedule(
+    spec: WorkerSpec, num_workers: int, seed: int, length: int, shared: int
+) -> None:
     """Arrivals, chunks, prefix hits, preemption and run-ahead, with nothing going wrong: every request ends as it should."""
-    cluster = Cluster(Scheduler(Settings(watermark=0.05)), spec)
+    cluster = Cluster(Scheduler(Settings(watermark=0.05, max_shared_tokens=shared)), spec, shared)
     for _ in range(num_workers):
         cluster.add_worker()
     play(cluster, random_events(CALM, seed, length))
@@ -155,10 +158,14 @@ def test_tokens_do_not_depend_on_the_schedule(spec: WorkerSpec, num_workers: int
 
 
 @fast
-@given(worker_specs(), seeds, lengths)
-def test_tokens_survive_cancels_failures_and_lost_workers(spec: WorkerSpec, seed: int, length: int) -> None:
+@given(worker_specs(), seeds, lengths, shared_tokens)
+def test_tokens_survive_cancels_failures_and_lost_workers(
+    spec: WorkerSpec, seed: int, length: int, shared: int
+) -> None:
     """The same while workers fail, leave and join, rows hold NaNs, and routers cancel, resubmit and detach."""
-    cluster = Cluster(Scheduler(Settings(watermark=0.05, max_failures_alone=1000)), spec)
+    cluster = Cluster(
+        Scheduler(Settings(watermark=0.05, max_failures_alone=1000, max_shared_tokens=shared)), spec, shared
+    )
     cluster.add_worker()
     cluster.add_worker()
     play(cluster, random_events(ROUGH, seed, length))

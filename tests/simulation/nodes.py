@@ -40,7 +40,7 @@ class SchedulerNode(Node):
     def __init__(self, network: Network, name: str, plan: Plan) -> None:
         super().__init__(network.world, name)
         self.network = network
-        self._core = Settings(prefix_caching=plan.prefix_caching)
+        self._core = Settings(prefix_caching=plan.prefix_caching, max_shared_tokens=plan.max_shared_tokens)
         self._plan_due = False
         self.peers: list[SchedulerNode] = []
         self.hub: Hub

@@ -59,6 +59,7 @@ class Plan:
     max_rows: int
     step_seconds: float
     prefix_caching: bool
+    max_shared_tokens: int
     requests: tuple[RequestPlan, ...]
     faults: tuple[Fault, ...]
 
@@ -83,6 +84,7 @@ def make_plan(seed: int) -> Plan:
         max_rows=rng.choice((3, 6)),
         step_seconds=rng.choice((0.002, 0.01, 0.03)),
         prefix_caching=rng.random() < 0.8,
+        max_shared_tokens=random.Random(f"shared {seed}").choice((1, 2_048)),
         requests=tuple(_request(rng, seed, number, prefixes) for number in range(rng.randint(6, 16))),
         faults=tuple(_fault(rng) for _ in range(rng.randint(1, 5))),
     )

@@ -222,6 +222,24 @@ def test_a_long_prefill_never_stalls_a_decode() -> None:
     assert shares == [[1, 15], [1, 15], [1, 15], [1, 5], [1, 1]]
 
 
+def test_a_step_that_several_share_is_short_and_a_prompt_alone_has_the_whole_budget() -> None:
+    scheduler = scheduler_with(replace(SPEC, max_num_batched_tokens=32, run_ahead=4), max_shared_tokens=10)
+    scheduler.submit(request(1, num_prompt=40), 0.0)
+    alone = planned(scheduler)
+    assert alone.num_scheduled.tolist() == [32]
+    scheduler.submit(request(2, num_prompt=30), 0.0)
+    scheduler.submit(request(3, num_prompt=5), 0.0)
+    shared = [planned(scheduler).num_scheduled.tolist() for _ in range(3)]
+    assert shared == [[8, 2], [1, 9], [1, 9]]
+    many = scheduler_with(replace(SPEC, max_num_batched_tokens=32), max_shared_tokens=1)
+    for handle in (1, 2, 3):
+        many.submit(request(handle, num_prompt=20), 0.0)
+    assert planned(many).num_scheduled.tolist() == [20], "who needs less than all is not joined beyond the bound"
+    assert planned(many).num_scheduled.tolist() == [1, 7], (
+        "twice the rows at least: decodes leave something for prompts"
+    )
+
+
 def test_known_tokens_travel_with_the_chunk_that_needs_them() -> None:
     scheduler = scheduler_with(SPEC)
     scheduler.submit(request(1, prompt=np.arange(37), max_tokens=2), 0.0)
