@@ -176,7 +176,7 @@ class KernelOps(ProductOps):
     def prefill_attention(
         self, qkv: Tensor, cache: Tensor, step: StepTensors, tiles: Tensor, window: int, out: Tensor
     ) -> None:
-        """Attention of the chunks in `tiles` int32 [n, 2], of `prefill_tile_rows` each."""
+        """Attention of the chunks in `tiles` int32 [n, 2], of `prefill_tile_rows` each; a tile of row -1 is none."""
         shape, name = self._shape, "prefill_wgmma" if self._wgmma else "prefill_attention"
         threads = (512 if self._wgmma else 128) if shape.head_dim == 64 else (384 if self._wgmma else 256)
         self._launch(
@@ -206,18 +206,22 @@ class KernelOps(ProductOps):
         self,
         step: StepTensors,
         rows: int,
+        num_tokens: int,
         fields: Tensor,
         tokens: Tensor,
         token_ids: Tensor,
         positions: Tensor,
         slots: Tensor,
     ) -> None:
-        """Look up ids, positions and slots of the scheduled tokens and count them as computed."""
+        """Look up ids, positions and slots of the scheduled tokens and count them as computed.
+
+        A row with num_scheduled 0 is padding, as are its tokens: those up to the next row's, or to `num_tokens`, get -1 for all three.
+        """
         self._launch(
             "row_state", "prepare_tokens", (rows,), 128,
             at(step.rows), at(step.num_scheduled), at(step.q_start), at(fields), at(tokens), Int(tokens.shape[1]),
             at(step.block_table), Int(step.block_table.shape[1]), at(token_ids), at(positions), at(slots),
-            at(step.context_lens),
+            at(step.context_lens), Int(num_tokens),
         )  # fmt: skip
 
     def count_tokens(self, jobs: Tensor, fields: Tensor, tokens: Tensor, counts: Tensor) -> None:

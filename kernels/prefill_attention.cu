@@ -143,6 +143,7 @@ prefill_attention(const u32* __restrict__ qkv, const uint4* __restrict__ cache, 
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, kv_head = blockIdx.y;
   let_next_start();
   wait_for_previous();
+  if (tiles[blockIdx.x].x < 0) return;  // padding of a graph
   int r = tiles[blockIdx.x].x, first_row = tiles[blockIdx.x].y * TILE_ROWS;
   int count = num_scheduled[r], start = context_lens[r] - count;
   int last_row = min(first_row + TILE_ROWS, count * GROUP) - 1;

@@ -211,6 +211,7 @@ prefill_wgmma(const uint4* qkv, const uint4* cache, long long values_offset, con
   }
   let_next_start();
   wait_for_previous();
+  if (tiles[blockIdx.x].x < 0) return;  // padding of a graph
   Tile t;
   t.row = tiles[blockIdx.x].x, t.first_row = tiles[blockIdx.x].y * TILE_ROWS;
   int count = num_scheduled[t.row];

@@ -33,16 +33,20 @@ extern "C" __global__ void __launch_bounds__(256) copy_words(int* to, const int*
   if (at < words) to[at] = word;
 }
 
-// One block a row. num_scheduled 0 marks a padding row of a graph: its token gets slot and position -1, so nothing is stored for it.
+// One block a row. num_scheduled 0 marks a padding row of a graph: its tokens, up to the next row's or `num_tokens`, get slot and position
+// -1, so nothing is stored for them.
 extern "C" __global__ void __launch_bounds__(128)
 prepare_tokens(const int* __restrict__ rows, const int* __restrict__ num_scheduled, const int* __restrict__ q_start, int* fields,
                const int* __restrict__ tokens, int max_len, const int* __restrict__ block_table, int max_blocks,
-               int* __restrict__ token_ids, int* __restrict__ positions, int* __restrict__ slots, int* __restrict__ context_lens) {
+               int* __restrict__ token_ids, int* __restrict__ positions, int* __restrict__ slots, int* __restrict__ context_lens,
+               int num_tokens) {
   let_next_start();
   wait_for_previous();
   int r = blockIdx.x, count = num_scheduled[r], row = rows[r], first = q_start[r];
   if (count == 0) {
-    if (threadIdx.x == 0) token_ids[first] = positions[first] = slots[first] = -1, context_lens[r] = 0;
+    int end = r + 1 < gridDim.x ? q_start[r + 1] : num_tokens;
+    for (int i = first + threadIdx.x; i < end; i += 128) token_ids[i] = positions[i] = slots[i] = -1;
+    if (threadIdx.x == 0) context_lens[r] = 0;
     return;
   }
   int* num_computed = fields + (size_t)row * ROW_WORDS;

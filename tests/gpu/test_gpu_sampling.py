@@ -51,14 +51,15 @@ def test_prepare_looks_up_what_the_plan_said() -> None:
     order = [7, 2, 5]
     starts = np.cumsum([0] + [counts[row] for row in order])
     step = StepTensors(
-        ints([*order, 0]),
-        ints([*(counts[row] for row in order), 0]),
-        ints(starts.tolist()),
-        ints([0] * 4),
+        ints([*order, 0, 0, 0]),
+        ints([*(counts[row] for row in order), 0, 0, 0]),
+        ints([*starts.tolist(), int(starts[-1]) + 1, int(starts[-1]) + 200]),
+        ints([9] * 6),
         rows.block_table,
     )
-    token_ids, positions, slots = (ints([-9] * (int(starts[-1]) + 1)) for _ in range(3))
-    ops.prepare_tokens(step, 4, rows.fields, rows.tokens, token_ids, positions, slots)
+    end = int(starts[-1])
+    token_ids, positions, slots = (ints([-9] * (end + 300)) for _ in range(3))
+    ops.prepare_tokens(step, 6, end + 250, rows.fields, rows.tokens, token_ids, positions, slots)
     tables = {**blocks, 5: [3, 6, 12], 2: [9, 4, 7, 11]}
     first = {2: 17, 5: 0, 7: 49}
     for i, row in enumerate(order):
@@ -68,7 +69,9 @@ def test_prepare_looks_up_what_the_plan_said() -> None:
         assert positions[part].tolist() == place.tolist()
         assert slots[part].tolist() == [tables[row][p // 16] * 16 + p % 16 for p in place]
         assert int(rows.fields[row, 0]) == int(step.context_lens[i]) == first[row] + counts[row]
-    assert [int(x[-1]) for x in (token_ids, positions, slots)] == [-1, -1, -1]
+    for column in (token_ids, positions, slots):  # of padding rows
+        assert column[end:].tolist() == [-1] * 250 + [-9] * 50
+    assert step.context_lens[3:].tolist() == [0, 0, 0]
 
 
 PARAMS = {

@@ -22,10 +22,10 @@ from cuda.core import Device, Stream
 from kernels.cache import CubinCache, default_directory
 from kernels.compiler import CompileError, Compiler, architecture_of, sources_digest
 from kernels.launcher import KernelLibrary, LaunchError
-from kernels.operands import StepTensors
 from kernels.ops import KernelOps
 from kernels.shapes import KernelShape, ShapeError, decode_split, kernel_specs
 from worker.backend import BackendError, BackendInfo, FatalBackendError, KVGroup, Masks, Progress
+from worker.backends.cuda_columns import MixedShape, MixedShapes, StepColumns, fill_columns, pad_decode, pad_mixed
 from worker.backends.cuda_graphs import GraphCache, bucket_for, buckets
 from worker.backends.cuda_memory import MemoryPlan
 from worker.backends.cuda_model import CudaDecoder, Workspace, allocate_workspace, prefill_tiles
@@ -41,7 +41,6 @@ from worker.step import NewRow, SamplingParams, Step, StepOutput
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _RESULT_SLOTS = 8  # steps that may be launched and not collected; the scheduler's run-ahead is at most 4
-_COLUMNS = 6  # rows, num_scheduled, q_start, sample_rows, tokens whose logits are wanted, where the result goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +166,10 @@ class CudaBackend:
         self._rows = DeviceRows(ops, settings.max_rows, longest, settings.block_size, config.vocab_size, device)
         self._sampler = CudaSampler(ops, self._rows, settings.max_rows, config.vocab_size, device)
         self._prompts = PromptDescriber(self._rows, self._decoder, self._sampler, self._tokens_limit)
-        self._columns = torch.zeros((_COLUMNS, max(2, settings.max_rows)), dtype=torch.int32, device=device)
-        context_lens = torch.zeros(settings.max_rows, dtype=torch.int32, device=device)
-        rows, num_scheduled, q_start = self._columns[:3]
-        self._step = StepTensors(rows, num_scheduled, q_start, context_lens, self._rows.block_table)
-        self._ring = ResultRing(_RESULT_SLOTS, settings.max_rows, _COLUMNS)
+        self._mixed = MixedShapes(settings.max_rows, self._tokens_limit, self._group, ops.prefill_tile_rows)
+        self._columns = StepColumns(settings.max_rows, self._mixed.max_tiles, self._rows.block_table, device)
+        self._step = self._columns.step
+        self._ring = ResultRing(_RESULT_SLOTS, settings.max_rows, self._columns.size)
         self._buckets = buckets(settings.max_rows)
         self._graphs = GraphCache(self._stream)
         self._slot: Slot | None = None
@@ -200,9 +198,12 @@ class CudaBackend:
         if self._settings.capture_at_start and self._settings.graphs:
             with self._on_stream():
                 for bucket in self._buckets:
-                    self._set_columns(none, none, none, none, none, bucket)
+                    self._set_nothing(bucket)
                     self._graphs.run(("forward", bucket), partial(self._decode, bucket))
                     self._graphs.run(("sample", bucket, False, False), partial(self._choose, bucket, False, False))
+                for shape in self._mixed:
+                    self._set_nothing(shape)
+                    self._graphs.run(shape, partial(self._decode_and_prefill, shape))
         torch.cuda.synchronize(self._device)
         self.reset()
 
@@ -237,18 +238,41 @@ class CudaBackend:
         q_start = (np.cumsum(scheduled) - scheduled).astype(np.int32)
         sampling = np.flatnonzero(step.num_samples)
         last = (q_start[sampling] + step.num_scheduled[sampling] - 1).astype(np.int32)
-        decode_only = total == count and self._settings.graphs
-        bucket = bucket_for(count, self._buckets) if decode_only else count
-        context_lens = (self._rows.computed[step.rows] + scheduled).astype(np.int32)
+        if self._slot is None:
+            raise BackendError(f"step {step.step_id}: forward without begin")
+        columns = self._slot.columns.numpy()
+        fill_columns(
+            columns,
+            step.rows,
+            step.num_scheduled,
+            q_start,
+            step.rows[sampling],
+            last,
+            self._slot.result.data_ptr(),
+        )
         with self._on_stream():
-            self._set_columns(step.rows, step.num_scheduled, q_start, step.rows[sampling], last, bucket)
-            if decode_only:
+            if total == count and self._settings.graphs:
+                bucket = bucket_for(count, self._buckets)
+                pad_decode(columns, count, bucket)
+                self._ops.copy_words(
+                    self._columns.without_tiles, self._slot.columns[: len(self._columns.without_tiles)]
+                )
                 self._graphs.run(("forward", bucket), partial(self._decode, bucket))
             else:
+                context_lens = (self._rows.computed[step.rows] + scheduled).astype(np.int32)
                 tiles = prefill_tiles(step.num_scheduled, context_lens, self._group, self._ops.prefill_tile_rows)
-                self._prepare(count)
-                on_device = upload(tiles, self._device) if len(tiles) else None
-                self._decoder.forward(total, self._step, count, on_device, bool((scheduled == 1).any()))
+                shape = self._mixed.find(total, count, len(tiles)) if len(tiles) else None
+                if shape is not None:
+                    pad_mixed(columns, count, total, tiles, shape)
+                self._ops.copy_words(self._columns.all, self._slot.columns)
+                if shape is None:
+                    self._prepare(count, total)
+                    on_device = upload(tiles, self._device) if len(tiles) else None
+                    self._decoder.forward(total, self._step, count, on_device, bool((scheduled == 1).any()))
+                elif self._settings.graphs:
+                    self._graphs.run(shape, partial(self._decode_and_prefill, shape))
+                else:
+                    self._decode_and_prefill(shape)
         self._rows.computed[step.rows] += scheduled
 
     def sample(self, step: Step, masks: Masks | None = None) -> None:
@@ -297,43 +321,37 @@ class CudaBackend:
         else:
             self._choose(count, processes, truncates)
 
-    def _prepare(self, rows: int) -> None:
+    def _prepare(self, rows: int, num_tokens: int) -> None:
         space, state = self._decoder.workspace, self._rows
         self._ops.prepare_tokens(
-            self._step, rows, state.fields, state.tokens, space.token_ids, space.positions, space.slots
+            self._step, rows, num_tokens, state.fields, state.tokens, space.token_ids, space.positions, space.slots
         )
 
     def _decode(self, bucket: int) -> None:
-        self._prepare(bucket)
+        self._prepare(bucket, bucket)
         self._decoder.forward(bucket, self._step, bucket, None, True)
 
-    def _choose(self, bucket: int, processes: bool, truncates: bool) -> None:
-        self._decoder.logits(self._columns[4], bucket, self._sampler.logits)
-        self._sampler.sample(self._columns[3], bucket, processes, truncates, self._columns[5])
+    def _decode_and_prefill(self, shape: MixedShape) -> None:
+        self._prepare(shape.rows, shape.tokens)
+        self._decoder.forward(shape.tokens, self._step, shape.rows, self._columns.tiles[: shape.tiles], True)
 
-    def _set_columns(
-        self,
-        rows: np.ndarray,
-        num_scheduled: np.ndarray,
-        q_start: np.ndarray,
-        sample_rows: np.ndarray,
-        last: np.ndarray,
-        bucket: int,
-    ) -> None:
-        """Send the step's columns, padded: rows to `bucket`, samples to all there are."""
-        count = len(rows)
-        slot = self._slot or self._ring.take()
+    def _choose(self, bucket: int, processes: bool, truncates: bool) -> None:
+        self._decoder.logits(self._columns.last, bucket, self._sampler.logits)
+        self._sampler.sample(self._columns.sample_rows, bucket, processes, truncates, self._columns.result_at)
+
+    def _set_nothing(self, shape: int | MixedShape) -> None:
+        """Columns of a step without rows, for a graph that is captured before it is needed. Waits for the device."""
+        none = np.zeros(0, np.int32)
+        slot = self._ring.take()
         columns = slot.columns.numpy()
-        columns.fill(0)
-        columns[0, :count], columns[1, :count], columns[2, :count] = rows, num_scheduled, q_start
-        columns[2, count:bucket] = np.arange(count, bucket)  # a decode bucket has one token a row
-        columns[3:] = -1
-        columns[3, : len(sample_rows)], columns[4, : len(last)] = sample_rows, last
-        columns[5, :2] = np.array([slot.result.data_ptr()], np.int64).view(np.int32)
-        self._ops.copy_words(self._columns, slot.columns)
-        if self._slot is None:  # warming up
-            self._stream.synchronize()
-            self._ring.give_back(slot)
+        fill_columns(columns, none, none, none, none, none, slot.result.data_ptr())
+        if isinstance(shape, MixedShape):
+            pad_mixed(columns, 0, 0, none, shape)
+        else:
+            pad_decode(columns, 0, shape)
+        self._ops.copy_words(self._columns.all, slot.columns)
+        self._stream.synchronize()
+        self._ring.give_back(slot)
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:

@@ -49,7 +49,7 @@ class Slot:
     """One place of the ring."""
 
     result: torch.Tensor  # pinned int32 [2, max_rows]: tokens, status
-    columns: torch.Tensor  # pinned int32 [columns, max_rows or 2]: what the step tells the device
+    columns: torch.Tensor  # pinned int32, of the size of StepColumns: what the step tells the device
     began: torch.cuda.Event
     ended: torch.cuda.Event
     step_id: int = 0
@@ -60,7 +60,7 @@ class Slot:
 class ResultRing:
     """Slots in the order of their steps. `take` and `publish` on the launch thread, `collect` on the collect thread."""
 
-    def __init__(self, depth: int, max_rows: int, columns: int) -> None:
+    def __init__(self, depth: int, max_rows: int, columns: tuple[int, int]) -> None:
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._published: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._last: Slot | None = None
@@ -68,7 +68,7 @@ class ResultRing:
             # Blocking events sleep while they wait: a spinning thread would hold the interpreter's lock or a core.
             events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)]  # type: ignore[no-untyped-call]
             result = torch.zeros((2, max_rows), dtype=torch.int32, pin_memory=True)
-            told = torch.zeros((columns, max(2, max_rows)), dtype=torch.int32, pin_memory=True)
+            told = torch.zeros(columns, dtype=torch.int32, pin_memory=True)
             self._free.put(Slot(result, told, events[0], events[1]))
 
     def take(self) -> Slot:
