@@ -47,6 +47,7 @@ SWITCHES: dict[str, tuple[object, str, object]] = {
     "norms as kernels": (ops.KernelOps, "fits_fused", lambda self, tokens: False),
     "cuBLAS from 17 rows": (ops.KernelOps, "fits_gemm", lambda self, tokens: False),
     "no dependent launch": (cuda_backend, "KernelLibrary", without_overlap(KernelLibrary)),
+    "no shared prefix": (product_ops, "FUSED_ROWS", shapes.FUSED_ROWS),
     "no graphs": (product_ops, "FUSED_ROWS", shapes.FUSED_ROWS),
 }
 
@@ -68,7 +69,12 @@ def main() -> None:
     }
     for name in arguments.off.split(","):
         with replaced(*SWITCHES[name]):
-            settings = CudaSettings(max_model_len=8192, memory_fraction=0.8, graphs=name != "no graphs")
+            settings = CudaSettings(
+                max_model_len=8192,
+                memory_fraction=0.8,
+                graphs=name != "no graphs",
+                shared_prefix=name != "no shared prefix",
+            )
             backend = CudaBackend(directory, settings)
             info = backend.load(lambda what, done, total: None)
             backend.warm_up()

@@ -1,6 +1,6 @@
 """Kernel by kernel: time, bytes or operations, and the share of what this device can do, measured in the same run. JSON to --out.
 
-    python -m bench.gpu_kernels [--groups products,small,sampling,attention] [--out FILE]
+    python -m bench.gpu_kernels [--groups products,small,sampling,attention,prefix] [--out FILE]
 
 Each figure is the median of graph replays; inputs rotate where they would otherwise stay in the cache. Shapes are those of
 Llama-3.2-1B unless a name says 8b.
@@ -24,12 +24,13 @@ from cuda.core import Device, Stream
 from kernels.cache import CubinCache, default_directory
 from kernels.compiler import Compiler, architecture_of
 from kernels.launcher import KernelLibrary
-from kernels.operands import DecodeItems, DecodeScratch, StepTensors
+from kernels.operands import DecodeItems, DecodeScratch, SharedPrefixes, StepTensors
 from kernels.ops import KernelOps
 from kernels.shapes import PARTS_ROWS, KernelShape, decode_split, kernel_specs
 from worker.backends.cuda_model import prefill_tiles
 from worker.backends.cuda_rows import DeviceRows
 from worker.backends.cuda_sampler import CudaSampler
+from worker.backends.shared_prefix import MOST_PARTS, prefix_work, shared_prefixes
 from worker.step import NewRow, SamplingParams, Step
 
 LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False, split=decode_split(64))
@@ -216,6 +217,48 @@ def attention(bench: Bench, shape: KernelShape, name: str) -> None:
     )
 
 
+def behind_prefix(bench: Bench, shape: KernelShape, name: str, rows: int, prefix: int, own: int) -> None:
+    """Decode attention of rows that share a prefix: each by itself, and with the prefix read once for all."""
+    ops = make_ops(shape)
+    if not ops.shares_prefixes:
+        return
+    shared, each = prefix // 16, -(-own // 16)
+    order = torch.randperm(shared + rows * each).to(torch.int32)
+    table = torch.cat((order[:shared].expand(rows, shared), order[shared:].view(rows, each)), dim=1).contiguous()
+    places = np.arange(rows, dtype=np.int32)
+    groups = shared_prefixes(table.numpy(), places, np.full(rows, prefix + own - 1), 16)
+    most = rows * ((prefix + own) // shape.split + 2)
+    group = shape.num_heads // shape.num_kv_heads
+    work = prefix_work(groups, places, places, np.arange(rows), group, ops.prefill_tile_rows, most)
+    lists = SharedPrefixes(ints(work.prefixes), ints(work.query_tokens), ints(work.works), ints([len(work.works)]))
+    # As many layers as keep each one's keys and values from staying in the cache.
+    caches = [random(2, shared + rows * each, shape.num_kv_heads, 16, shape.head_dim) for _ in range(4)]
+    step = StepTensors(ints(places), ints([1] * rows), ints(places), ints([prefix + own] * rows), table.cuda())
+    columns = shape.num_heads * (shape.head_dim + 2)
+    partials = torch.empty((most + rows * MOST_PARTS, columns), dtype=torch.float32, device="cuda")
+    scratch = DecodeScratch(partials, ints([0] * rows * shape.num_kv_heads * shape.decode_tiles))
+    work_lists = [DecodeItems(ints([[0] * 8] * most), ints([0]), 0) for _ in range(2)]
+    ops.plan_decode(step, rows, work_lists[0])
+    ops.plan_decode(step, rows, work_lists[1], lists)
+    qkv, out = random(rows, shape.qkv_size), random(rows, shape.q_size)
+
+    def alone(cache: torch.Tensor) -> None:
+        ops.decode_attention(qkv, cache, step, work_lists[0], scratch, out, rows)
+
+    def together(cache: torch.Tensor) -> None:
+        ops.prefix_attention(qkv, cache, step, lists, scratch)
+        ops.decode_attention(qkv, cache, step, work_lists[1], scratch, out, rows, after_prefix=True)
+
+    def prefix_only(cache: torch.Tensor) -> None:
+        ops.prefix_attention(qkv, cache, step, lists, scratch)
+
+    text = f"{name} decode attention, {rows} rows of {prefix} + {own}"
+    operations = 4.0 * rows * prefix * shape.num_heads * shape.head_dim
+    bench.add(f"{text}, each its prefix", [partial(alone, cache) for cache in caches] * 2)
+    bench.add(f"{text}, the prefix together", [partial(together, cache) for cache in caches] * 2)
+    bench.add(f"{text}, the prefix's part of it", [partial(prefix_only, cache) for cache in caches] * 2, 0, operations)
+
+
 def elementwise(bench: Bench, ops: KernelOps) -> None:
     """The small kernels, at a decode batch of 256 and a chunk of 8,192."""
     for tokens in (256, 8192):
@@ -271,7 +314,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--groups", default="products,small,sampling,attention")
+    parser.add_argument("--groups", default="products,small,sampling,attention,prefix")
     arguments = parser.parse_args()
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         bench = Bench()
@@ -290,6 +333,10 @@ def main() -> None:
         if "attention" in groups:
             attention(bench, LLAMA_1B, "1b")
             attention(bench, LLAMA_8B, "8b")
+        if "prefix" in groups:
+            for rows, prefix in ((128, 2048), (256, 2048), (64, 512), (128, 8192)):
+                behind_prefix(bench, LLAMA_1B, "1b", rows, prefix, 64)
+                behind_prefix(bench, LLAMA_8B, "8b", rows, prefix, 64)
     report = {
         "command": f"python -m bench.gpu_kernels --groups {arguments.groups} --out FILE",
         "device": torch.cuda.get_device_name(0),

@@ -112,8 +112,8 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 // Programmatic dependent launch (sm_90 and later): the next kernel of the stream may start while this one runs, and waits itself
 // before it touches what this one writes. RULE: every kernel calls both, in this order, and neither reads what an earlier kernel
-// wrote nor writes anything before the wait. So each kernel's end implies the end of all before it. (The exception is
-// decode_attention, before which a kernel must stand that calls them in the other order.)
+// wrote nor writes anything before the wait. So each kernel's end implies the end of all before it. (The exceptions are
+// prefix_attention and decode_attention, before which a kernel must stand that calls them in the other order.)
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

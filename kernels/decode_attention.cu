@@ -60,6 +60,11 @@ struct Item {
   int row, begin, end, token;  // row of the step, tokens [begin, end) of the split, the query's token
   int first_item, splits;      // of the row
   const int* blocks;
+#ifdef AFTER_PREFIX
+  int prefix;                  // word 7: slot of the row's first result of prefix_attention * 32 + how many; 0: none
+#else
+  static constexpr int prefix = 0;
+#endif
 
   // Slots lie at absolute positions; what lies outside [begin, end) is left out.
   __device__ int token_of(int slot, int iteration) const { return begin / SPLIT * SPLIT + iteration * STEP + slot * 16; }
@@ -69,7 +74,11 @@ struct Item {
 
 __device__ __forceinline__ Item load_item(const int4* items, int at, const int* block_table, int max_blocks) {
   int4 a = __ldcg(items + 2 * at), b = __ldcg(items + 2 * at + 1);
-  return Item{a.x, a.y, a.z, a.w, b.x, b.z, block_table + (size_t)b.y * max_blocks};
+  Item item{a.x, a.y, a.z, a.w, b.x, b.z, block_table + (size_t)b.y * max_blocks};
+#ifdef AFTER_PREFIX
+  item.prefix = b.w;
+#endif
+  return item;
 }
 
 // Walks over the block's items blockIdx.x, + gridDim.x, ..., and this warp's slots of each, an iteration at a time. The next item's record is
@@ -294,7 +303,33 @@ __device__ __forceinline__ void merge_splits(const float* partials, int count, s
   }
 }
 
-// RULE: the kernel before this one in the stream lets this one start only after its own wait (qkv_epilogue, matvec_qkv). So what older
+// The same for a row whose prefix prefix_attention has read: its own results, from `result` where they are one split's, then the prefix's.
+__device__ __forceinline__ void merge_with_prefix(const Merged& result, const Item& item, const float* partials, size_t stride, int heads,
+                                                  elem* out) {
+  for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32) {
+    int head = i / HEAD_DIM, d = i % HEAD_DIM;
+    float best = -INF, value = 0, sum = 0;
+    auto add = [&](float maximum, float part, float weights) {
+      float next = fmaxf(best, maximum), base = next == -INF ? 0.0f : next;
+      float shrink = exp2_fast(best - base), weight = exp2_fast(maximum - base);
+      value = value * shrink + part * weight;
+      sum = sum * shrink + weights * weight;
+      best = next;
+    };
+    auto add_slots = [&](int slot, int count) {
+      const float* part = partials + slot * stride + head * PARTIAL;
+#pragma unroll 4
+      for (int s = 0; s < count; s++, part += stride) add(__ldcg(part + HEAD_DIM), __ldcg(part + d), __ldcg(part + HEAD_DIM + 1));
+    };
+    if (item.splits == 1) add(result.stats[head].x, result.values[head * PARTIAL + d], result.stats[head].y);
+    else add_slots(item.first_item, item.splits);
+    add_slots(item.prefix / 32, item.prefix % 32);
+    out[i] = to_elem(value / sum);
+  }
+}
+
+// RULE: the kernel before this one in the stream lets this one start only after its own wait (qkv_epilogue, matvec_qkv,
+// prefix_attention). So what older
 // kernels wrote (the work list, the block table, the cache without this step's tokens) may be read before the wait.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, const int* block_table, int max_blocks,
@@ -365,7 +400,9 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
     if (more) load_query(q, qkv, eaten.next, first_head, heads);
     Merged result = merge_slots();
     elem* target = out + ((size_t)item.token * HEADS + first_head) * HEAD_DIM;
-    if (item.splits == 1) {
+    if (item.splits == 1 && item.prefix > 0) {
+      merge_with_prefix(result, item, partials + first_head * PARTIAL, STRIDE, heads, target);
+    } else if (item.splits == 1) {
       for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32)
         target[i] = to_elem(result.values[i / HEAD_DIM * PARTIAL + i % HEAD_DIM] / result.stats[i / HEAD_DIM].y);
     } else {
@@ -385,7 +422,10 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
         __threadfence();
       }
       __syncthreads();
-      if (last) merge_splits(partials + item.first_item * STRIDE + first_head * PARTIAL, item.splits, STRIDE, heads, target);
+      if (last && item.prefix > 0)
+        merge_with_prefix(result, item, partials + first_head * PARTIAL, STRIDE, heads, target);
+      else if (last)
+        merge_splits(partials + item.first_item * STRIDE + first_head * PARTIAL, item.splits, STRIDE, heads, target);
     }
     // Nothing is loaded in vain: a block does not end before its loads, which stand behind the next kernels' weights.
     if (!more) break;

@@ -37,10 +37,20 @@ class DecodeItems:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeScratch:
-    """What splits of one row hand to the one that merges them."""
+class SharedPrefixes:
+    """Which single-token rows of a step read a prefix together (prefix_attention.cu). All int32."""
 
-    partials: Tensor  # float32 [max_items, num_heads * (head_dim + 2)]
+    prefixes: Tensor  # [max_rows, 2] by row of the step: tokens, first slot of its partial results * 32 + how many; 0, 0: none
+    query_tokens: Tensor  # [max_rows] tokens of the step, those of one group behind another's
+    works: Tensor  # [max_works, 8]
+    num_works: Tensor  # [1]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeScratch:
+    """What splits of one row, and parts of its shared prefix, hand to the one that merges them."""
+
+    partials: Tensor  # float32 [max_items and slots of prefixes, num_heads * (head_dim + 2)]
     arrived: Tensor  # int32 zeros [max_rows * num_kv_heads * tiles]
 
 

@@ -11,7 +11,7 @@ import torch
 from cuda.core import Stream
 
 from kernels.launcher import Float, Int, KernelLibrary
-from kernels.operands import DecodeItems, DecodeScratch, Parts, StepTensors, at
+from kernels.operands import DecodeItems, DecodeScratch, Parts, SharedPrefixes, StepTensors, at
 from kernels.product_ops import ProductOps
 from kernels.shapes import (
     DECODE_FEW_ROWS,
@@ -40,14 +40,15 @@ class KernelOps(ProductOps):
         super().__init__(library, shape, stream, multiprocessors, matvec_depth)
         self._scale = Float(math.log2(math.e) / math.sqrt(shape.head_dim))
         self._roomy = is_roomy(matvec_depth)
-        for few in (False, True):
-            name = "decode_attention-few" if few else "decode_attention"
+        for name in ("decode_attention", "decode_attention-few", "decode_attention-prefix"):
             if name in library:
-                library.allow_shared(name, "decode_attention", decode_shared_bytes(shape, few))
+                shared_bytes = decode_shared_bytes(shape, name == "decode_attention-few")
+                library.allow_shared(name, "decode_attention", shared_bytes)
         library.allow_shared("prefill_attention", "prefill_attention", prefill_shared_bytes(shape))
         self._wgmma = "prefill_wgmma" in library
         if self._wgmma:
             library.allow_shared("prefill_wgmma", "prefill_wgmma", wgmma_shared_bytes(shape))
+            library.allow_shared("prefix_attention", "prefix_attention", wgmma_shared_bytes(shape))
 
     # Model
 
@@ -135,12 +136,32 @@ class KernelOps(ProductOps):
 
     # Attention
 
-    def plan_decode(self, step: StepTensors, rows: int, out: DecodeItems) -> None:
-        """Fill the work list of the step's single-token rows."""
+    def plan_decode(self, step: StepTensors, rows: int, out: DecodeItems, shared: SharedPrefixes | None = None) -> None:
+        """Fill the work list of the step's single-token rows, of those in `shared` behind their prefixes only (no window then)."""
         self._launch(
             "row_state", "plan_decode", (1,), 1024,
-            at(step.rows), at(step.num_scheduled), at(step.q_start), at(step.context_lens), Int(rows), Int(out.window),
-            at(out.items), at(out.num_items),
+            at(step.rows), at(step.num_scheduled), at(step.q_start), at(step.context_lens),
+            at(None if shared is None else shared.prefixes), Int(rows), Int(out.window), at(out.items), at(out.num_items),
+        )  # fmt: skip
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether prefix_attention runs here."""
+        return self._wgmma
+
+    def prefix_attention(
+        self, qkv: Tensor, cache: Tensor, step: StepTensors, shared: SharedPrefixes, scratch: DecodeScratch
+    ) -> None:
+        """Partial results of shared prefixes, for the decode_attention that stands behind it on the stream.
+
+        What stands before it must be qkv_epilogue, or no kernel of ours, as for decode_attention.
+        """
+        shape = self._shape
+        self._launch(
+            "prefix_attention", "prefix_attention", (self._multiprocessors,), 512 if shape.head_dim == 64 else 384,
+            at(qkv), at(cache), cache.stride(0) // 8, at(step.block_table), Int(step.block_table.shape[1]),
+            at(shared.works), at(shared.num_works), at(shared.query_tokens), self._scale, at(scratch.partials),
+            shared_bytes=wgmma_shared_bytes(shape),
         )  # fmt: skip
 
     def decode_attention(
@@ -152,22 +173,23 @@ class KernelOps(ProductOps):
         scratch: DecodeScratch,
         out: Tensor,
         rows: int,
+        after_prefix: bool = False,
     ) -> None:
-        """Attention of the rows in the work list, of `rows` rows in all.
+        """Attention of the rows in the work list, of `rows` rows in all. `after_prefix`: some of them share a prefix.
 
-        What stands before it on the stream must be qkv_epilogue, matvec_qkv, norm_qkv, or no kernel of ours: it reads what older
-        kernels wrote before its own wait.
+        What stands before it on the stream must be qkv_epilogue, matvec_qkv, norm_qkv, prefix_attention, or no kernel of ours: it
+        reads what older kernels wrote before its own wait.
         """
         shape = self._shape
         heads = shape.num_kv_heads * shape.decode_tiles
         # Blocks walk over the items: as many as are resident at once, or more for large heads, where late starters even out the end.
         # For few rows one a multiprocessor, with all its tokens under way before the wait.
-        few = rows <= DECODE_FEW_ROWS and "decode_attention-few" in self._library
+        few = rows <= DECODE_FEW_ROWS and "decode_attention-few" in self._library and not after_prefix
+        name = "decode_attention-prefix" if after_prefix else "decode_attention-few" if few else "decode_attention"
         each = 8 if shape.head_dim == 128 and not few else decode_blocks(shape.head_dim, few, self._roomy)
         blocks = max(1, self._multiprocessors * each // heads)
         self._launch(
-            "decode_attention-few" if few else "decode_attention", "decode_attention", (blocks, heads),
-            decode_warps(shape.head_dim, few) * 32,
+            name, "decode_attention", (blocks, heads), decode_warps(shape.head_dim, few) * 32,
             at(qkv), at(cache), cache.stride(0) // 8, at(step.block_table), Int(step.block_table.shape[1]),
             at(work.items), at(work.num_items), self._scale, at(scratch.partials), at(scratch.arrived), at(out),
             shared_bytes=decode_shared_bytes(shape, few),

@@ -14,24 +14,7 @@
 //      a tensor map would need a pass over the last tile
 //
 // KV tiles lie at absolute positions and a masked score changes nothing, so a token's result does not depend on how its prompt was cut.
-#include "wgmma.cuh"
-
-constexpr int GROUP = HEADS / KV_HEADS;
-constexpr int CONSUMERS = HEAD_DIM == 64 ? 3 : 2;
-constexpr int STAGES = HEAD_DIM == 64 ? 3 : 2;
-constexpr int TILE_ROWS = CONSUMERS * 64;
-constexpr int TILE_KEYS = 128;
-constexpr int CHUNKS = HEAD_DIM / 8;                   // 16-byte pieces of a key
-constexpr int PANELS = HEAD_DIM / 64;
-constexpr int PANEL_VECTORS = TILE_KEYS * 8;
-constexpr int TILE_VECTORS = PANELS * PANEL_VECTORS;
-constexpr int QUERY_VECTORS = PANELS * 64 * 8;         // of a warpgroup
-constexpr int OUT = HEAD_DIM / 2;                      // sums of a thread
-static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim must be 64 or 128");
-static_assert(BLOCK_SIZE % 16 == 0, "16 tokens must lie in one block");
-
-// Queries of all warpgroups, then STAGES of keys, then STAGES of values; then the barriers.
-extern __shared__ __align__(1024) uint4 shared[];
+#include "attention_tiles.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -42,46 +25,14 @@ struct Tile {
   const int* blocks;
 };
 
-struct Barriers {
-  u64 full[2][STAGES], empty[2][STAGES];  // of keys, of values
-};
-
-// One warp copies keys or values [tile * TILE_KEYS, + TILE_KEYS); those outside [begin, end) become zero and are not read.
-__device__ __forceinline__ void copy_tile(uint4* to, const uint4* from, const Tile& t, int tile) {
-  constexpr int LANES = CHUNKS, ROWS = 32 / LANES;  // lanes a token, tokens at a time
-  int lane = threadIdx.x % 32, chunk = lane % LANES, row = lane / LANES;
-  int place = tile * TILE_KEYS + lane % 8 * 16;
-  int mine = place < t.end && place + 16 > t.begin ? t.blocks[place / BLOCK_SIZE] : 0;
-  to += chunk / 8 * PANEL_VECTORS;
-#pragma unroll 1
-  for (int part = 0; part < TILE_KEYS / 16; part++) {
-    int first = tile * TILE_KEYS + part * 16;
-    size_t block = __shfl_sync(~0u, mine, part);
-    const uint4* source = from + (block * KV_HEADS * BLOCK_SIZE + first % BLOCK_SIZE) * CHUNKS + chunk;
-#pragma unroll
-    for (int i = row; i < 16 + row; i += ROWS) {
-      bool valid = first + i >= t.begin && first + i < t.end;
-      copy16(to + panel_place(part * 16 + i, chunk % 8), valid ? source + i * CHUNKS : from, valid);
-    }
-  }
-}
-
 __device__ __forceinline__ void produce(Barriers& b, uint4* tiles, const uint4* from, const Tile& t, int kind, int which) {
   for (int n = which, tile = t.first + which; tile <= t.last; n += 2, tile += 2) {
     int stage = n % STAGES;
     barrier_wait(&b.empty[kind][stage], n / STAGES % 2 ^ 1);
     copy_tile(tiles + stage * TILE_VECTORS, from, t, tile);
-    end_group();
-    copies_done<0>();
-    publish_to_products();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&b.full[kind][stage]);
+    hand_over(&b.full[kind][stage]);
   }
 }
-
-struct State {
-  float o[OUT], maximum[2], sum[2];
-};
 
 __device__ __forceinline__ void mask(float (&s)[64], const int (&position)[2], int first, int window) {
   int t = threadIdx.x % 4;
@@ -92,54 +43,6 @@ __device__ __forceinline__ void mask(float (&s)[64], const int (&position)[2], i
       int key = first + j * 8 + 2 * t + e % 2;
       if (key > position[e / 2] || (window > 0 && key <= position[e / 2] - window)) s[4 * j + e] = -INF;
     }
-}
-
-// Scores become weights exp2(s * scale - maximum), in place; returns what older sums must be multiplied by.
-__device__ __forceinline__ float soften(float (&s)[64], float& maximum, float& sum, float scale, int half) {
-  float best = -INF;
-#pragma unroll
-  for (int j = 0; j < 16; j++) best = fmaxf(best, fmaxf(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]));
-  best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-  best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-  best = fmaxf(maximum, best * scale);
-  float base = best == -INF ? 0.0f : best, shrink = exp2_fast(maximum - base), added = 0;
-  maximum = best;
-#pragma unroll
-  for (int j = 0; j < 16; j++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      float& x = s[4 * j + 2 * half + e];
-      x = exp2_fast(fmaf(x, scale, -base));
-      added += x;
-    }
-  sum = sum * shrink + added;
-  return shrink;
-}
-
-__device__ __forceinline__ void start_scores(float (&s)[64], const uint4* queries, const uint4* keys) {
-#pragma unroll
-  for (int k = 0; k < HEAD_DIM / 16; k++)
-    multiply_rows(s, operand(queries + k / 4 * 512) + k % 4 * 2, operand(keys + k / 4 * PANEL_VECTORS) + k % 4 * 2, k > 0);
-  products_commit();
-}
-
-__device__ __forceinline__ void start_values(State& w, const u32 (&p)[8][4], const uint4* values) {
-#pragma unroll
-  for (int k = 0; k < TILE_KEYS / 16; k++) multiply_columns(w.o, p[k], operand(values, PANEL_VECTORS * 16) + k * 128);
-  products_commit();
-}
-
-// From scores to weights as an operand; older sums are scaled.
-__device__ __forceinline__ void weigh(State& w, float (&s)[64], u32 (&p)[8][4], float scale) {
-  float shrink[2];
-#pragma unroll
-  for (int half = 0; half < 2; half++) shrink[half] = soften(s, w.maximum[half], w.sum[half], scale, half);
-#pragma unroll
-  for (int i = 0; i < OUT; i++) w.o[i] *= shrink[i / 2 % 2];
-#pragma unroll
-  for (int k = 0; k < 8; k++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) p[k][i] = pack(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
 }
 
 __device__ __forceinline__ void consume(Barriers& b, const uint4* queries, const uint4* keys, const uint4* values, const Tile& t,
@@ -204,11 +107,7 @@ prefill_wgmma(const uint4* qkv, const uint4* cache, long long values_offset, con
   int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, group = warp / 4, kv_head = blockIdx.y;
   uint4* keys = shared + CONSUMERS * QUERY_VECTORS;
   uint4* values = keys + STAGES * TILE_VECTORS;
-  if (threadIdx.x < 2 * STAGES) {
-    barrier_init(&b.full[threadIdx.x / STAGES][threadIdx.x % STAGES], 1);
-    barrier_init(&b.empty[threadIdx.x / STAGES][threadIdx.x % STAGES], CONSUMERS * 4);
-    publish_to_products();
-  }
+  b.init();
   let_next_start();
   wait_for_previous();
   if (tiles[blockIdx.x].x < 0) return;  // padding of a graph
@@ -238,7 +137,7 @@ prefill_wgmma(const uint4* qkv, const uint4* cache, long long values_offset, con
           source[(size_t)(row / GROUP) * ROW_VECTORS + row % GROUP * CHUNKS + chunk];
     }
     publish_to_products();
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+    warpgroup_sync(group);
     State w = {};
     int row[2], position[2];
 #pragma unroll

@@ -62,19 +62,23 @@ prepare_tokens(const int* __restrict__ rows, const int* __restrict__ num_schedul
 }
 
 // One block. Rows with one scheduled token become items of decode attention, a row's items one behind another. An item is
-//   (row of the step, first token, end, query's token), (row's first item, permanent row, row's splits, 0)
+//   (row of the step, first token, end, query's token), (row's first item, permanent row, row's splits, word 1 of its prefix)
+// prefixes: of each row of the step the tokens of its shared prefix, where its items begin, and where prefix_attention leaves its
+// results (decode_attention.cu); both 0 without one. Null: no row has any.
 extern "C" __global__ void __launch_bounds__(1024)
 plan_decode(const int* __restrict__ rows, const int* __restrict__ num_scheduled, const int* __restrict__ q_start,
-            const int* __restrict__ context_lens, int num_rows, int window, int4* __restrict__ items, int* __restrict__ num_items) {
+            const int* __restrict__ context_lens, const int2* __restrict__ prefixes, int num_rows, int window,
+            int4* __restrict__ items, int* __restrict__ num_items) {
   __shared__ int warp_sums[32];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, base = 0;
   let_next_start();
   wait_for_previous();
   for (int first = 0; first < num_rows; first += 1024) {
-    int r = first + threadIdx.x, begin = 0, split = 0, count = 0, context = 0;
+    int r = first + threadIdx.x, begin = 0, split = 0, count = 0, context = 0, prefix = 0;
     if (r < num_rows && num_scheduled[r] == 1) {
       context = context_lens[r];
       begin = window > 0 ? max(0, context - window) : 0;
+      if (prefixes) begin = prefixes[r].x, prefix = prefixes[r].y;
       split = begin / SPLIT;
       count = (context - 1) / SPLIT - split + 1;
     }
@@ -94,7 +98,7 @@ plan_decode(const int* __restrict__ rows, const int* __restrict__ num_scheduled,
     int at = base + before - count;
     for (int i = 0; i < count; i++) {
       items[2 * (at + i)] = make_int4(r, max(begin, (split + i) * SPLIT), min(context, (split + i + 1) * SPLIT), q_start[r]);
-      items[2 * (at + i) + 1] = make_int4(at, rows[r], count, 0);
+      items[2 * (at + i) + 1] = make_int4(at, rows[r], count, prefix);
     }
     base += total;
     __syncthreads();

@@ -19,6 +19,9 @@ WGMMA_ARCHITECTURE = "sm_90a"
 DECODE_FEW_ROWS = 8
 """Decode attention of at most so many rows fetches more of a row before it waits, at one block a multiprocessor."""
 
+PREFIX_TILE = 128
+"""Tokens of a tile of prefix_attention.cu; shared prefixes and their parts are whole tiles."""
+
 NORM_KERNELS = ("matvec_norm_qkv", "matvec_norm_silu", "matvec_norm_float")
 
 Definitions = dict[str, int | str]
@@ -213,8 +216,11 @@ def decode_shared_bytes(shape: KernelShape, few: bool) -> int:
     return rings + decode_slots(shape.head_dim) * rows * (shape.head_dim + 2) * 4 + rows * 8
 
 
-def decode_spec(shape: KernelShape, few: bool, roomy: bool, heads: Definitions) -> KernelSpec:
-    """Decode attention, for a step of few rows or of many. `roomy`: a block may have 160 KiB of shared memory."""
+def decode_spec(
+    shape: KernelShape, few: bool, roomy: bool, heads: Definitions, after_prefix: bool = False
+) -> KernelSpec:
+    """Decode attention, for a step of few rows or of many, or after prefix attention. `roomy`: a block may have 160 KiB of shared
+    memory."""
     sizes: Definitions = {
         "SPLIT": shape.split,
         "SLOTS": decode_slots(shape.head_dim),
@@ -222,16 +228,17 @@ def decode_spec(shape: KernelShape, few: bool, roomy: bool, heads: Definitions) 
         "DEPTH": decode_depth(few),
         "BLOCKS": decode_blocks(shape.head_dim, few, roomy),
     }
-    return KernelSpec("decode_attention.cu", {**heads, **sizes}, ("decode_attention",))
+    after: Definitions = {"AFTER_PREFIX": 1} if after_prefix else {}
+    return KernelSpec("decode_attention.cu", {**heads, **sizes, **after}, ("decode_attention",))
 
 
 def prefill_tile_rows(head_dim: int, wgmma: bool) -> int:
-    """Pairs (token, query head) of a tile of prefill attention."""
+    """Pairs (token, query head) of a tile of prefill attention, and with `wgmma` of prefix attention."""
     return 192 if wgmma and head_dim == 64 else 128
 
 
 def wgmma_shared_bytes(shape: KernelShape) -> int:
-    """Dynamic shared memory of prefill_wgmma: queries, and stages of 128 keys and values."""
+    """Dynamic shared memory of prefill_wgmma and prefix_attention: queries, and stages of 128 keys and values."""
     stages = 3 if shape.head_dim == 64 else 2
     return (prefill_tile_rows(shape.head_dim, wgmma=True) + 2 * stages * 128) * shape.head_dim * 2
 
@@ -273,6 +280,8 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
         specs["decode_attention-few"] = decode_spec(shape, True, roomy, heads)
     if architecture == WGMMA_ARCHITECTURE:
         specs["prefill_wgmma"] = KernelSpec("prefill_wgmma.cu", heads, ("prefill_wgmma",))
+        specs["prefix_attention"] = KernelSpec("prefix_attention.cu", heads, ("prefix_attention",))
+        specs["decode_attention-prefix"] = decode_spec(shape, False, roomy, heads, after_prefix=True)
     if gemm_fits(shape, architecture):
         specs |= {tile.name: gemm_spec(tile, common) for tile in GEMM_TILES}
     for k in sorted({shape.hidden_size, shape.q_size, shape.intermediate_size}):

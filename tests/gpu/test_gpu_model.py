@@ -150,6 +150,63 @@ def test_mixed_sampling_runs_with_run_ahead_and_repeats(models: dict[str, Path])
     assert len({tuple(outputs) for outputs in runs[0]}) > 20
 
 
+def best_of(
+    engine: OfflineEngine, requests: list[Request], **how: object
+) -> list[dict[int, tuple[list[int], list[float]]]]:
+    """Of each request by position: the token chosen and the two best, with their log-probabilities."""
+    run = engine.run(requests, **how)  # type: ignore[arg-type]
+    found: dict[int, dict[int, tuple[list[int], list[float]]]] = {id(request): {} for request in requests}
+    for rows, columns in run.logprobs:
+        starts = np.cumsum(columns.num_entries) - columns.num_entries
+        for owner, position, start in zip(
+            columns.owner.tolist(), columns.position.tolist(), starts.tolist(), strict=True
+        ):
+            part = slice(start, start + 3)
+            found[id(rows[owner])][position] = columns.token_ids[part].tolist(), columns.logprobs[part].tolist()
+    return [found[id(request)] for request in requests]
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3"])
+@pytest.mark.parametrize(("graphs", "chunk"), [(True, None), (True, 40), (False, None)])
+def test_rows_behind_a_shared_prefix_give_the_tokens_of_rows_that_read_it_alone(
+    models: dict[str, Path], name: str, graphs: bool, chunk: int | None
+) -> None:
+    """Rows come while others decode, leave one by one, and some have no prefix: up to near-ties nothing changes."""
+    generator = random.Random(31)
+    prefix, describing = generator.choices(range(2048), k=1040), SamplingParams(temperature=0.0, logprobs=2)
+    tails = [generator.choices(range(2048), k=generator.randint(1, 90)) for _ in range(90)]
+    results = []
+    for shared_prefix in (True, False):
+        settings = {"max_rows": 100, "max_model_len": 2048, "num_blocks": 9000, "graphs": graphs}
+        with serving(models[name], shared_prefix=shared_prefix, **settings) as (engine, _):
+            blocks = engine.num_blocks(len(prefix))
+            engine.run([Request(prefix, 1)])
+            requests = []
+            for i, tail in enumerate(tails):
+                request = Request(tail, 20 + i % 17, describing)
+                if i % 10 < 9:
+                    request.prompt, request.computed = prefix + tail, len(prefix)
+                    request.blocks, request.shared = list(range(blocks)), blocks
+                requests.append(request)
+            results.append(best_of(engine, requests, chunk=chunk, order=list(range(blocks, 9000))))
+            backend = engine.backend
+            assert isinstance(backend, CudaBackend)
+            planner = backend._prefixes
+            assert (planner is not None) == (shared_prefix and backend._ops.shares_prefixes)
+            if planner is not None:
+                assert planner.lists.num_works.item() > 0, "no step has shared"
+    parted = 0
+    for together, alone in zip(*results, strict=True):
+        for position in sorted(alone):
+            (tokens, values), (expected, reference) = together[position], alone[position]
+            assert abs(values[0] - reference[0]) < 0.1 or tokens[0] != expected[0], (position, values, reference)
+            if tokens[0] != expected[0]:
+                assert abs(reference[1] - reference[2]) < 0.1, "they part where the choice was clear"
+                parted += 1
+                break
+    assert parted < 30
+
+
 def test_what_does_not_fit_is_told_with_numbers(models: dict[str, Path]) -> None:
     with pytest.raises(BackendError, match=r"MiB free.*weights take.*a block of 16 tokens takes.*so \d+ fit"):
         CudaBackend(models["tiny-llama"], CudaSettings(num_blocks=10**9, max_model_len=64)).load(lambda *_: None)

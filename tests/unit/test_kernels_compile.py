@@ -31,6 +31,7 @@ HOT = {
     "decode_attention",
     "prefill_attention",
     "prefill_wgmma",
+    "prefix_attention",
     "matvec_qkv",
     "matvec_norm_qkv",
     "matvec_norm_silu",
@@ -50,7 +51,14 @@ HOT = {
 def all_specs(architecture: str) -> list[KernelSpec]:
     """What the two shapes need; for the second one only what depends on it."""
     first, second = kernel_specs(LLAMA_1B, 8, architecture), kernel_specs(LLAMA_8B, 8, architecture)
-    names = ("decode_attention", "prefill_attention", "prefill_wgmma", "matvec-14336-16", "fused-8")
+    attention = (
+        "decode_attention",
+        "decode_attention-prefix",
+        "prefill_attention",
+        "prefill_wgmma",
+        "prefix_attention",
+    )
+    names = (*attention, "matvec-14336-16", "fused-8")
     return [*first.values(), *(second[name] for name in names if name in second)]
 
 
@@ -99,6 +107,21 @@ def test_only_measured_shapes_leave_cublas() -> None:
     assert "gemm-64" not in kernel_specs(LLAMA_1B, 8, "sm_100")
     assert "gemm-64" in kernel_specs(LLAMA_8B, 8, "sm_90a")
     assert "gemm-64" not in kernel_specs(replace(LLAMA_8B, intermediate_size=14_208), 8, "sm_90a")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 3, 7, 32])
+def test_prefix_attention_of_any_group_keeps_everything_in_registers(group: int, head_dim: int) -> None:
+    shape = KernelShape(2048, 8192, 2 * group, 2, head_dim, 16, qk_norm=False, float16=False)
+    compiler = Compiler("sm_90a", CubinCache(default_directory()))
+    specs = kernel_specs(shape, 8, "sm_90a")
+    for name in ("prefix_attention", "decode_attention-prefix"):
+        module = compiler.compile(specs[name].source, specs[name].definitions)
+        (resources,) = module.resources.values()
+        assert (resources.spill_stores, resources.spill_loads, resources.stack) == (0, 0, 0), module.log
+        assert "C75" not in module.log, module.log
+    for architecture in ("sm_80", "sm_100"):
+        assert "prefix_attention" not in kernel_specs(shape, 8, architecture)
 
 
 def test_float16_compiles_too() -> None:

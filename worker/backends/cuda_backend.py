@@ -2,7 +2,7 @@
 
 The launch thread enqueues on one stream: a copy of the plan's columns, the forward pass, sampling, a copy of the tokens to a
 pinned slot. Step n + 1 may be enqueued before step n has run, because its input token is looked up on the device. A step whose rows
-have one token each is two CUDA graphs; a step with chunks is launched kernel by kernel.
+have one token each is two CUDA graphs; a step with chunks is launched kernel by kernel. Rows behind a shared prefix read it together.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from cuda.core import Device, Stream
 from kernels.cache import CubinCache, default_directory
 from kernels.compiler import CompileError, Compiler, architecture_of, sources_digest
 from kernels.launcher import KernelLibrary, LaunchError
+from kernels.operands import SharedPrefixes
 from kernels.ops import KernelOps
-from kernels.shapes import KernelShape, ShapeError, decode_split, kernel_specs
+from kernels.shapes import PARTS_ROWS, KernelShape, ShapeError, decode_split, kernel_specs
 from worker.backend import BackendError, BackendInfo, FatalBackendError, KVGroup, Masks, Progress
 from worker.backends.cuda_columns import MixedShape, MixedShapes, StepColumns, fill_columns, pad_decode, pad_mixed
 from worker.backends.cuda_graphs import GraphCache, bucket_for, buckets
 from worker.backends.cuda_memory import MemoryPlan
 from worker.backends.cuda_model import CudaDecoder, Workspace, allocate_workspace, prefill_tiles
+from worker.backends.cuda_prefix import PrefixPlanner
 from worker.backends.cuda_prompt import PromptDescriber
 from worker.backends.cuda_results import ResultRing, Slot
 from worker.backends.cuda_rows import DeviceRows, upload
 from worker.backends.cuda_sampler import CudaSampler
+from worker.backends.shared_prefix import MOST_PARTS
 from worker.checkpoint.config import ModelConfig, load_config
 from worker.checkpoint.errors import CheckpointError
 from worker.checkpoint.upload import Upload
@@ -57,6 +60,7 @@ class CudaSettings:
     device: int = 0
     capture_at_start: bool = False  # capture every bucket's graphs in warm_up; else each at its first use
     graphs: bool = True
+    shared_prefix: bool = True  # many rows behind one prefix read it together (kernels/prefix_attention.cu)
     cubin_cache: Path | None = None
     poison: bool = False  # tests: cache and activations that nobody has written are NaN
 
@@ -155,15 +159,22 @@ class CudaBackend:
         settings, device = self._settings, self._device
         self._ops = ops
         self._group = config.num_heads // config.num_kv_heads
+        shares = settings.shared_prefix and ops.shares_prefixes and 0 in {window or 0 for window in config.windows}
         # One place more for each row: where the prompt's described positions wait for their next token.
         self._tokens_limit = max(settings.max_num_batched_tokens, settings.max_rows)
         space = allocate_workspace(
-            config, shape, self._tokens_limit + settings.max_rows, settings.max_rows, longest, dtype, device
-        )
+            config, shape, self._tokens_limit + settings.max_rows, settings.max_rows, longest, dtype, device,
+            MOST_PARTS if shares else 0,
+        )  # fmt: skip
         if settings.poison:
             _poison(space)
         self._decoder = CudaDecoder(config, shape, weights, ops, space, longest)
         self._rows = DeviceRows(ops, settings.max_rows, longest, settings.block_size, config.vocab_size, device)
+        self._prefixes: PrefixPlanner | None = None
+        if shares:
+            self._prefixes = PrefixPlanner(
+                self._rows, settings.max_rows, self._group, ops.prefill_tile_rows, space.prefix_slots, device
+            )
         self._sampler = CudaSampler(ops, self._rows, settings.max_rows, config.vocab_size, device)
         self._prompts = PromptDescriber(self._rows, self._decoder, self._sampler, self._tokens_limit)
         self._mixed = MixedShapes(settings.max_rows, self._tokens_limit, self._group, ops.prefill_tile_rows)
@@ -199,11 +210,12 @@ class CudaBackend:
             with self._on_stream():
                 for bucket in self._buckets:
                     self._set_nothing(bucket)
-                    self._graphs.run(("forward", bucket), partial(self._decode, bucket))
+                    for shares in (False, True) if self._prefixes is not None and bucket > PARTS_ROWS else (False,):
+                        self._graphs.run(("forward", bucket, shares), partial(self._decode, bucket, shares))
                     self._graphs.run(("sample", bucket, False, False), partial(self._choose, bucket, False, False))
                 for shape in self._mixed:
                     self._set_nothing(shape)
-                    self._graphs.run(shape, partial(self._decode_and_prefill, shape))
+                    self._graphs.run((shape, False), partial(self._decode_and_prefill, shape, False))
         torch.cuda.synchronize(self._device)
         self.reset()
 
@@ -213,6 +225,8 @@ class CudaBackend:
             self._slot = None
         self._rows.reset()
         self._prompts.reset()
+        if self._prefixes is not None:
+            self._prefixes.forget()
 
     def begin(self, step: Step) -> None:
         if self._thread != threading.get_ident():
@@ -224,7 +238,10 @@ class CudaBackend:
                 self._slot = self._ring.take()
             self._slot.step_id = step.step_id
             self._slot.began.record(self._stream)
-            self._prompts.forget([*step.freed_rows.tolist(), *(new.row for new in step.new_rows)])
+            changed = [*step.freed_rows.tolist(), *(new.row for new in step.new_rows)]
+            self._prompts.forget(changed)
+            if changed and self._prefixes is not None:
+                self._prefixes.forget()
             self._rows.apply(step)
 
     def forward(self, step: Step) -> None:
@@ -251,13 +268,14 @@ class CudaBackend:
             self._slot.result.data_ptr(),
         )
         with self._on_stream():
+            shares = self._prefixes is not None and self._prefixes.plan(step, q_start, total)
             if total == count and self._settings.graphs:
                 bucket = bucket_for(count, self._buckets)
                 pad_decode(columns, count, bucket)
                 self._ops.copy_words(
                     self._columns.without_tiles, self._slot.columns[: len(self._columns.without_tiles)]
                 )
-                self._graphs.run(("forward", bucket), partial(self._decode, bucket))
+                self._graphs.run(("forward", bucket, shares), partial(self._decode, bucket, shares))
             else:
                 context_lens = (self._rows.computed[step.rows] + scheduled).astype(np.int32)
                 tiles = prefill_tiles(step.num_scheduled, context_lens, self._group, self._ops.prefill_tile_rows)
@@ -268,11 +286,12 @@ class CudaBackend:
                 if shape is None:
                     self._prepare(count, total)
                     on_device = upload(tiles, self._device) if len(tiles) else None
-                    self._decoder.forward(total, self._step, count, on_device, bool((scheduled == 1).any()))
+                    decodes = bool((scheduled == 1).any())
+                    self._decoder.forward(total, self._step, count, on_device, decodes, self._shared(shares))
                 elif self._settings.graphs:
-                    self._graphs.run(shape, partial(self._decode_and_prefill, shape))
+                    self._graphs.run((shape, shares), partial(self._decode_and_prefill, shape, shares))
                 else:
-                    self._decode_and_prefill(shape)
+                    self._decode_and_prefill(shape, shares)
         self._rows.computed[step.rows] += scheduled
 
     def sample(self, step: Step, masks: Masks | None = None) -> None:
@@ -305,7 +324,18 @@ class CudaBackend:
             return
         with self._fatal_errors():
             torch.cuda.synchronize(self._device)
-        for name in ("_graphs", "_decoder", "_rows", "_sampler", "_prompts", "_columns", "_step", "_ring", "_ops"):
+        for name in (
+            "_graphs",
+            "_decoder",
+            "_prefixes",
+            "_rows",
+            "_sampler",
+            "_prompts",
+            "_columns",
+            "_step",
+            "_ring",
+            "_ops",
+        ):
             delattr(self, name)
         gc.collect()
         torch.cuda.empty_cache()
@@ -327,13 +357,17 @@ class CudaBackend:
             self._step, rows, num_tokens, state.fields, state.tokens, space.token_ids, space.positions, space.slots
         )
 
-    def _decode(self, bucket: int) -> None:
+    def _decode(self, bucket: int, shares: bool) -> None:
         self._prepare(bucket, bucket)
-        self._decoder.forward(bucket, self._step, bucket, None, True)
+        self._decoder.forward(bucket, self._step, bucket, None, True, self._shared(shares))
 
-    def _decode_and_prefill(self, shape: MixedShape) -> None:
+    def _decode_and_prefill(self, shape: MixedShape, shares: bool) -> None:
         self._prepare(shape.rows, shape.tokens)
-        self._decoder.forward(shape.tokens, self._step, shape.rows, self._columns.tiles[: shape.tiles], True)
+        tiles = self._columns.tiles[: shape.tiles]
+        self._decoder.forward(shape.tokens, self._step, shape.rows, tiles, True, self._shared(shares))
+
+    def _shared(self, shares: bool) -> SharedPrefixes | None:
+        return self._prefixes.lists if shares and self._prefixes is not None else None
 
     def _choose(self, bucket: int, processes: bool, truncates: bool) -> None:
         self._decoder.logits(self._columns.last, bucket, self._sampler.logits)

@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step, one pair (forward, sample) for each batch bucket.
+"""CUDA graphs of the decode step, one pair (forward, sample) for each batch bucket; a second forward where rows share a prefix.
 
 A graph replays its kernels with the addresses and grids that it was captured with, for one launch instead of a hundred. Rows beyond
 those of the step are padding: no token, no cache slot, no sample.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.operands import DecodeItems, DecodeScratch, NormInput, Parts, Placing, StepTensors
+from kernels.operands import DecodeItems, DecodeScratch, NormInput, Parts, Placing, SharedPrefixes, StepTensors
 from kernels.ops import KernelOps
 from kernels.shapes import FUSED_ROWS, PARTS_ROWS, WGMMA_ARCHITECTURE, KernelShape, gemm_fits, gemm_splits
 from worker.checkpoint.config import ModelConfig
@@ -44,6 +44,7 @@ class Workspace:
     parts: Tensor  # float32: a product of at most PARTS_ROWS tokens in parts
     items: dict[int, DecodeItems]  # by window
     scratch: DecodeScratch
+    prefix_slots: int  # first of the scratch's slots that shared prefixes have for themselves
 
 
 def allocate_workspace(
@@ -54,8 +55,9 @@ def allocate_workspace(
     max_model_len: int,
     dtype: torch.dtype,
     device: torch.device,
+    prefix_parts: int,
 ) -> Workspace:
-    """All tensors that a step of `tokens` tokens writes."""
+    """All tensors that a step of `tokens` tokens writes. `prefix_parts`: partial results of a row's shared prefix at most."""
 
     def ints(*size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.int32, device=device)
@@ -80,9 +82,14 @@ def allocate_workspace(
         parts=torch.zeros(_parts_size(shape), dtype=torch.float32, device=device),
         items={window: DecodeItems(ints(max_items, 8), ints(1), window) for window in windows},
         scratch=DecodeScratch(
-            torch.empty((max_items, config.num_heads * (config.head_dim + 2)), dtype=torch.float32, device=device),
+            torch.empty(
+                (max_items + max_rows * prefix_parts, config.num_heads * (config.head_dim + 2)),
+                dtype=torch.float32,
+                device=device,
+            ),
             ints(max_rows * config.num_kv_heads * shape.decode_tiles),
         ),
+        prefix_slots=max_items,
     )
 
 
@@ -122,15 +129,24 @@ class CudaDecoder:
         """`cache` [layers, 2, num_blocks, num_kv_heads, block_size, head_dim]."""
         self._cache = list(cache)
 
-    def forward(self, tokens: int, step: StepTensors, rows: int, tiles: Tensor | None, decodes: bool) -> None:
+    def forward(
+        self,
+        tokens: int,
+        step: StepTensors,
+        rows: int,
+        tiles: Tensor | None,
+        decodes: bool,
+        shared: SharedPrefixes | None = None,
+    ) -> None:
         """Enqueue all layers over the prepared `tokens`. Leaves `hidden` and `projected`, whose sum is the last layer's output.
 
-        `tiles`: work list of chunks (prefill_tiles), None if there is none. `decodes`: some row has a single token.
+        `tiles`: work list of chunks (prefill_tiles), None if there is none. `decodes`: some row has a single token. `shared`: some
+        such rows share a prefix, in a step of more than PARTS_ROWS tokens.
         """
         ops, space, config = self._ops, self.workspace, self.config
         if decodes:
-            for items in space.items.values():
-                ops.plan_decode(step, rows, items)
+            for window, items in space.items.items():
+                ops.plan_decode(step, rows, items, None if window else shared)
         if ops.fits_parts(tokens):
             self._forward_in_parts(tokens, step, rows, tiles, decodes)
             return
@@ -144,7 +160,7 @@ class CudaDecoder:
             elif not fused:
                 self._add_and_norm(previous_bias, layer.input_norm, tokens)
             self._qkv(number, layer, previous_bias, tokens)
-            self._attention(number, step, tiles, rows if decodes else 0)
+            self._attention(number, step, tiles, rows if decodes else 0, shared)
             self._product(layer.o, space.attended, space.projected, tokens)
             if not fused:
                 self._add_and_norm(layer.o_bias, layer.post_norm, tokens)
@@ -214,12 +230,23 @@ class CudaDecoder:
                 cache, tokens, epsilon,
             )  # fmt: skip
 
-    def _attention(self, number: int, step: StepTensors, tiles: Tensor | None, decode_rows: int) -> None:
+    def _attention(
+        self,
+        number: int,
+        step: StepTensors,
+        tiles: Tensor | None,
+        decode_rows: int,
+        shared: SharedPrefixes | None = None,
+    ) -> None:
         ops, space = self._ops, self.workspace
         cache, window = self._cache[number], self.config.windows[number] or 0
+        after_prefix = shared is not None and window == 0
+        if shared is not None and after_prefix:
+            ops.prefix_attention(space.qkv, cache, step, shared, space.scratch)
         if decode_rows:
+            items = space.items[window]
             ops.decode_attention(
-                space.qkv, cache, step, space.items[window], space.scratch, space.attended, decode_rows
+                space.qkv, cache, step, items, space.scratch, space.attended, decode_rows, after_prefix
             )
         if tiles is not None:
             ops.prefill_attention(space.qkv, cache, step, tiles, window, space.attended)

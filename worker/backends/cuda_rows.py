@@ -1,7 +1,8 @@
 """Rows on the device: token ids, block table and sampling fields in one int32 arena, and what of them the host must know.
 
-The host keeps counts only (known, computed, blocks): enough to lay out a step and to refuse one that makes no sense. Token ids
-that the model chose never come back to be sent again. All changes of a step travel as one buffer (kernels/row_state.cu).
+The host keeps counts (known, computed, blocks) and block tables: enough to lay out a step, to see what rows share, and to refuse
+a step that makes no sense. Token ids that the model chose never come back to be sent again. All changes of a step travel as one
+buffer (kernels/row_state.cu).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class DeviceRows:
         self, ops: KernelOps, max_rows: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device
     ) -> None:
         self._ops = ops
-        self._block_size = block_size
+        self.block_size = block_size
         self._vocab_size = vocab_size
         self._device = device
         self.max_model_len = max_model_len
@@ -50,6 +51,8 @@ class DeviceRows:
         self.computed = np.zeros(max_rows, np.int64)
         self.num_prompt = np.zeros(max_rows, np.int64)
         self.num_blocks = np.zeros(max_rows, np.int64)
+        # The host's copy of block_table; beyond num_blocks stands what older rows left.
+        self.blocks = np.zeros((max_rows, self.max_blocks), np.int32)
         self.flags = np.zeros(max_rows, np.uint32)
         self.params: list[SamplingParams | None] = [None] * max_rows
         self._extras: dict[int, list[torch.Tensor]] = {}
@@ -179,6 +182,7 @@ class DeviceRows:
         if end > self.max_blocks:
             raise BackendError(f"row {row}: {end} blocks exceed its block table of {self.max_blocks}")
         segments.append(_Segment(self._blocks_at + row * self.max_blocks + start, block_ids))
+        self.blocks[row, start:end] = block_ids
         self.num_blocks[row] = end
 
     def _check_scheduled(self, step: Step) -> None:
@@ -187,7 +191,7 @@ class DeviceRows:
         unknown = ends > self.known[step.rows]
         if unknown.any():
             raise BackendError(f"row {int(step.rows[unknown.argmax()])}: more tokens are scheduled than the row knows")
-        outside = ends > self.num_blocks[step.rows] * self._block_size
+        outside = ends > self.num_blocks[step.rows] * self.block_size
         if outside.any():
             raise BackendError(f"row {int(step.rows[outside.argmax()])}: its blocks do not hold the scheduled tokens")
 

@@ -179,5 +179,6 @@ def _cuda_backend(settings: WorkerSettings, model_dir: Path) -> Backend:
         num_blocks=settings.num_blocks or None,
         memory_fraction=settings.memory_fraction,
         capture_at_start=settings.capture_at_start,
+        shared_prefix=settings.shared_prefix,
     )
     return CudaBackend(model_dir, cuda_settings)
