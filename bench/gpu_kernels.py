@@ -229,7 +229,8 @@ def behind_prefix(bench: Bench, shape: KernelShape, name: str, rows: int, prefix
     groups = shared_prefixes(table.numpy(), places, np.full(rows, prefix + own - 1), 16)
     most = rows * ((prefix + own) // shape.split + 2)
     group = shape.num_heads // shape.num_kv_heads
-    work = prefix_work(groups, places, places, np.arange(rows), group, ops.prefill_tile_rows, most)
+    tile_rows = ops.prefill_tile_rows
+    work = prefix_work(groups, places, places, np.arange(rows), group, shape.num_kv_heads, tile_rows, most)
     lists = SharedPrefixes(ints(work.prefixes), ints(work.query_tokens), ints(work.works), ints([len(work.works)]))
     # As many layers as keep each one's keys and values from staying in the cache.
     caches = [random(2, shared + rows * each, shape.num_kv_heads, 16, shape.head_dim) for _ in range(4)]

@@ -19,8 +19,7 @@
 //   4. blocks walk over the works, so that the grid of a CUDA graph fits any number of them; keys and values of the next work come while
 //      this one is stored, and those of the first before the wait, while the QKV product still runs (this one)
 //
-// What parts there are follows from the prefix alone (worker/backends/shared_prefix.py), so a row's result depends on its neighbours
-// only in whether they share.
+// The parts follow from the prefix and the number of rows that share it (worker/backends/shared_prefix.py), and so do a row's bits.
 #include "attention_tiles.cuh"
 
 constexpr int PARTIAL = HEAD_DIM + 2;

@@ -24,7 +24,7 @@ CASES = {  # prefixes; of each row which of them it has (-1: none) and how many 
     ),
     "many rows": ([1280], [(0, 1 + i % 64) for i in range(200)]),
     "long": ([4096], [(0, 1 + i % 300) for i in range(40)] + [(-1, 700)]),
-    "parts of 1,024": ([8320], [(0, 1 + i % 20) for i in range(34)]),
+    "very long": ([8320], [(0, 1 + i % 20) for i in range(34)]),
 }  # fmt: skip
 
 
@@ -90,7 +90,8 @@ class Decode:
         computed = np.array(self.paged.lengths, np.int64) - 1
         groups = shared_prefixes(self.paged.block_table.cpu().numpy(), rows, computed, BLOCK)
         work = prefix_work(
-            groups, rows, self.q_start.cpu().numpy(), np.arange(len(rows)), self.group, self.ops.prefill_tile_rows, self.most
+            groups, rows, self.q_start.cpu().numpy(), np.arange(len(rows)), self.group, self.shape.num_kv_heads,
+            self.ops.prefill_tile_rows, self.most,
         )  # fmt: skip
         self.set(work)
         return work

@@ -124,7 +124,7 @@ def test_works_cover_each_key_of_each_query_head_once(seed: int, heads: int, til
         size = int(generator.integers(MIN_ROWS, len(order) + 1))
         groups.append(PrefixGroup(np.sort(order[:size]), int(generator.integers(4, 200)) * PREFIX_TILE))
         order = order[size:]
-    work = prefix_work(groups, rows, tokens, step_places, heads, tile_rows, 1000)
+    work = prefix_work(groups, rows, tokens, step_places, heads, 8, tile_rows, 1000)
     assert len(work.works) <= most_works(count, heads, tile_rows)
     left: dict[tuple[int, int, int], tuple[int, int, int]] = {}  # (slot, token, head): (row read, begin, end)
     for row, begin, end, tile, first, size, slot, stride in work.works.tolist():
@@ -135,11 +135,11 @@ def test_works_cover_each_key_of_each_query_head_once(seed: int, heads: int, til
             left[key] = (row, begin, end)
     assert len({(slot, head) for slot, _, head in left}) == len(left)
     for group in groups:
-        assert -(-group.tokens // part_tokens(group.tokens)) <= MOST_PARTS
         for place in group.places.tolist():
             length, word = work.prefixes[step_places[place]].tolist()
             assert length == group.tokens
             for head in range(heads):
+                assert word % 32 <= MOST_PARTS
                 parts = [left.pop((word // 32 + i, int(tokens[place]), head)) for i in range(word % 32)]
                 assert {row for row, _, _ in parts} == {int(rows[group.places[0]])}
                 assert [begin for _, begin, _ in parts] == [0, *(end for _, _, end in parts[:-1])]
@@ -148,6 +148,16 @@ def test_works_cover_each_key_of_each_query_head_once(seed: int, heads: int, til
     outside = np.setdiff1d(np.arange(len(work.prefixes)), step_places[np.concatenate([g.places for g in groups])])
     assert not work.prefixes[outside].any()
     assert work.prefixes[:, 1].max() // 32 < 1000 + count * MOST_PARTS
+
+
+def test_parts_fill_the_chip_and_are_no_more_than_that() -> None:
+    """Llama-3.1-8B's tiles of 128 queries of 8 KV heads: 33, 128, 256 rows; a prefix is never cut finer than tiles."""
+    assert [part_tokens(2048, 8 * tiles) for tiles in (2, 4, 8)] == [256, 512, 1024]
+    assert [part_tokens(tokens, 16) for tokens in (512, 8192, 32768)] == [128, 1024, 4096]
+    for tiles in range(1, 300):
+        for keys in range(4, 300):
+            part = part_tokens(keys * PREFIX_TILE, tiles)
+            assert part % PREFIX_TILE == 0 and -(-keys * PREFIX_TILE // part) <= MOST_PARTS
 
 
 class _Ops:
@@ -176,7 +186,7 @@ def planner(monkeypatch: pytest.MonkeyPatch) -> tuple[PrefixPlanner, DeviceRows,
         return shared_prefixes(*arguments)
 
     monkeypatch.setattr(cuda_prefix, "shared_prefixes", look)
-    return PrefixPlanner(rows, 100, 4, 192, 5000, torch.device("cpu")), rows, looked
+    return PrefixPlanner(rows, 100, 4, 8, 192, 5000, torch.device("cpu")), rows, looked
 
 
 def step_of(rows: np.ndarray, scheduled: np.ndarray | None = None) -> Step:
@@ -192,14 +202,14 @@ def test_lists_are_made_where_rows_change(planner: tuple[PrefixPlanner, DeviceRo
         rows.computed[all_rows] += 1
     assert looked == [80]
     lists = plan.lists
-    assert lists.num_works.tolist() == [2 * 2]  # 320 pairs in tiles of 192, 1,024 tokens in parts of 512
+    assert lists.num_works.tolist() == [2 * 4]  # 320 pairs in tiles of 192, 1,024 tokens in parts of 256
     assert lists.works[:4].tolist() == [
-        [79, 0, 512, 0, 0, 80, 5000, 2],
-        [79, 0, 512, 1, 0, 80, 5000, 2],
-        [79, 512, 1024, 0, 0, 80, 5001, 2],
-        [79, 512, 1024, 1, 0, 80, 5001, 2],
+        [79, 0, 256, 0, 0, 80, 5000, 4],
+        [79, 0, 256, 1, 0, 80, 5000, 4],
+        [79, 256, 512, 0, 0, 80, 5001, 4],
+        [79, 256, 512, 1, 0, 80, 5001, 4],
     ]
-    assert lists.prefixes[3].tolist() == [1024, (5000 + 3 * 2) * 32 + 2]
+    assert lists.prefixes[3].tolist() == [1024, (5000 + 3 * 4) * 32 + 4]
     assert lists.query_tokens[:80].tolist() == list(range(80))
     assert plan.plan(step_of(all_rows[:70]), np.arange(70, dtype=np.int32), 70)
     assert not lists.prefixes[70:].any()
@@ -223,6 +233,6 @@ def test_chunks_of_a_step_stay_outside(planner: tuple[PrefixPlanner, DeviceRows,
     assert plan.plan(step_of(np.arange(40, dtype=np.int32), scheduled), q_start, 88)
     assert looked == [38]
     assert plan.lists.query_tokens[:38].tolist() == [*range(30, 36), *range(56, 88)]
-    assert plan.lists.works[0].tolist() == [1, 0, 512, 0, 0, 38, 5000, 2]
+    assert plan.lists.works[0].tolist() == [1, 0, 128, 0, 0, 38, 5000, 8]
     assert plan.lists.prefixes[[0, 7]].tolist() == [[0, 0], [0, 0]]
     assert (plan.lists.prefixes[[*range(1, 7), *range(8, 40)], 0] == 1024).all()

@@ -173,8 +173,9 @@ class CudaBackend:
         self._prefixes: PrefixPlanner | None = None
         if shares:
             self._prefixes = PrefixPlanner(
-                self._rows, settings.max_rows, self._group, ops.prefill_tile_rows, space.prefix_slots, device
-            )
+                self._rows, settings.max_rows, self._group, config.num_kv_heads, ops.prefill_tile_rows,
+                space.prefix_slots, device,
+            )  # fmt: skip
         self._sampler = CudaSampler(ops, self._rows, settings.max_rows, config.vocab_size, device)
         self._prompts = PromptDescriber(self._rows, self._decoder, self._sampler, self._tokens_limit)
         self._mixed = MixedShapes(settings.max_rows, self._tokens_limit, self._group, ops.prefill_tile_rows)

@@ -26,6 +26,7 @@ class PrefixPlanner:
         rows: DeviceRows,
         max_rows: int,
         heads_per_group: int,
+        kv_heads: int,
         tile_rows: int,
         first_slot: int,
         device: torch.device,
@@ -34,6 +35,7 @@ class PrefixPlanner:
         self._rows = rows
         self._device = device
         self._heads_per_group = heads_per_group
+        self._kv_heads = kv_heads
         self._tile_rows = tile_rows
         self._first_slot = first_slot
         self._tokens_at = _HEADER + 2 * max_rows
@@ -75,8 +77,8 @@ class PrefixPlanner:
         if not groups:
             return False
         work = prefix_work(
-            groups, rows, q_start[single], single, self._heads_per_group, self._tile_rows, self._first_slot
-        )
+            groups, rows, q_start[single], single, self._heads_per_group, self._kv_heads, self._tile_rows, self._first_slot
+        )  # fmt: skip
         words = np.zeros(self._works_at + work.works.size, np.int32)
         words[0] = len(work.works)
         words[_HEADER : _HEADER + work.prefixes.size] = work.prefixes.reshape(-1)

@@ -20,7 +20,7 @@ MIN_TOKENS = 512
 MOST_PARTS = 16
 """Parts of a prefix at most: each leaves a partial result for each row and head."""
 
-_PART = 512  # tokens of a part, while MOST_PARTS of them are enough
+_BLOCKS = 132  # of a Hopper chip; a constant, since the order of sums follows from it
 _MOST_GROUPS = 8  # of rows that share their first MIN_TOKENS
 _COLUMNS = 128  # of block tables that are compared at a time
 
@@ -58,7 +58,10 @@ def shared_prefixes(table: Int32Array, rows: Int32Array, computed: IntArray, blo
     ids = table[rows[candidates], first]  # the same block there says in practice that all before are the same, too
     order = np.argsort(ids, kind="stable")
     groups: list[PrefixGroup] = []
-    for places in np.split(candidates[order], np.flatnonzero(np.diff(ids[order])) + 1):
+    ends = np.flatnonzero(np.diff(ids[order], append=-1)) + 1  # no block is -1
+    starts = np.append(0, ends[:-1])
+    for start, end in zip(starts[ends - starts >= MIN_ROWS], ends[ends - starts >= MIN_ROWS], strict=True):
+        places = candidates[order[start:end]]
         for _ in range(_MOST_GROUPS):
             if len(places) < MIN_ROWS:
                 break
@@ -71,12 +74,18 @@ def shared_prefixes(table: Int32Array, rows: Int32Array, computed: IntArray, blo
     return groups
 
 
-def part_tokens(prefix: int) -> int:
-    """Tokens of each part but the last of a prefix of so many."""
-    part = _PART
-    while part * MOST_PARTS < prefix:
-        part *= 2
-    return part
+def part_tokens(prefix: int, tiles: int) -> int:
+    """Tokens of each part but the last of a prefix of so many, for `tiles` tiles of queries, those of all KV heads.
+
+    The shortest time, in tiles of keys: so many rounds of blocks, each with a part and as much as two tiles to begin and to end;
+    and what the partial results take to be written and read.
+    """
+    keys = prefix // PREFIX_TILE
+
+    def cost(parts: int) -> float:
+        return -(-tiles * parts // _BLOCKS) * (-(-keys // parts) + 2) + parts * tiles / 64
+
+    return -(-keys // min(range(1, min(keys, MOST_PARTS) + 1), key=cost)) * PREFIX_TILE
 
 
 def prefix_work(
@@ -85,6 +94,7 @@ def prefix_work(
     query_tokens: Int32Array,
     step_places: IntArray,
     heads_per_group: int,
+    kv_heads: int,
     tile_rows: int,
     first_slot: int,
 ) -> PrefixWork:
@@ -99,9 +109,10 @@ def prefix_work(
     tokens: list[Int32Array] = []
     taken, slot = 0, first_slot
     for group in groups:
-        count, part = len(group.places), part_tokens(group.tokens)
-        parts = -(-group.tokens // part)
+        count = len(group.places)
         tiles = -(-count * heads_per_group // tile_rows)
+        part = part_tokens(group.tokens, tiles * kv_heads)
+        parts = -(-group.tokens // part)
         which, tile = np.divmod(np.arange(parts * tiles), tiles)
         work = np.empty((len(which), 8), np.int64)
         work[:, 0] = rows[group.places[0]]
