@@ -4,6 +4,8 @@
 // qkv    [tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM], queries rotated
 // cache  one layer, as in qkv_epilogue.cu; block_table int32 [max_rows, max_blocks]
 // items  work list of plan_decode (row_state.cu), 8 int32 each: SPLIT tokens of a row at an absolute position; num_items[0] of them
+// -DAFTER_PREFIX: some rows' items begin behind a shared prefix, whose results lie in `partials` (prefix_attention.cu). A build of its
+//        own, so that the other one's code does not change
 //
 // Bound by bytes: the keys and values of all rows, read once. A query head alone would do 1 multiply-add a byte; the GROUP query heads
 // that share a KV head are rows of one tensor-core tile, so each key and value is loaded once for all of them.
@@ -304,33 +306,36 @@ __device__ __forceinline__ void merge_splits(const float* partials, int count, s
 }
 
 // The same for a row whose prefix prefix_attention has read: its own results, from `result` where they are one split's, then the prefix's.
+// Rows have few tokens of their own then, and a block spends its time here: four columns a thread, so that all loads are one round trip.
 __device__ __forceinline__ void merge_with_prefix(const Merged& result, const Item& item, const float* partials, size_t stride, int heads,
                                                   elem* out) {
-  for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32) {
-    int head = i / HEAD_DIM, d = i % HEAD_DIM;
-    float best = -INF, value = 0, sum = 0;
-    auto add = [&](float maximum, float part, float weights) {
-      float next = fmaxf(best, maximum), base = next == -INF ? 0.0f : next;
-      float shrink = exp2_fast(best - base), weight = exp2_fast(maximum - base);
-      value = value * shrink + part * weight;
-      sum = sum * shrink + weights * weight;
+  for (int i = threadIdx.x; i < heads * HEAD_DIM / 4; i += WARPS * 32) {
+    int head = i / (HEAD_DIM / 4), pair = i % (HEAD_DIM / 4) * 2;
+    float best = -INF, sum = 0, value[4] = {};
+    auto add = [&](float2 stats, float2 low, float2 high) {
+      float next = fmaxf(best, stats.x), base = next == -INF ? 0.0f : next;
+      float shrink = exp2_fast(best - base), weight = exp2_fast(stats.x - base);
+      value[0] = value[0] * shrink + low.x * weight, value[1] = value[1] * shrink + low.y * weight;
+      value[2] = value[2] * shrink + high.x * weight, value[3] = value[3] * shrink + high.y * weight;
+      sum = sum * shrink + stats.y * weight;
       best = next;
     };
     auto add_slots = [&](int slot, int count) {
-      const float* part = partials + slot * stride + head * PARTIAL;
+      const float2* part = reinterpret_cast<const float2*>(partials + slot * stride + head * PARTIAL);
 #pragma unroll 4
-      for (int s = 0; s < count; s++, part += stride) add(__ldcg(part + HEAD_DIM), __ldcg(part + d), __ldcg(part + HEAD_DIM + 1));
+      for (int s = 0; s < count; s++, part += stride / 2) add(__ldcg(part + HEAD_DIM / 2), __ldcg(part + pair), __ldcg(part + pair + 1));
     };
-    if (item.splits == 1) add(result.stats[head].x, result.values[head * PARTIAL + d], result.stats[head].y);
+    const float2* own = reinterpret_cast<const float2*>(result.values + head * PARTIAL);
+    if (item.splits == 1) add(result.stats[head], own[pair], own[pair + 1]);
     else add_slots(item.first_item, item.splits);
     add_slots(item.prefix / 32, item.prefix % 32);
-    out[i] = to_elem(value / sum);
+    reinterpret_cast<uint2*>(out)[i] = make_uint2(pack(value[0] / sum, value[1] / sum), pack(value[2] / sum, value[3] / sum));
   }
 }
 
 // RULE: the kernel before this one in the stream lets this one start only after its own wait (qkv_epilogue, matvec_qkv,
-// prefix_attention). So what older
-// kernels wrote (the work list, the block table, the cache without this step's tokens) may be read before the wait.
+// prefix_attention). So what older kernels wrote (the work list, the block table, the cache without this step's tokens) may be read
+// before the wait.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, const int* block_table, int max_blocks,
                  const int4* items, const int* num_items, float scale, float* partials, int* arrived, elem* __restrict__ out) {

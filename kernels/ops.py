@@ -183,10 +183,12 @@ class KernelOps(ProductOps):
         shape = self._shape
         heads = shape.num_kv_heads * shape.decode_tiles
         # Blocks walk over the items: as many as are resident at once, or more for large heads, where late starters even out the end.
-        # For few rows one a multiprocessor, with all its tokens under way before the wait.
+        # For few rows one a multiprocessor, with all its tokens under way before the wait. Behind prefixes rows are short: a block
+        # that walks has the next one's tokens on their way while it merges.
         few = rows <= DECODE_FEW_ROWS and "decode_attention-few" in self._library and not after_prefix
         name = "decode_attention-prefix" if after_prefix else "decode_attention-few" if few else "decode_attention"
-        each = 8 if shape.head_dim == 128 and not few else decode_blocks(shape.head_dim, few, self._roomy)
+        late_starters = shape.head_dim == 128 and not few and not after_prefix
+        each = 8 if late_starters else decode_blocks(shape.head_dim, few, self._roomy)
         blocks = max(1, self._multiprocessors * each // heads)
         self._launch(
             name, "decode_attention", (blocks, heads), decode_warps(shape.head_dim, few) * 32,

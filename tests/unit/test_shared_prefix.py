@@ -161,10 +161,11 @@ def test_parts_fill_the_chip_and_are_no_more_than_that() -> None:
 
 
 class _Ops:
-    """The rows' device is not looked at."""
+    """Does on the host what kernels/row_state.cu does."""
 
-    def apply_plan(self, *_: Any) -> None:
-        pass
+    def apply_plan(self, arena: torch.Tensor, plan: torch.Tensor, words: int, segments: int) -> None:
+        for to, source, length in plan[words:].view(segments, 3).tolist():
+            arena[to : to + length] = plan[source : source + length]
 
 
 @pytest.fixture
@@ -187,6 +188,17 @@ def planner(monkeypatch: pytest.MonkeyPatch) -> tuple[PrefixPlanner, DeviceRows,
 
     monkeypatch.setattr(cuda_prefix, "shared_prefixes", look)
     return PrefixPlanner(rows, 100, 4, 8, 192, 5000, torch.device("cpu")), rows, looked
+
+
+def test_the_host_knows_the_block_tables(planner: tuple[PrefixPlanner, DeviceRows, list[int]]) -> None:
+    _, rows, _ = planner
+    again = NewRow(5, np.zeros(17, np.int32), 17, 0, np.array([90, 91], np.int32), 0, SamplingParams())
+    appended, blocks = np.array([5, 79, 5], np.int32), np.array([92, 93, 94], np.int32)
+    rows.apply(Step(1, np.array([5], np.int32), (again,), appended, blocks, NONE, NONE, NONE, NONE, NONE, NONE))
+    assert rows.blocks[5, :4].tolist() == [90, 91, 92, 94] and rows.blocks[79, 66:68].tolist() == [64 + 3 * 79 + 2, 93]
+    for row in range(80):
+        count = int(rows.num_blocks[row])
+        assert rows.blocks[row, :count].tolist() == rows.block_table[row, :count].tolist()
 
 
 def step_of(rows: np.ndarray, scheduled: np.ndarray | None = None) -> Step:
