@@ -111,6 +111,29 @@ def test_two_system_prompts_and_a_beginning_that_both_share() -> None:
     assert shared_prefixes(table, rows[:40], computed[:40], 16) == []
 
 
+def test_prompts_that_part_later_are_groups_of_their_own() -> None:
+    """640 tokens in common, then 60 rows go on together up to 2,048 and 40 up to 1,280; three others end with the beginning."""
+    table = np.arange(103 * 200, dtype=np.int32).reshape(103, 200) + 1000
+    table[:, :40] = np.arange(40)
+    table[3:63, 40:128] = np.arange(88) + 100
+    table[63:, 40:80] = np.arange(40) + 300
+    rows, computed = np.arange(103, dtype=np.int32), np.full(103, 3000)
+    order = np.concatenate((np.arange(3, 103), np.arange(3)))  # the first row is one of the 60
+    groups = shared_prefixes(table, rows[order], computed, 16)
+    assert [(group.tokens, len(group.places)) for group in groups] == [(2048, 60), (1280, 40)]
+
+
+def test_what_is_alike_behind_a_difference_is_not_shared() -> None:
+    table = np.tile(np.arange(300, dtype=np.int32), (64, 1))
+    table[::2, 40] = 1000
+    groups = shared_prefixes(table, np.arange(64, dtype=np.int32), np.full(64, 4800), 16)
+    assert sorted((group.tokens, len(group.places)) for group in groups) == [(4736, 32), (4736, 32)]
+    table[1::2, 40] = np.arange(32) + 2000
+    table[::2, 40] = np.arange(32) + 3000
+    groups = shared_prefixes(table, np.arange(64, dtype=np.int32), np.full(64, 4800), 16)
+    assert [(group.tokens, len(group.places)) for group in groups] == [(640, 64)]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32), st.sampled_from([1, 3, 4, 7, 32]), st.sampled_from([128, 192]))
 def test_works_cover_each_key_of_each_query_head_once(seed: int, heads: int, tile_rows: int) -> None:
@@ -227,7 +250,10 @@ def test_lists_are_made_where_rows_change(planner: tuple[PrefixPlanner, DeviceRo
     assert not lists.prefixes[70:].any()
     plan.forget()
     assert plan.plan(step_of(all_rows[:70]), np.arange(70, dtype=np.int32), 70)
-    assert looked == [80, 70, 70]
+    scheduled = np.ones(70, np.int32)
+    scheduled[69] = 2
+    assert plan.plan(step_of(all_rows[:70], scheduled), np.arange(70, dtype=np.int32), 71)
+    assert looked == [80, 70, 70, 69]
 
 
 def test_up_to_64_tokens_nothing_is_shared(planner: tuple[PrefixPlanner, DeviceRows, list[int]]) -> None:
