@@ -23,7 +23,8 @@ from bench.gpu_offline import OfflineEngine
 from kernels import ops, product_ops, shapes
 from kernels.launcher import KernelLibrary
 from worker.backends import cuda_backend
-from worker.backends.cuda_backend import CudaBackend, CudaSettings
+from worker.backends.cuda_backend import CudaBackend
+from worker.backends.cuda_settings import CudaSettings
 
 
 @contextmanager

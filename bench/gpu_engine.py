@@ -24,7 +24,8 @@ import torch
 from bench.gpu_models import SHAPES, write_model
 from bench.gpu_offline import OfflineEngine, Request, Run
 from kernels.compiler import nvrtc_version
-from worker.backends.cuda_backend import CudaBackend, CudaSettings
+from worker.backends.cuda_backend import CudaBackend
+from worker.backends.cuda_settings import CudaSettings
 from worker.step import SamplingParams
 
 REPEATS = 3

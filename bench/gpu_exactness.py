@@ -25,7 +25,8 @@ import transformers
 from bench.gpu_models import SHAPES, write_model
 from bench.gpu_offline import OfflineEngine, Request
 from worker.backend import Backend, BackendInfo
-from worker.backends.cuda_backend import CudaBackend, CudaSettings
+from worker.backends.cuda_backend import CudaBackend
+from worker.backends.cuda_settings import CudaSettings
 from worker.step import NewRow, SamplingParams, Step, StepOutput
 
 BATCH, OUTPUTS, ALONE, RESUMED_AT = 256, 64, 48, 20

@@ -23,7 +23,8 @@ import torch
 
 from bench.gpu_models import SHAPES, write_model
 from bench.gpu_offline import OfflineEngine, Request
-from worker.backends.cuda_backend import CudaBackend, CudaSettings
+from worker.backends.cuda_backend import CudaBackend
+from worker.backends.cuda_settings import CudaSettings
 
 STEPS = 24
 FIRST_KERNEL = "prepare_tokens"

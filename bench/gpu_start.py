@@ -56,7 +56,8 @@ def child(directory: Path, cubins: Path, started: float) -> None:
     stages = {"python": time.time() - started}
     prefetch(directory)  # as worker/__main__.py does
     from bench.gpu_offline import OfflineEngine, Request
-    from worker.backends.cuda_backend import CudaBackend, CudaSettings
+    from worker.backends.cuda_backend import CudaBackend
+    from worker.backends.cuda_settings import CudaSettings
 
     stages["imports"] = time.time() - started
     backend = CudaBackend(directory, CudaSettings(max_model_len=8192, memory_fraction=0.8, cubin_cache=cubins))

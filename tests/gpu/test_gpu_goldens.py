@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.golden_tests.test_goldens import GOLDEN, after_preemption, in_chunks_of_7, make_requests
-from worker.backends.cuda_backend import CudaBackend, CudaSettings
+from worker.backends.cuda_backend import CudaBackend
+from worker.backends.cuda_settings import CudaSettings
 from worker.offline import OfflineEngine, OfflineResult
 
 pytestmark = pytest.mark.gpu

@@ -15,7 +15,8 @@ import torch
 from bench.gpu_models import write_model
 from bench.gpu_offline import GREEDY, OfflineEngine, Request
 from worker.backend import BackendError, BackendInfo
-from worker.backends.cuda_backend import CudaBackend, CudaSettings
+from worker.backends.cuda_backend import CudaBackend
+from worker.backends.cuda_settings import CudaSettings
 from worker.engine import Engine
 from worker.step import NewRow, SamplingParams, Step, StepOutput
 

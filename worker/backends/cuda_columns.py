@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.operands import StepTensors
+from worker.step import Int32Array, Step
+
+Int64Array = npt.NDArray[np.int64]
 
 _COLUMNS = 6  # rows, num_scheduled, q_start, sample_rows, tokens whose logits are wanted, where the result goes
 _TILE_COLUMNS = 2  # pairs, one behind another
@@ -67,41 +71,67 @@ class StepColumns:
 
     def __init__(self, max_rows: int, max_tiles: int, block_table: torch.Tensor, device: torch.device) -> None:
         # One row more, which may be padding; pairs of words, so that tiles stand at a multiple of eight bytes.
-        self.size = (_COLUMNS + _TILE_COLUMNS, max(max_rows + 1, max_tiles, 2))
+        self.width = max(max_rows + 1, max_tiles, 2)
+        self.size = (_COLUMNS + _TILE_COLUMNS, self.width)
         self.all = torch.zeros(self.size, dtype=torch.int32, device=device)
         self.without_tiles = self.all[:_COLUMNS]
         rows, num_scheduled, q_start, self.sample_rows, self.last, self.result_at = self.without_tiles
-        context_lens = torch.zeros(self.size[1], dtype=torch.int32, device=device)
+        context_lens = torch.zeros(self.width, dtype=torch.int32, device=device)
         self.step = StepTensors(rows, num_scheduled, q_start, context_lens, block_table)
         self.tiles = self.all[_COLUMNS:].view(-1, 2)
         """[tiles, 2] (row of the step, tile)."""
 
 
-def fill_columns(
-    columns: np.ndarray,
-    rows: np.ndarray,
-    num_scheduled: np.ndarray,
-    q_start: np.ndarray,
-    sample_rows: np.ndarray,
-    last: np.ndarray,
-    result_at: int,
-) -> None:
-    """The host's side of a step, int32 [8, width]; what is beyond its rows is padding without tokens at token 0."""
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """Where a step's rows and tokens lie: the same for steps of the same rows, so that a steady decode lays out nothing."""
+
+    rows: Int32Array  # [R] of the step, and so the next two
+    num_scheduled: Int32Array
+    num_samples: Int32Array
+    total: int
+    q_start: Int32Array  # [R] each row's first token
+    sampling: Int64Array  # [S] which rows of the step sample
+    sample_rows: Int32Array  # [S] those rows
+    columns: Int32Array  # [6, width] but for `result_at`
+
+    @property
+    def one_token_each(self) -> bool:
+        """Whether every row has a single token."""
+        return self.total == len(self.rows)
+
+    def holds_for(self, step: Step) -> bool:
+        """Whether the step has the same rows, tokens and samples."""
+        return (
+            np.array_equal(step.rows, self.rows)
+            and np.array_equal(step.num_scheduled, self.num_scheduled)
+            and np.array_equal(step.num_samples, self.num_samples)
+        )
+
+
+def lay_out(step: Step, width: int) -> StepLayout:
+    """Tokens row after row. What is beyond the step's rows in `columns` is padding: a row there has no tokens and no sample."""
+    rows, scheduled = step.rows, step.num_scheduled
+    ends = np.cumsum(scheduled, dtype=np.int64)
+    q_start = (ends - scheduled).astype(np.int32)
+    sampling = np.flatnonzero(step.num_samples)
+    sample_rows = rows[sampling]
+    columns = np.zeros((_COLUMNS, width), np.int32)
     count = len(rows)
-    columns.fill(0)
-    columns[0, :count], columns[1, :count], columns[2, :count] = rows, num_scheduled, q_start
+    columns[0, :count], columns[1, :count], columns[2, :count] = rows, scheduled, q_start
     columns[3:5] = -1
-    columns[3, : len(sample_rows)], columns[4, : len(last)] = sample_rows, last
-    columns[5, :2] = np.array([result_at], np.int64).view(np.int32)
+    columns[3, : len(sampling)], columns[4, : len(sampling)] = sample_rows, ends[sampling] - 1
+    total = int(ends[-1]) if count else 0
+    return StepLayout(rows, scheduled, step.num_samples, total, q_start, sampling, sample_rows, columns)
 
 
-def pad_decode(columns: np.ndarray, count: int, bucket: int) -> None:
+def pad_decode(columns: Int32Array, count: int, bucket: int) -> None:
     """Rows up to `bucket` get a token each, which is padding."""
     columns[2, count:bucket] = np.arange(count, bucket)
 
 
-def pad_mixed(columns: np.ndarray, count: int, total: int, tiles: np.ndarray, shape: MixedShape) -> None:
-    """`count` rows with `total` tokens and `tiles` int32 [n, 2] become a step of the shape."""
+def pad_mixed(columns: Int32Array, count: int, total: int, tiles: Int32Array, shape: MixedShape) -> None:
+    """`count` rows with `total` tokens and `tiles` int32 [n, 2] become a step of the shape; `columns` int32 [8, width]."""
     columns[2, count] = total  # this row's padding goes on to the next row's
     columns[2, count + 1 : shape.rows] = shape.tokens
     words = columns[_COLUMNS:].reshape(-1)

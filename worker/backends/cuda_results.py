@@ -52,6 +52,9 @@ class Slot:
     columns: torch.Tensor  # pinned int32, of the size of StepColumns: what the step tells the device
     began: torch.cuda.Event
     ended: torch.cuda.Event
+    columns_view: Int32Array  # the same memory as `columns`; made once, since making it takes microseconds
+    result_view: Int32Array
+    result_at: Int32Array  # [2] the address of `result`, its low half first
     step_id: int = 0
     num_samples: int = 0
     described: list[DescribedPositions] = field(default_factory=list)
@@ -69,7 +72,8 @@ class ResultRing:
             events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)]  # type: ignore[no-untyped-call]
             result = torch.zeros((2, max_rows), dtype=torch.int32, pin_memory=True)
             told = torch.zeros(columns, dtype=torch.int32, pin_memory=True)
-            self._free.put(Slot(result, told, events[0], events[1]))
+            address = np.array([result.data_ptr()], np.int64).view(np.int32)
+            self._free.put(Slot(result, told, events[0], events[1], told.numpy(), result.numpy(), address))
 
     def take(self) -> Slot:
         """A free slot; waits where `depth` steps have not been collected."""
@@ -90,7 +94,7 @@ class ResultRing:
         slot.ended.synchronize()
         last = self._last
         gap_ns = 0 if last is None else max(0, int(last.ended.elapsed_time(slot.began) * 1e6))
-        tokens, status = slot.result.numpy()[:, : slot.num_samples].copy()
+        tokens, status = slot.result_view[:, : slot.num_samples].copy()
         fine = status == RowStatus.OK
         output = StepOutput(
             step_id=slot.step_id,

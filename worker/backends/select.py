@@ -168,7 +168,8 @@ def _torch_backend(settings: WorkerSettings, model_dir: Path) -> Backend:
 
 
 def _cuda_backend(settings: WorkerSettings, model_dir: Path) -> Backend:
-    from worker.backends.cuda_backend import CudaBackend, CudaSettings
+    from worker.backends.cuda_backend import CudaBackend
+    from worker.backends.cuda_settings import CudaSettings
 
     cuda_settings = CudaSettings(
         dtype=settings.dtype,
