@@ -198,26 +198,34 @@ class Hub:
 
     # Steps ---------------------------------------------------------------------------------------------------------------
 
-    def plan(self, now: float) -> None:
-        """Compose and send every plan that can go now. Call after messages, once for all that came together."""
+    def plan(self, now: float) -> bool:
+        """Compose and send a plan for each worker that can take one. Call after messages, once for all that came together.
+
+        True: some worker can take another. Call again, but let these leave first: a device that has nothing to do waits for the
+        first plan of several, and for no other.
+        """
         trace = self.trace
+        more = False
         for worker_id in self.core.workers_to_plan():
             worker = self.workers[worker_id]
+            if worker.pace.in_flight >= worker.ahead.depth:
+                continue
             began = trace.now() if trace is not None else 0
-            while worker.pace.in_flight < worker.ahead.depth:
-                plan = self.core.plan(worker_id, now)
-                if plan is None:
-                    break
-                if trace is not None:
-                    began = trace.add("plan", plan.step_id, began)
-                worker.last_plan = summarise_plan(plan)
-                worker.pace.planned(plan.step_id, worker.last_plan.num_tokens, now)
-                worker.put(scheduler_pb2.EnlistResponse(plan=encode_plan(plan, worker.epoch)))
-                if trace is not None:
-                    began = trace.add("encode", plan.step_id, began)
+            plan = self.core.plan(worker_id, now)
+            if plan is None:
+                continue
+            if trace is not None:
+                began = trace.add("plan", plan.step_id, began)
+            worker.last_plan = summarise_plan(plan)
+            worker.pace.planned(plan.step_id, worker.last_plan.num_tokens, now)
+            worker.put(scheduler_pb2.EnlistResponse(plan=encode_plan(plan, worker.epoch)))
+            if trace is not None:
+                trace.add("encode", plan.step_id, began)
+            more = more or worker.pace.in_flight < worker.ahead.depth
         self._news.tell_placed()
         self._note_recoveries()
         self._news.tell_lost()
+        return more
 
     # Time ----------------------------------------------------------------------------------------------------------------
 

@@ -233,7 +233,8 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
 
     def _plan(self) -> None:
         self._plan_due = False
-        self.hub.plan(self._now())
+        if self.hub.plan(self._now()):
+            self._plan_soon()  # behind the writers, which these plans have woken
 
     def _now(self) -> float:
         return time.monotonic()  # uvloop's clock stands still within a turn of the loop

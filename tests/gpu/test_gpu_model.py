@@ -192,7 +192,7 @@ def test_rows_behind_a_shared_prefix_give_the_tokens_of_rows_that_read_it_alone(
             results.append(best_of(engine, requests, chunk=chunk, order=list(range(blocks, 9000))))
             backend = engine.backend
             assert isinstance(backend, CudaBackend)
-            planner = backend._prefixes
+            planner = backend._launcher._prefixes
             assert (planner is not None) == (shared_prefix and backend._ops.shares_prefixes)
             if planner is not None:
                 assert planner.lists.num_works.item() > 0, "no step has shared"

@@ -136,7 +136,8 @@ class SchedulerNode(Node):
 
     def _plan(self) -> None:
         self._plan_due = False
-        self.hub.plan(self.world.now)
+        if self.hub.plan(self.world.now):
+            self._plan_soon()
 
 
 class WorkerNode(Node):

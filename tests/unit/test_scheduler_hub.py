@@ -97,7 +97,8 @@ class Cluster:
         return list(iter(lambda: peer.take(0.0), None))
 
     def plans(self, now: float = 0.0) -> list[step_pb2.StepPlan]:
-        self.hub.plan(now)
+        while self.hub.plan(now):
+            pass
         return [message.plan for message in self.from_worker() if message.HasField("plan")]
 
 
@@ -476,6 +477,15 @@ def test_a_draining_scheduler_accepts_nothing(cluster: Cluster) -> None:
     assert failures(messages) == [(1, Reason.DRAINING)]
     with pytest.raises(OctavoError):
         cluster.hub.enlist(hello(2), 0.0)
+
+
+def test_a_worker_gets_its_plans_one_at_a_time_so_that_the_first_can_leave(cluster: Cluster) -> None:
+    cluster.say(submit=submit(1))
+    cluster.from_worker()
+    assert cluster.hub.plan(0.0), "another can follow"
+    assert [message.plan.step_id for message in cluster.from_worker()] == [1]
+    assert not cluster.hub.plan(0.0), "two are in flight"
+    assert [message.plan.step_id for message in cluster.from_worker()] == [2]
 
 
 def test_deadlines_end_requests(cluster: Cluster) -> None:
