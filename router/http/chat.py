@@ -17,6 +17,7 @@ from router.http.jsontext import (
     chat_logprobs,
     dumps,
     dumps_long,
+    long_chat_logprobs,
     prompt_logprobs,
     quoted,
     stop_reason,
@@ -123,7 +124,7 @@ class ChatView:
             {
                 "index": output.index,
                 "message": {"role": "assistant", "refusal": None} | self._message(output),
-                "logprobs": chat_logprobs(output.logprobs) if self._logprobs else None,
+                "logprobs": long_chat_logprobs(output.logprobs) if self._logprobs else None,
                 "finish_reason": self._finish_reason(output),
                 "stop_reason": stop_reason(output),
             }
@@ -136,7 +137,7 @@ class ChatView:
         }
         if outputs[0].prompt_logprobs:
             whole["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs)
-        return dumps_long(whole).encode()
+        return dumps_long(whole)
 
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream: the role of each choice."""
