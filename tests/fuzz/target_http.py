@@ -132,7 +132,6 @@ class _World(World):
                 "top_logprobs": 2,
             }
             if random.random() < 0.4:
-                common.pop("response_format", None)
                 choice = random.choice(("none", "auto", "required", _NAMED))
                 common |= {"tools": [_TOOL], "tool_choice": choice, "parallel_tool_calls": random.random() < 0.5}
                 common |= {"include_reasoning": random.random() < 0.5}
