@@ -9,7 +9,7 @@ from typing import Any
 from octavo.v1 import common_pb2, inference_pb2
 
 from router import chat as chats
-from router.speech.dialect import THINK, THOUGHT, Dialect, thought_after
+from router.speech.dialect import THINK, THOUGHT, Dialect, thought_after, thought_within
 from router.speech.manner import PLAIN, CallStyle, Manner, Thought
 from service.errors import FieldViolation, OctavoError, Reason
 from service.grammar import MAX_FUNCTIONS, size_problem
@@ -25,7 +25,7 @@ def manner_of(
     """How the answer to `chat`, rendered as `prompt`, is to be read; `given`: the grammar of the request. Raises INVALID_ARGUMENT and
     UNSUPPORTED.
     """
-    thought = thought_after(prompt) if dialect.thinks and not chat.continue_final_message else Thought.NONE
+    thought = _thought(chat, prompt) if dialect.thinks else Thought.NONE
     mode = chat.tool_choice.mode
     if mode not in _Choice.Mode.values():
         raise _invalid("chat.tool_choice.mode", "is none that this server knows")
@@ -78,6 +78,12 @@ def grammar_of(
         grammar.after.closing = THOUGHT
         grammar.after.opening = "" if manner.thought is Thought.OPEN else THINK
     return grammar, path
+
+
+def _thought(chat: inference_pb2.Chat, prompt: str) -> Thought:
+    if not chat.continue_final_message:
+        return thought_after(prompt)
+    return thought_within(prompt, "".join(part.text for part in chat.messages[-1].content))
 
 
 def _schema_beside(style: CallStyle, given: common_pb2.Grammar) -> str:

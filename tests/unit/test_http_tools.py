@@ -148,6 +148,35 @@ def test_without_tools_calls_are_text_and_reasoning_is_not() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("final", "content", "reasoning"),
+    [
+        ("<think>\nlet me", "hello", "see"),
+        ("<think>a</think>b <think>c", "hello", "see"),
+        ("<think>\nhm</think>\n\nso", "see</think>\n\nhello", None),
+        ("so", "see</think>\n\nhello", None),
+    ],
+)
+def test_a_thought_that_the_last_message_began_goes_on(final: str, content: str, reasoning: str | None) -> None:
+    body = {
+        "messages": [
+            {"role": "user", "content": "is <think> a mark?"},
+            {"role": "assistant", "content": final},
+        ],
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+    }
+
+    async def main() -> None:
+        async with told(" see</think>\n\nhello" if reasoning else "see</think>\n\nhello") as (scheduler, at):
+            for choice in (await whole(at, body), await streamed(at, body)):
+                assert (choice["message"]["content"], choice["message"].get("reasoning")) == (content, reasoning)
+            await whole(at, body | {"response_format": {"type": "json_object"}})
+            assert scheduler.submits()[-1].grammar.after.closing == ("</think>" if reasoning else "")
+
+    asyncio.run(main())
+
+
 def test_several_outputs_have_calls_of_their_own() -> None:
     async def main() -> None:
         async with told(CALL) as (_, at):
