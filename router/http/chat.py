@@ -23,7 +23,7 @@ from router.http.jsontext import (
     stop_reason,
     usage,
 )
-from router.http.messages import take_chat
+from router.http.messages import take_chat, take_effort
 from router.http.sampling import take_request, take_sampling
 from router.http.told import Told
 from router.http.tools import take_tools
@@ -40,6 +40,7 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
     request = inference_pb2.GenerateRequest()
     stream, include_usage = take_streaming(fields)
     take_tools(fields, request.chat, take_chat(fields, request.chat))
+    effort = take_effort(fields, request.chat)
     take_sampling(fields, request.sampling)
     limit = _take_max_tokens(fields, request.sampling)
     _take_logprobs(fields, request.sampling)
@@ -74,6 +75,7 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
         timeout=options.timeout,
         keep_last=keep_last,
         include_reasoning=include_reasoning is not False,
+        needs_variable=effort,
     )
 
 

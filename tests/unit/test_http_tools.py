@@ -177,6 +177,31 @@ def test_a_thought_that_the_last_message_began_goes_on(final: str, content: str,
     asyncio.run(main())
 
 
+def test_the_effort_of_reasoning_is_for_the_template_that_asks_for_it() -> None:
+    asks = "{%- if reasoning_effort is not defined %}{%- set reasoning_effort = 'medium' %}{%- endif %}{{- reasoning_effort }}"
+
+    async def shown(at: Door, scheduler: FakeScheduler, **more: Any) -> str:
+        assert (await whole(at, {"messages": BODY["messages"]} | more))["finish_reason"] == "stop"
+        ids = [
+            int.from_bytes(scheduler.submits()[-1].prompt[0].token_ids[at : at + 4], "little") for at in range(0, 24, 4)
+        ]
+        return _ENCODER.decode(ids)
+
+    async def main() -> None:
+        async with told("hello", asks + QWEN_3) as (scheduler, at):
+            assert (await shown(at, scheduler)).startswith("medium")
+            assert (await shown(at, scheduler, reasoning_effort="low")).startswith("low")
+            kwargs = {"chat_template_kwargs": {"reasoning_effort": "high"}, "reasoning_effort": "high"}
+            assert (await shown(at, scheduler, **kwargs)).startswith("high")
+        async with told("hello", "{# reasoning_effort #}" + QWEN_3) as (scheduler, at):
+            reply = await at.ask("POST", CHAT, {"messages": BODY["messages"], "reasoning_effort": "low"})
+            assert reply.status == 400 and reply.error["code"] == "unsupported_parameter"
+            assert reply.error["param"] == "reasoning_effort" and "template" in reply.error["message"]
+            assert not scheduler.submits()
+
+    asyncio.run(main())
+
+
 def test_several_outputs_have_calls_of_their_own() -> None:
     async def main() -> None:
         async with told(CALL) as (_, at):
