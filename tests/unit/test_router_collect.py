@@ -76,12 +76,14 @@ def test_the_size_of_the_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch,
 def test_an_answer_grows_while_its_tokens_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """At its end there is little left to copy."""
     monkeypatch.setattr(collect, "_PIECE_BYTES", 4 * (8 + 32 * (1 + TOP)))
-    go: asyncio.Queue[int]
+    queues: list[asyncio.Queue[int]] = []  # of each request: how many tokens come next
 
     async def slowly(message: Message, say: Say) -> None:
         async def speak() -> None:
-            at = 0
-            while count := await go.get():
+            at, queue = 0, asyncio.Queue[int]()
+            queues.append(queue)
+            while True:
+                count = await queue.get()
                 await say(batch(message, at, count))
                 at += count
 
@@ -91,26 +93,34 @@ def test_an_answer_grows_while_its_tokens_come(monkeypatch: pytest.MonkeyPatch) 
     tasks: list[asyncio.Task[None]] = []
 
     async def main() -> None:
-        nonlocal go
-        go = asyncio.Queue()
         async with cluster(slowly) as (_, router):
             prepared = await router.preparation.prepare(whole().request, "t", None)
             stream = router.hub.submit(prepared.request, bounded=False)
             answer = inference_pb2.CompleteResponse()
             collector = Collector(prepared.request, answer)
-            go.put_nowait(3)
+            await eventually(lambda: len(queues) == 1)
+            queues[0].put_nowait(3)
             await eventually(lambda: prepared.request.num_buffered == 3)
             await collector.more()
             assert not answer.outputs[0].token_ids and prepared.request.num_buffered == 3  # not worth while
-            go.put_nowait(5)
+            queues[0].put_nowait(5)
             await eventually(lambda: prepared.request.num_buffered == 8)
             await collector.more()
             assert len(answer.outputs[0].logprobs) == 8 and prepared.request.num_buffered == 0
             assert len(answer.outputs[0].prompt_logprobs) == prepared.request.spec.num_prompt_tokens
             assert prepared.request.num_output_tokens == 8  # what was taken still counts for the bound
-            go.put_nowait(0)
             router.hub.close(stream, 0)
-            await asyncio.gather(*tasks)
+            # And so it is with a call.
+            running = router.stub.Complete(whole())
+            await eventually(lambda: len(queues) == 2)
+            (request,) = router.session.requests()
+            queues[1].put_nowait(9)
+            await eventually(lambda: request.num_output_tokens == 9 and request.num_buffered == 0)
+            running.cancel()
+            await eventually(lambda: router.session.num_requests == 0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     asyncio.run(main())
 
