@@ -73,8 +73,8 @@ def _or_error(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return safe
 
 
-def _unless_bytes(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
-    return lambda answer: answer if isinstance(answer, bytes) else encode(answer)
+def _unless_bytes(encode: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    return lambda answer: answer if encode is None or isinstance(answer, bytes) else encode(answer)
 
 
 def _awaited(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
