@@ -95,7 +95,7 @@ class ModelAssets:
     def render(self, chat: inference_pb2.Chat, now: datetime | None = None) -> str:
         """The prompt of a conversation as text. Raises INVALID_ARGUMENT."""
         tools = chats.tools(chat)
-        template = (self.tool_template if tools else None) or self.template
+        template = self._template_for(tools)
         if template is None:
             raise OctavoError(Reason.INVALID_ARGUMENT, self.template_problem)
         try:
@@ -109,6 +109,14 @@ class ModelAssets:
             )
         except TemplateFailure as error:
             raise OctavoError(Reason.INVALID_ARGUMENT, str(error)) from None
+
+    def takes(self, variable: str, chat: inference_pb2.Chat) -> bool:
+        """Whether the template of this conversation looks this variable up."""
+        template = self._template_for(chats.tools(chat) if self.tool_template is not None else ())
+        return template is not None and variable in template.variables
+
+    def _template_for(self, tools: Sequence[Any]) -> ChatTemplate | None:
+        return (self.tool_template if tools else None) or self.template
 
     def encode_rendered(self, prompt: str, most: int | None = None) -> list[int]:
         """A rendered template to ids: special tokens are recognised, none are added. Raises as encode_text does."""

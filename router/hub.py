@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from octavo.v1 import inference_pb2, scheduler_pb2
 
+from router.collect import MAX_WHOLE_BYTES
 from router.flush import FlushPolicy
 from router.pulse import BRISK, CALM, Pulse, Terms
 from router.request import BYTES_A_LOGPROB, Request
@@ -20,7 +21,7 @@ from service.trace import Trace
 
 _MAX_OUTBOUND = 65_536
 _WAKES_A_TURN = 16  # each writes a message: half a millisecond together
-_MAX_COLLECTED_BYTES = 16 << 20  # what clients take as one message
+_MAX_COLLECTED_BYTES = MAX_WHOLE_BYTES
 _MOST_BYTES_A_TOKEN = 1_024  # of an answer, with all log-probabilities that may be asked for
 
 
@@ -233,26 +234,31 @@ class Hub:
             stream = self._streams.get(request)
             if stream is None:
                 continue
-            if request.error is None and (buffered := request.num_buffered) > self._surely_allowed:
-                self._bound(stream, buffered, now)
+            if request.error is None:
+                waits = request.num_buffered if stream.bounded else request.num_output_tokens
+                if waits > self._surely_allowed:
+                    self._bound(stream, waits, now)
             if request.error is not None or self._flush.mark(stream, now):
                 stream.wake()
         self._arm()
         self._perform()
 
-    def _bound(self, stream: ClientStream, buffered: int, now: float) -> None:
-        """End a request of which more waits than may: for a client that does not read, or for an answer that fits into no message."""
+    def _bound(self, stream: ClientStream, waits: int, now: float) -> None:
+        """End a request of which more tokens wait than may: for a client that does not read, or for an answer that is whole or
+        nothing. Those whose parameters say that they may become too large were refused (router/collect.py).
+        """
         request = stream.request
         if stream.excused:
             return
         if stream.bounded:
-            if buffered > self._max_buffered:
-                message = f"{buffered} tokens wait for the client, which does not read them"
+            if waits > self._max_buffered:
+                message = f"{waits} tokens wait for the client, which does not read them"
                 error = OctavoError(Reason.SLOW_CONSUMER, message)
                 self.session.fail(request, error, scheduler_pb2.CANCEL_REASON_SLOW_CONSUMER, now)
-        elif request.bytes_of(buffered) > _MAX_COLLECTED_BYTES:
+        elif request.bytes_so_far > _MAX_COLLECTED_BYTES:
             message = (
-                f"an answer of {buffered} tokens and more, with what was asked for, fits into no message: use Generate"
+                f"an answer of {waits} tokens and more, with what was asked for, fits into no message: stream it (over gRPC:"
+                " use Generate), or set max_tokens"
             )
             error = OctavoError(Reason.UNSUPPORTED, message)
             self.session.fail(request, error, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from octavo.v1 import inference_pb2, scheduler_pb2
 
 from router.assets import AssetStore
-from router.collect import collect
+from router.collect import Collector, check_size
 from router.gate import Gate
 from router.hub import Hub
 from router.idempotency import Claim, IdempotencyKeys
@@ -165,22 +165,22 @@ class Inference:
             wrong = Violations()
             wrong.add("resume_grace_ms", "is for streams only")
             wrong.raise_if_any()
+        check_size([message])
         async with self.running(message, tenant, deadline, bounded=False) as call:
             if begun is not None:
                 begun(call.prepared)
-            request = call.request
+            request, started = call.request, call.prepared.started
+            answer = inference_pb2.CompleteResponse(
+                request_id=started.request_id, model=started.model, digest=started.digest, seed=started.seed
+            )
+            collector = Collector(request, answer)
             while not request.done:
                 await call.stream.wait()
+                await collector.more()
             if request.error is not None:  # also one that it had from the beginning
                 raise request.error
-            started = call.prepared.started
-            return inference_pb2.CompleteResponse(
-                request_id=started.request_id,
-                model=started.model,
-                digest=started.digest,
-                seed=started.seed,
-                outputs=collect(request),
-            )
+            await collector.finish()
+            return answer
 
     async def drain(self, seconds: float) -> None:
         """Take nothing new, let what runs end in time, its last bytes written; the rest is told to resume at another router."""

@@ -127,6 +127,10 @@ class Preparation:
             raise invalid("the ticket belongs to a request with another grammar")
         spec_of = await self._resolve(message.sampling, assets, limits, len(prompt), under_grammar=grammar is not None)
         if grammar is not None and ticket is None:  # else a router of this cluster has seen that it can be compiled
+            if grammar.calls.or_json_schema and message.HasField(
+                "grammar"
+            ):  # so that it is named where it is what is wrong
+                await self._grammars.check(message.grammar, model, assets, tenant)
             await self._grammars.check(grammar, model, assets, tenant, asked_by)
         if ticket is None:
             seed = message.sampling.seed if message.sampling.HasField("seed") else secrets.randbits(64)
@@ -181,7 +185,7 @@ class Preparation:
         given = message.grammar if message.HasField("grammar") else None
 
         def work() -> tuple[Manner, common_pb2.Grammar | None, str]:
-            manner = manner_of(message.chat, assets.dialect, shown) if shown else PLAIN
+            manner = manner_of(message.chat, assets.dialect, shown, given) if shown else PLAIN
             return manner, *grammar_of(message.chat, manner, given)
 
         return await self._pool.run(message.chat.ByteSize(), work) if message.chat.tools else work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,12 @@ from service.columns import pack
 from service.errors import OctavoError
 
 BYTES_A_LOGPROB = 32  # in an answer, about
+_BYTES_A_TOKEN = 8  # likewise: id and text
+
+
+def bytes_a_token(sampling: common_pb2.SamplingSpec | inference_pb2.SamplingParams) -> int:
+    """About what a token takes in an answer: its id and text, and of each log-probability id, value, text and bytes."""
+    return _BYTES_A_TOKEN + (BYTES_A_LOGPROB * (1 + sampling.logprobs) if sampling.HasField("logprobs") else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +140,23 @@ class Request:
             buffered += sequence.output.num_buffered
         return buffered
 
-    def bytes_of(self, num_tokens: int) -> int:
-        """About what so many tokens take in an answer: their ids and text, of each log-probability id, value, text and bytes; and the
-        prompt's log-probabilities, if they are still to come.
-        """
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all outputs so far."""
+        return sum(len(sequence.output.token_ids) for sequence in self.sequences)
+
+    @property
+    def bytes_buffered(self) -> int:
+        """About what the client's tokens that it has not taken yet are in an answer."""
+        return self.num_buffered * bytes_a_token(self.spec.sampling)
+
+    @property
+    def bytes_so_far(self) -> int:
+        """About what an answer with all outputs so far is, and with the prompt's log-probabilities."""
         spec, sampling = self.spec, self.spec.sampling
-        each = 8 + (BYTES_A_LOGPROB * (1 + sampling.logprobs) if sampling.HasField("logprobs") else 0)
-        prompt = 0 if self._prompt_logprobs_sent else spec.num_prompt_tokens * (1 + sampling.prompt_logprobs)
-        return num_tokens * each + prompt * BYTES_A_LOGPROB
+        asked = sampling.HasField("prompt_logprobs")
+        prompt = spec.num_prompt_tokens * (1 + sampling.prompt_logprobs) if asked else 0
+        return self.num_output_tokens * bytes_a_token(sampling) + prompt * BYTES_A_LOGPROB
 
     def note_logprobs(self, sequence: Sequence, positions: list[PositionLogprobs]) -> None:
         """Keep the log-probabilities of prompt tokens and of output tokens that were not delivered yet."""
@@ -167,6 +183,13 @@ class Request:
                 sequence.finished_sent = True
                 messages.append(inference_pb2.GenerateResponse(finished=self._finished(sequence)))
         return messages
+
+    def take_prompt_logprobs(self, size: int) -> Iterator[list[inference_pb2.TokenLogprobs]]:
+        """Those of the prompt, `size` positions at a time: then no delta has them. None before the first token is there."""
+        if not self._prompt_logprobs_sent and self.sequences[0].output.num_buffered:
+            self._prompt_logprobs_sent = True
+            for at in range(0, self.spec.num_prompt_tokens, size):
+                yield self._pop_prompt_logprobs(at, min(at + size, self.spec.num_prompt_tokens))
 
     def submission(self, sequence: Sequence, now: float) -> scheduler_pb2.Submit:
         """The message that starts `sequence`, or goes on with it, at a scheduler."""
@@ -202,10 +225,14 @@ class Request:
 
     def _add_prompt_logprobs(self, delta: inference_pb2.Delta) -> None:
         self._prompt_logprobs_sent = True
+        delta.prompt_logprobs.extend(self._pop_prompt_logprobs(0, self.spec.num_prompt_tokens))
+
+    def _pop_prompt_logprobs(self, begin: int, end: int) -> list[inference_pb2.TokenLogprobs]:
+        """The first token has none."""
         known, none = self.prompt_logprobs, inference_pb2.TokenLogprobs()
-        known.pop(0, None)
-        delta.prompt_logprobs.extend(known.get(position, none) for position in range(self.spec.num_prompt_tokens))
-        known.clear()
+        if begin == 0:
+            known.pop(0, None)
+        return [known.pop(position, none) for position in range(begin, end)]
 
     def _finished(self, sequence: Sequence) -> inference_pb2.Finished:
         output, arrival = sequence.output, self.spec.arrival

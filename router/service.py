@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 from octavo.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
+from router.collect import encoded, size_of
 from router.hub import heartbeat
 from router.inference import Inference
 from router.parking import Call
@@ -19,6 +20,7 @@ from service.errors import OctavoError, Reason, answers_errors
 from service.keys import Authenticator
 
 _CHUNK_BYTES = 1 << 20
+_LARGE_BYTES = 1 << 20  # an answer that takes some milliseconds to encode
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -78,9 +80,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await call.stream.wait()
 
     @answers_errors
-    async def Complete(self, request: inference_pb2.CompleteRequest, context: Any) -> inference_pb2.CompleteResponse:
+    async def Complete(  # type: ignore[override]  # service/decoding.py takes what is encoded already
+        self, request: inference_pb2.CompleteRequest, context: Any
+    ) -> inference_pb2.CompleteResponse | bytes:
         """The same, collected."""
-        return await self._inference.complete(request.request, self._tenant(context), self._deadline(context))
+        answer = await self._inference.complete(request.request, self._tenant(context), self._deadline(context))
+        return answer if size_of(answer) < _LARGE_BYTES else await encoded(answer)
 
     @answers_errors
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:

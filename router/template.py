@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 
@@ -32,7 +33,7 @@ class ChatTemplate:
     """One model's template, compiled. Rendering keeps no state, so threads may share it."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises TemplateFailure where the source is no template."""
+        """`variables`: the names that it looks up. Raises TemplateFailure where the source is no template."""
         self.source = source
         self._special_tokens = dict(special_tokens)
         self._environment = _environment()
@@ -40,6 +41,7 @@ class ChatTemplate:
             raise TemplateFailure(f"the model's chat template has more than {_MAX_SOURCE_CHARACTERS} characters")
         try:
             self._template = self._environment.from_string(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(self._environment.parse(source)))
         except Exception as error:  # noqa: BLE001 - besides jinja's own, what Python's compiler says to code that is nested too deeply
             raise TemplateFailure(f"the model's chat template can't be compiled: {error}") from None
 

@@ -1,7 +1,8 @@
 """Requests whose bytes are no message. gRPC's asyncio server answers UNKNOWN and logs a traceback; here they are refused by name.
 So are those whose parsing would keep the event loop from everyone else.
 
-Streams read their messages themselves: a read raises DecodeError, which their handlers answer.
+Streams read their messages themselves: a read raises DecodeError, which their handlers answer. An answer may be bytes:
+then its handler has encoded it, and not in one go.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _refusing(handler: Any) -> Any:
         wrapped = _awaited(behaviour)
     else:
         return handler
-    return make(wrapped, _or_error(handler.request_deserializer), handler.response_serializer)
+    return make(wrapped, _or_error(handler.request_deserializer), _unless_bytes(handler.response_serializer))
 
 
 def _or_error(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -70,6 +71,10 @@ def _or_error(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return undecodable()
 
     return safe
+
+
+def _unless_bytes(encode: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    return lambda answer: answer if encode is None or isinstance(answer, bytes) else encode(answer)
 
 
 def _awaited(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:

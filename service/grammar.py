@@ -12,6 +12,7 @@ MAX_GRAMMAR_BYTES = 256 << 10
 MAX_CHOICES = 4_096
 MAX_FUNCTIONS = 128
 MAX_CALLS = 64
+_BEGIN_JSON = frozenset(("", *'{["-0123456789tfn \t\r\n'))
 
 
 class GrammarError(Exception):
@@ -45,7 +46,8 @@ def from_message(message: common_pb2.Grammar) -> Grammar | None:
 
 
 def _calls(calls: common_pb2.ToolCalls) -> dict[str, object]:
-    return {
+    instead = {"or_json_schema": calls.or_json_schema} if calls.or_json_schema else {}
+    return instead | {
         "functions": [[function.name, function.json_schema] for function in calls.functions],
         "opening": calls.opening,
         "closing": calls.closing,
@@ -93,6 +95,8 @@ def _calls_problem(calls: common_pb2.ToolCalls) -> tuple[str, str] | None:
         return "grammar.calls.most", f"must be in [1, {MAX_CALLS}]"
     if calls.most > 1 and not (calls.separator or calls.opening):
         return "grammar.calls.separator", "must not be empty where several calls may follow one another without a mark"
+    if calls.or_json_schema and (calls.free or calls.opening[:1] in _BEGIN_JSON):
+        return "grammar.calls.or_json_schema", "needs calls that begin with a mark as no JSON does, and no free text"
     return None
 
 

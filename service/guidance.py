@@ -50,14 +50,14 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 
 
 def _to_llguidance(grammar: Grammar) -> str:
-    held = _of_kind(grammar)
+    held, *others = _of_kind(grammar)
     if not grammar.closing:
-        return json.dumps({"grammars": [held]})
+        return json.dumps({"grammars": [held, *others]})
     # Anything up to the first closing mark, white space, and then what is held to the grammar.
     thought = f"{_quoted(grammar.opening)} thought" if grammar.opening else "thought"
     start = f"(space {thought} space)? @held" if grammar.opening else f"{thought} space @held"
     lark = f"start: {start}\nspace: /\\s{{0,4}}/\nthought[lazy]: /(?s:.*)/ {_quoted(grammar.closing)}\n"
-    return json.dumps({"grammars": [{"lark_grammar": lark}, held | {"name": "held"}]})
+    return json.dumps({"grammars": [{"lark_grammar": lark}, held | {"name": "held"}, *others]})
 
 
 def _calls_in_lark(calls: dict[str, Any]) -> str:
@@ -76,7 +76,9 @@ def _calls_in_lark(calls: dict[str, Any]) -> str:
     between = f"{_quoted(calls['separator'])} {one}" if calls["separator"] else one
     several = f"{one} ({between}){further}" if calls["most"] > 1 else one
     if not calls["free"]:
-        rules.append(f"start: {several}")
+        # The first character tells the two apart: where both began with a brace, the lexer would take the longest token that it knows
+        # of either, and JSON that begins as a call does would be lost.
+        rules.append(f"start: {several} | @instead" if "or_json_schema" in calls else f"start: {several}")
     elif mark:
         space = _quoted(opening[opening.index(mark) + len(mark) :])
         further_calls = f" ({between}){further}" if calls["most"] > 1 else ""
@@ -109,18 +111,26 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _of_kind(grammar: Grammar) -> dict[str, Any]:
+def _of_kind(grammar: Grammar) -> list[dict[str, Any]]:
+    """The grammar, and those that it names."""
     if grammar.kind == "calls":
-        return {"lark_grammar": _calls_in_lark(json.loads(grammar.text))}
+        calls = json.loads(grammar.text)
+        instead = calls.get("or_json_schema")
+        others = [] if instead is None else [_of_schema(instead) | {"name": "instead"}]
+        return [{"lark_grammar": _calls_in_lark(calls)}, *others]
     if grammar.kind == "regex":
-        return {"lark_grammar": f"start: /{regex_to_lark(grammar.text, 'd')}/"}
+        return [{"lark_grammar": f"start: /{regex_to_lark(grammar.text, 'd')}/"}]
     if grammar.kind == "lark":
-        return {"lark_grammar": grammar.text}
+        return [{"lark_grammar": grammar.text}]
     if grammar.kind == "choice":
         quoted = (json.dumps(value, ensure_ascii=False) for value in json.loads(grammar.text))
-        return {"lark_grammar": "start: " + " | ".join(quoted)}
+        return [{"lark_grammar": "start: " + " | ".join(quoted)}]
+    return [_of_schema(grammar.text)]
+
+
+def _of_schema(text: str) -> dict[str, Any]:
     try:
-        schema = json.loads(grammar.text)
+        schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"no JSON: {_short(error)}") from None
     if schema is True:

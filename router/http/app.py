@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from router.collect import check_size, size_of
 from router.http.ask import Ask, Options, check_text
 from router.http.body import Bodies, Gone, Receive, Scope, Send, header, skip_body
 from router.http.chat import ChatView, read_chat
@@ -33,6 +34,7 @@ from service.keys import Authenticator, Caller, Role
 
 Answer = Callable[[Scope, Receive, Send, Caller], Awaitable[None]]
 _LARGE = 64 << 10  # bytes of messages: about a millisecond to write as JSON
+_WRITTEN = 1 << 20  # bytes of an answer that are written at once
 _NOBODY = Caller("", Role.CLIENT)
 
 
@@ -135,13 +137,15 @@ class Gateway:
 
     async def _answer(self, ask: Ask, view: View, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            if not ask.stream:
+                check_size(ask.requests)
             await settle(ask, self.inference)
             if ask.stream:
                 job = self.streams.run(ask, view, self.inference, caller.tenant, scope, send)
                 await while_connected(scope, receive, job)
             else:
                 answers = await while_connected(scope, receive, self._complete(ask, caller.tenant))
-                text = await self._written(sum(answer.ByteSize() for answer in answers), lambda: view.answer(answers))
+                text = await self._written(sum(map(size_of, answers)), lambda: view.answer(answers))
                 await _send(send, Response(text, media_type="application/json"), headers_of(answers[0]))
         except OctavoError as error:
             raise HttpError(problem_of(error, ask.names)) from None
@@ -262,7 +266,11 @@ def _response(problem: Problem) -> Response:
 async def _send(send: Send, response: Response, more: list[tuple[bytes, bytes]] | None = None) -> None:
     headers = [*response.raw_headers, *(more or ())]
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
-    await send({"type": "http.response.body", "body": response.body})
+    body, at = response.body, 0
+    while len(body) - at > _WRITTEN:  # a loop that is given megabytes copies them all before it does anything else
+        await send({"type": "http.response.body", "body": body[at : at + _WRITTEN], "more_body": True})
+        at += _WRITTEN
+    await send({"type": "http.response.body", "body": body[at:]})
 
 
 async def _defect(request: Request, error: Exception) -> Response:

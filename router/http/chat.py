@@ -17,12 +17,13 @@ from router.http.jsontext import (
     chat_logprobs,
     dumps,
     dumps_long,
+    long_chat_logprobs,
     prompt_logprobs,
     quoted,
     stop_reason,
     usage,
 )
-from router.http.messages import take_chat
+from router.http.messages import take_chat, take_effort
 from router.http.sampling import take_request, take_sampling
 from router.http.told import Told
 from router.http.tools import take_tools
@@ -39,6 +40,7 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
     request = inference_pb2.GenerateRequest()
     stream, include_usage = take_streaming(fields)
     take_tools(fields, request.chat, take_chat(fields, request.chat))
+    effort = take_effort(fields, request.chat)
     take_sampling(fields, request.sampling)
     limit = _take_max_tokens(fields, request.sampling)
     _take_logprobs(fields, request.sampling)
@@ -73,6 +75,7 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
         timeout=options.timeout,
         keep_last=keep_last,
         include_reasoning=include_reasoning is not False,
+        needs_variable=effort,
     )
 
 
@@ -123,7 +126,7 @@ class ChatView:
             {
                 "index": output.index,
                 "message": {"role": "assistant", "refusal": None} | self._message(output),
-                "logprobs": chat_logprobs(output.logprobs) if self._logprobs else None,
+                "logprobs": long_chat_logprobs(output.logprobs) if self._logprobs else None,
                 "finish_reason": self._finish_reason(output),
                 "stop_reason": stop_reason(output),
             }
@@ -136,7 +139,7 @@ class ChatView:
         }
         if outputs[0].prompt_logprobs:
             whole["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs)
-        return dumps_long(whole).encode()
+        return dumps_long(whole)
 
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream: the role of each choice."""

@@ -17,6 +17,7 @@ from router.http.jsontext import (
     completion_logprobs,
     dumps,
     dumps_long,
+    long_completion_logprobs,
     prompt_logprobs,
     quoted,
     stop_reason,
@@ -167,7 +168,7 @@ class CompletionView:
         # One at a time: as objects, log-probabilities are ten times their text.
         choices = b",".join(
             [
-                dumps_long(self._choice(prompt, answer.outputs[0], output), levels=2).encode()
+                dumps_long(self._choice(prompt, answer.outputs[0], output), levels=2)
                 for prompt, answer in enumerate(answers)
                 for output in answer.outputs
             ]
@@ -182,9 +183,9 @@ class CompletionView:
         if self._asked.first_tokens and first.prompt_logprobs:  # there are none where it ended before the first token
             entries = [*first.prompt_logprobs, *entries]
             entries[0].token.text = self._asked.first_tokens[prompt]
-            logprobs = completion_logprobs(entries, echo + text)
+            logprobs = long_completion_logprobs(entries, echo + text)
         else:
-            logprobs = completion_logprobs(entries, text, len(echo))
+            logprobs = long_completion_logprobs(entries, text, len(echo))
         choice = {
             "index": prompt * self._n + output.index,
             "text": echo + text,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from json.encoder import encode_basestring as quoted
 from typing import Any
 
@@ -16,7 +17,8 @@ FINISH_REASONS = {
     common_pb2.FINISH_REASON_ERROR: "error",
 }
 
-_BATCH = 256
+_BATCH = 256  # values that are encoded at once
+_ENTRIES = 32  # and log-probabilities of so many tokens: 20 of each are two milliseconds
 
 __all__ = [
     "FINISH_REASONS",
@@ -24,10 +26,23 @@ __all__ = [
     "completion_logprobs",
     "dumps",
     "dumps_long",
+    "long_chat_logprobs",
+    "long_completion_logprobs",
+    "prompt_logprobs",
     "quoted",
     "stop_reason",
     "usage",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Each:
+    """A list that `dumps_long` makes of its items as it writes them: as objects, log-probabilities are ten times their text, and take
+    long to be freed.
+    """
+
+    items: Sequence[Any]
+    make: Callable[[Any], Any]
 
 
 def dumps(value: Any) -> str:
@@ -35,18 +50,45 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def dumps_long(value: Any, levels: int = 4) -> str:
+def dumps_long(value: Any, levels: int = 4) -> bytes:
     """The same for what may be megabytes, in steps between which other threads run: json encodes in one, with Python's lock.
 
     `levels`: of nesting that are taken apart; below them a list is encoded piece by piece, and whatever else it holds is small.
     """
-    if levels and isinstance(value, dict):
-        return "{" + ",".join([f"{dumps(key)}:{dumps_long(one, levels - 1)}" for key, one in value.items()]) + "}"
-    if levels and isinstance(value, list):
-        return "[" + ",".join([dumps_long(one, levels - 1) for one in value]) + "]"
-    if isinstance(value, list):
-        return "[" + ",".join([dumps(value[at : at + _BATCH])[1:-1] for at in range(0, len(value), _BATCH)]) + "]"
-    return dumps(value)
+    return b"".join(_pieces(value, levels))
+
+
+def _pieces(value: Any, levels: int) -> Iterator[bytes]:
+    if isinstance(value, Each):
+        items, make = value.items, value.make
+        batches = ([make(one) for one in items[at : at + _ENTRIES]] for at in range(0, len(items), _ENTRIES))
+        yield from _in_batches(batches)
+    elif levels and isinstance(value, dict):
+        before = "{"
+        for key, one in value.items():
+            yield f"{before}{dumps(key)}:".encode()
+            yield from _pieces(one, levels - 1)
+            before = ","
+        yield b"}" if value else b"{}"
+    elif levels and isinstance(value, list):
+        yield b"["
+        for index, one in enumerate(value):
+            if index:
+                yield b","
+            yield from _pieces(one, levels - 1)
+        yield b"]"
+    elif isinstance(value, list):
+        yield from _in_batches(value[at : at + _BATCH] for at in range(0, len(value), _BATCH))
+    else:
+        yield dumps(value).encode()
+
+
+def _in_batches(batches: Iterable[list[Any]]) -> Iterator[bytes]:
+    before = "["
+    for batch in batches:
+        yield (before + dumps(batch)[1:-1]).encode()
+        before = ","
+    yield b"[]" if before == "[" else b"]"
 
 
 def stop_reason(finished: inference_pb2.Finished | inference_pb2.Output) -> str | int | None:
@@ -75,21 +117,30 @@ def usage(answers: Iterable[inference_pb2.Usage], firsts: Iterable[inference_pb2
 def chat_logprobs(entries: Sequence[inference_pb2.TokenLogprobs]) -> dict[str, Any]:
     """Of chat completions."""
     return {
-        "content": [
-            {**_chat_token(entry.token), "top_logprobs": [_chat_token(token) for token in entry.top]}
-            for entry in entries
-        ],
+        "content": [_chat_entry(entry) for entry in entries],
         "refusal": None,
     }
 
 
+def long_chat_logprobs(entries: Sequence[inference_pb2.TokenLogprobs]) -> dict[str, Any]:
+    """The same for `dumps_long`."""
+    return {"content": Each(entries, _chat_entry), "refusal": None}
+
+
 def completion_logprobs(
-    entries: Iterable[inference_pb2.TokenLogprobs], text: str, first_offset: int = 0
+    entries: Sequence[inference_pb2.TokenLogprobs], text: str, first_offset: int = 0
 ) -> dict[str, Any]:
     """Of completions. `text`: what the tokens made, `first_offset` characters after the beginning."""
+    shown = long_completion_logprobs(entries, text, first_offset)
+    return shown | {"top_logprobs": [_top(entry) for entry in entries]}
+
+
+def long_completion_logprobs(
+    entries: Sequence[inference_pb2.TokenLogprobs], text: str, first_offset: int = 0
+) -> dict[str, Any]:
+    """The same for `dumps_long`."""
     tokens: list[str] = []
     values: list[float | None] = []
-    tops: list[dict[str, float] | None] = []
     offsets: list[int] = []
     offset = 0
     for entry in entries:
@@ -97,13 +148,16 @@ def completion_logprobs(
         tokens.append(token.text)
         # The first token of a prompt has no probability: nothing stands before it.
         values.append(token.logprob if token.rank else None)
-        tops.append(_by_text(token, *entry.top) if token.rank else None)
         offsets.append(first_offset + offset)
         if text.startswith(
             token.text, offset
         ):  # special tokens have no text there, and pieces of a character none of their own
             offset += len(token.text)
-    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": Each(entries, _top)}
+
+
+def _top(entry: inference_pb2.TokenLogprobs) -> dict[str, float] | None:
+    return _by_text(entry.token, *entry.top) if entry.token.rank else None
 
 
 def _by_text(*tokens: inference_pb2.TokenLogprob) -> dict[str, float]:
@@ -114,17 +168,22 @@ def _by_text(*tokens: inference_pb2.TokenLogprob) -> dict[str, float]:
     return found
 
 
-def prompt_logprobs(entries: Iterable[inference_pb2.TokenLogprobs]) -> list[dict[str, Any] | None]:
-    """Of each prompt token, as vLLM tells them; null for the first."""
-    return [
-        {
-            str(one.token_id): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.text}
-            for one in (entry.token, *entry.top)
-        }
-        if entry.token.rank
-        else None
-        for entry in entries
-    ]
+def prompt_logprobs(entries: Sequence[inference_pb2.TokenLogprobs]) -> Each:
+    """Of each prompt token, as vLLM tells them, for `dumps_long`; null for the first."""
+    return Each(entries, _prompt_entry)
+
+
+def _prompt_entry(entry: inference_pb2.TokenLogprobs) -> dict[str, Any] | None:
+    if not entry.token.rank:
+        return None
+    return {
+        str(one.token_id): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.text}
+        for one in (entry.token, *entry.top)
+    }
+
+
+def _chat_entry(entry: inference_pb2.TokenLogprobs) -> dict[str, Any]:
+    return {**_chat_token(entry.token), "top_logprobs": [_chat_token(token) for token in entry.top]}
 
 
 def _chat_token(token: inference_pb2.TokenLogprob) -> dict[str, Any]:

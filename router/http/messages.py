@@ -14,6 +14,7 @@ from router.validate import MAX_CHAT_PARTS, MAX_MESSAGES, MAX_STRUCT_BYTES, MAX_
 
 _VALUE_BYTES = 4  # of the smallest Value in its list or map
 _NUMBER_BYTES = 11
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
 class Room:
@@ -80,6 +81,21 @@ def take_template(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
         struct(args, path, chat.template_args, room)
     fields.only("add_special_tokens", False)  # the template writes them
     fields.refuse(("chat_template", "documents", "response_role"))
+
+
+def take_effort(fields: Fields, chat: inference_pb2.Chat) -> str:
+    """reasoning_effort, which is the template's business. Returns the variable that the template has to have, "" for none."""
+    name = "reasoning_effort"
+    effort, path = fields.text(name), fields.path(name)
+    if effort is None:
+        return ""
+    if effort not in _EFFORTS:
+        raise invalid(path, f"must be one of {', '.join(_EFFORTS)}")
+    args = chat.template_args
+    if name in args.fields and args.fields[name].string_value != effort:
+        raise invalid(path, "must not differ from that of chat_template_kwargs")
+    args[name] = effort
+    return name
 
 
 def take_message(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:

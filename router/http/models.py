@@ -75,7 +75,7 @@ async def tokenize(ask: TokenizeAsk, inference: Inference) -> tuple[int, Callabl
         ids = list(answer.token_ids)
         texts = None if table is None else [table.token_bytes(one).decode(errors="replace") for one in ids]
         whole = {"count": len(ids), "max_model_len": answer.max_model_len, "tokens": ids, "token_strs": texts}
-        return dumps_long(whole, levels=1).encode()
+        return dumps_long(whole, levels=1)
 
     return len(answer.token_ids) * (_SHOWN_BYTES if ask.shown else _ID_BYTES), write
 

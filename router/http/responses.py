@@ -117,7 +117,7 @@ class ResponseView:
         self._begin(answer.request_id, answer.model)
         told = self._telling()
         text = output.text if told is None else told.message(output.text)["content"] or ""
-        return dumps_long(self._whole(text, output.finish_reason, output.usage)).encode()
+        return dumps_long(self._whole(text, output.finish_reason, output.usage))
 
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream."""

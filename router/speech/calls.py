@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import NoReturn
 
 _IN_STRING = re.compile(r'["\\]')
 _OUTSIDE = re.compile(r'["{}\[\]]')
 _SPACE = re.compile(r"[ \t\r\n]*")
-# What a grammar writes before the arguments (service/guidance.py).
-_HEAD = re.compile(r'\{"name": ("[^"\\]*"), "(?:arguments|parameters)": ')
 
 
 class ObjectScanner:
@@ -64,12 +62,9 @@ def read_call(text: str, functions: Container[str]) -> tuple[str, str] | None:
     return name, arguments
 
 
-def read_head(text: str) -> tuple[str, int] | None:
-    """The name in the beginning of a call that a grammar writes, and where its arguments begin; None before those are there. Names
-    have nothing that JSON escapes.
-    """
-    head = _HEAD.match(text)
-    return None if head is None else (head[1][1:-1], head.end())
+def heads_of(functions: Iterable[str], arguments: str) -> dict[str, str]:
+    """By name, what a grammar writes before the arguments of a call (service/guidance.py); `arguments`: the member that holds them."""
+    return {name: f'{{"name": {json.dumps(name)}, {json.dumps(arguments)}: ' for name in functions}
 
 
 def _members(text: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from octavo.v1 import common_pb2, inference_pb2
 
 from router import chat as chats
-from router.speech.dialect import THINK, THOUGHT, Dialect, thought_after
+from router.speech.dialect import THINK, THOUGHT, Dialect, thought_after, thought_within
 from router.speech.manner import PLAIN, CallStyle, Manner, Thought
 from service.errors import FieldViolation, OctavoError, Reason
 from service.grammar import MAX_FUNCTIONS, size_problem
@@ -19,9 +19,13 @@ _MOST_CALLS = 16
 _Choice = inference_pb2.ToolChoice
 
 
-def manner_of(chat: inference_pb2.Chat, dialect: Dialect, prompt: str) -> Manner:
-    """How the answer to `chat`, rendered as `prompt`, is to be read. Raises INVALID_ARGUMENT and UNSUPPORTED."""
-    thought = thought_after(prompt) if dialect.thinks and not chat.continue_final_message else Thought.NONE
+def manner_of(
+    chat: inference_pb2.Chat, dialect: Dialect, prompt: str, given: common_pb2.Grammar | None = None
+) -> Manner:
+    """How the answer to `chat`, rendered as `prompt`, is to be read; `given`: the grammar of the request. Raises INVALID_ARGUMENT and
+    UNSUPPORTED.
+    """
+    thought = _thought(chat, prompt) if dialect.thinks else Thought.NONE
     mode = chat.tool_choice.mode
     if mode not in _Choice.Mode.values():
         raise _invalid("chat.tool_choice.mode", "is none that this server knows")
@@ -47,20 +51,24 @@ def manner_of(chat: inference_pb2.Chat, dialect: Dialect, prompt: str) -> Manner
     if mode == _Choice.MODE_NAMED and chat.tool_choice.name not in functions:
         raise _invalid("chat.tool_choice.name", "must be the name of one of the tools")
     strict = any(function.get("strict") is True for function in functions.values())
-    exact = enforced or strict or not _several(chat)
-    return Manner(dialect.calls, frozenset(functions), exact, thought)
+    held = strict or not _several(chat)
+    first = enforced or (given is not None and (held or mode == _Choice.MODE_AUTO))
+    return Manner(dialect.calls, frozenset(functions), held or first, thought, first)
 
 
 def grammar_of(
     chat: inference_pb2.Chat, manner: Manner, given: common_pb2.Grammar | None
 ) -> tuple[common_pb2.Grammar | None, str]:
-    """The grammar of the answer, and the field that asked for it. `given`: that of the request. Raises INVALID_ARGUMENT."""
+    """The grammar of the answer, and the field that asked for it. `given`: that of the request, which has nothing to say of calls that
+    are enforced. Raises INVALID_ARGUMENT.
+    """
     grammar, path = None, ""
-    known = manner.exact or chat.tool_choice.mode == _Choice.MODE_AUTO
-    if given is not None and manner.calls is not None and known:
-        raise _invalid("grammar", "can't be combined with tools, unless none is to be called")
     if manner.calls is not None and manner.exact:
-        grammar, path = common_pb2.Grammar(calls=_calls(chat, manner.calls)), "chat.tools"
+        calls = _calls(chat, manner.calls)
+        if manner.first and calls.free:
+            assert given is not None
+            calls.free, calls.or_json_schema = False, _schema_beside(manner.calls, given)
+        grammar, path = common_pb2.Grammar(calls=calls), "chat.tools"
         if (problem := size_problem(grammar)) is not None:
             raise _invalid(path, problem[1])
     elif given is not None:
@@ -70,6 +78,29 @@ def grammar_of(
         grammar.after.closing = THOUGHT
         grammar.after.opening = "" if manner.thought is Thought.OPEN else THINK
     return grammar, path
+
+
+def _thought(chat: inference_pb2.Chat, prompt: str) -> Thought:
+    if not chat.continue_final_message:
+        return thought_after(prompt)
+    return thought_within(prompt, "".join(part.text for part in chat.messages[-1].content))
+
+
+def _schema_beside(style: CallStyle, given: common_pb2.Grammar) -> str:
+    """What may stand instead of calls. The first character has to tell which it is (service/guidance.py). Raises INVALID_ARGUMENT."""
+    if not given.json_schema:
+        raise _invalid(
+            "grammar", "can't be combined with tools that the model may call or not, unless it is a JSON schema"
+        )
+    if given.HasField("after"):
+        raise _invalid("grammar.after", "can't be combined with tools")
+    if not style.opening.strip():
+        raise _invalid(
+            "grammar",
+            "can't be combined with tools that the model may call or not: this model's calls begin as JSON does."
+            " With a tool_choice of none, required or a function it can",
+        )
+    return given.json_schema
 
 
 def _calls(chat: inference_pb2.Chat, style: CallStyle) -> common_pb2.ToolCalls:

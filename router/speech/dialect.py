@@ -82,3 +82,14 @@ def thought_after(prompt: str) -> Thought:
     if end.endswith(THINK):
         return Thought.OPEN
     return Thought.NONE if end.endswith(THOUGHT) else Thought.ALLOWED
+
+
+def thought_within(prompt: str, final: str) -> Thought:
+    """Where an output begins that goes on with `final`, the text of the last message, with which the prompt ends: a thought that was
+    begun there goes on. It does not begin another one.
+    """
+    opened, closed = final.rfind(THINK), final.rfind(THOUGHT)
+    if opened == closed:  # neither is there; the template may have opened one
+        before = prompt[: prompt.rfind(final.strip())]
+        return Thought.OPEN if thought_after(before) is Thought.OPEN else Thought.NONE
+    return Thought.OPEN if opened > closed else Thought.NONE

@@ -27,13 +27,15 @@ class Thought(Enum):
 @dataclass(frozen=True, slots=True)
 class Manner:
     """`functions`: names that may be called. `exact`: a grammar holds the calls to their schemas, so that their arguments can be told
-    as they are written; without one a call is told once it is whole and known to be one, and what is none is text.
+    as they are written; without one a call is told once it is whole and known to be one, and what is none is text. `first`: the
+    grammar has calls at the beginning of the answer or nowhere. Where another form may stand instead, their marks may well be in it.
     """
 
     calls: CallStyle | None = None
     functions: frozenset[str] = frozenset()
     exact: bool = False
     thought: Thought = Thought.NONE
+    first: bool = False
 
 
 PLAIN = Manner()

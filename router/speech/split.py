@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from router.speech.calls import ObjectScanner, read_call, read_head
+from router.speech.calls import ObjectScanner, heads_of, read_call
 from router.speech.dialect import THINK, THOUGHT
 from router.speech.manner import Manner, Thought
 
 _PYTHON_TAG = "<|python_tag|>"  # of Llama 3, before calls
 _MOST_SPACE = 64
-_MOST_HEAD = 1_024  # characters of a call before its arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,8 @@ class Splitter:
         self._skip_space = False  # white space that comes first is dropped
         self._raw: list[str] = []  # of the call that is being read, from before its mark
         self._scanner = ObjectScanner()
+        calls = manner.calls
+        self._heads = heads_of(manner.functions, calls.arguments) if calls is not None and manner.exact else {}
         self._step: Callable[[str], str | None] = self._answer
         if manner.thought is Thought.OPEN:
             self._begin_thought()
@@ -82,9 +83,14 @@ class Splitter:
     def finish(self) -> list[Event]:
         """What is left where the output ends."""
         held, self._held = self._held, ""
+        # Under a grammar a mark that has begun is one, of a call whose name is not known yet. It is no content.
+        unfinished = self._manner.exact and self._step in (self._call_beginning, self._call_head)
+        unfinished |= self._manner.first and self._step in (self._first, self._before_thought)
         if self._step == self._thought:
             self._tell(Reasoning, held.rstrip())
-        elif self._step in (self._call_beginning, self._call_head, self._call):
+        elif unfinished:
+            pass
+        elif self._step in (self._call_beginning, self._call):
             self._tell(Content, "".join(self._raw) + held)
         elif self._step != self._after_call and not (self.num_calls and not held.strip()):
             self._tell(Content, held)
@@ -118,11 +124,28 @@ class Splitter:
         self._skip_space = self._long_space = False
         if calls is None:
             self._step = self._answer
+        elif self._manner.first and calls.opening.strip():
+            self._step = self._first
+            self._skip_space = bool(self.num_calls)
         else:
             self._step = self._before_mark if calls.opening.strip() else self._bare_beginning
 
     def _answer(self, text: str) -> None:
         self._tell(Content, self._skipped(text))
+
+    def _first(self, text: str) -> str | None:
+        """Where a call begins or none comes any more."""
+        assert self._manner.calls is not None
+        mark = self._manner.calls.opening.strip()
+        text = self._skipped(text)
+        if text and not text.startswith(mark):
+            if mark.startswith(text):
+                return self._hold(text)
+            self._step = self._answer
+            return text
+        if text:
+            self._mark_found("")
+        return text[len(mark) :]
 
     def _before_mark(self, text: str) -> str | None:
         assert self._manner.calls is not None
@@ -188,16 +211,15 @@ class Splitter:
 
     def _call_head(self, text: str) -> str | None:
         """Under a grammar, as far as the arguments."""
-        found = read_head(text)
-        if found is None and len(text) <= _MOST_HEAD:
+        for name, head in self._heads.items():
+            if text.startswith(head):
+                self._events.append(CallBegan(self.num_calls, name))
+                self._step = self._exact_call
+                return text[len(head) :]
+        if any(head.startswith(text) for head in self._heads.values()):
             return self._hold(text)
-        if found is None or found[0] not in self._manner.functions:  # not what the grammar says: read it as without one
-            self._step = self._call
-            return text
-        name, begins = found
-        self._events.append(CallBegan(self.num_calls, name))
-        self._step = self._exact_call
-        return text[begins:]
+        self._step = self._call  # not what the grammar says: read it as without one
+        return text
 
     def _exact_call(self, text: str) -> str | None:
         end = self._scanner.feed(text)
@@ -248,7 +270,8 @@ class Splitter:
         self._tell(Content, "".join(self._raw))
         self._raw = []
         self._skip_space = self._long_space = False
-        self._step = self._before_mark if self._manner.calls.opening.strip() else self._answer
+        marked = self._manner.calls.opening.strip() and not self._manner.first
+        self._step = self._before_mark if marked else self._answer
         return text
 
     def _until(self, mark: str, text: str, kind: type[Content | Reasoning], found: Callable[[str], None]) -> str | None:

@@ -76,6 +76,10 @@ def _calls(random: Random) -> common_pb2.ToolCalls:
     if random.random() < 0.3:
         name = random.choice(("opening", "closing", "separator", "arguments"))
         setattr(calls, name, values.text(random))
+    if random.random() < 0.3:
+        schema = made(random.randrange(1 << 20))
+        calls.or_json_schema = documents.mutated_json(random, schema, _WORDS).decode(errors="replace")
+        calls.free = random.random() < 0.1
     if random.random() < 0.1:
         calls.most = random.choice((0, 65, 2**32 - 1))
     return calls

@@ -131,8 +131,9 @@ class _World(World):
                 "logprobs": True,
                 "top_logprobs": 2,
             }
+            if random.random() < 0.1:
+                more["reasoning_effort"] = random.choice(("low", "high", "none"))
             if random.random() < 0.4:
-                common.pop("response_format", None)
                 choice = random.choice(("none", "auto", "required", _NAMED))
                 common |= {"tools": [_TOOL], "tool_choice": choice, "parallel_tool_calls": random.random() < 0.5}
                 common |= {"include_reasoning": random.random() < 0.5}

@@ -75,3 +75,27 @@ def test_a_conversation_that_requires_a_call_gets_one(stub: InferenceServiceStub
     call = json.loads(found[1])
     jsonschema.validate(call["arguments"], CLOCK)
     assert call["name"] == "clock"
+
+
+def test_where_the_model_chooses_beside_a_form_it_is_calls_or_the_form(stub: InferenceServiceStub) -> None:
+    """Random tokens take either way; both come out right."""
+    chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user")])
+    function = {"name": "clock", "parameters": CLOCK, "strict": True}
+    chat.tools.add().update({"type": "function", "function": function})
+    chat.tool_choice.mode = inference_pb2.ToolChoice.MODE_AUTO
+    request = inference_pb2.GenerateRequest(
+        chat=chat,
+        sampling={"max_tokens": 500, "seed": 5, "n": 16},
+        grammar=common_pb2.Grammar(json_schema=json.dumps(CITY)),
+    )
+    kinds = set()
+    for output in stub.Complete(inference_pb2.CompleteRequest(request=request), timeout=120).outputs:
+        if output.finish_reason != STOP:  # many calls
+            continue
+        is_call = output.text.startswith("<tool_call>")
+        kinds.add(is_call)
+        for text in re.findall(r"(?s)<tool_call>\n(.*?)\n</tool_call>", output.text):
+            jsonschema.validate(json.loads(text)["arguments"], CLOCK)
+        if not is_call:
+            jsonschema.validate(json.loads(output.text), CITY)
+    assert kinds == {True, False}

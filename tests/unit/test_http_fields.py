@@ -183,7 +183,9 @@ def test_choices_are_a_grammar_and_two_grammars_are_none() -> None:
         ({"store": 0}, "store"),  # 0 == False in Python
         ({"service_tier": "priority"}, "service_tier"),
         ({"modalities": ["audio"]}, "modalities"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}}, "reasoning_effort"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+        ({"reasoning_effort": 1}, "reasoning_effort"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"resume": {}}, "resume"),
         ({"temperature": "1"}, "temperature"),

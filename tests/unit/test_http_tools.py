@@ -35,17 +35,18 @@ BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "too
 _ENCODER = byte_level_tokenizer()
 
 
-def saying(text: str, pieces: int = 3) -> Any:
+def saying(text: str, pieces: int = 3, end: common_pb2.FinishReason = common_pb2.FINISH_REASON_STOP) -> Any:
     """A script that says so, a few tokens at a time, to every request, from where a resumed one stands."""
-    ids = [*_ENCODER.encode(text, add_special_tokens=False).ids, 1]
+    ids = _ENCODER.encode(text, add_special_tokens=False).ids
+    ids += [1] if end == common_pb2.FINISH_REASON_STOP else []
 
     async def script(message: scheduler_pb2.AttachRequest, say: Say) -> None:
         if not message.HasField("submit"):
             return
         handle = message.submit.handle
         for at in range(0, len(ids), pieces):
-            last = (common_pb2.FINISH_REASON_STOP,) if at + pieces >= len(ids) else (0,)
-            await say(tokens(0, (handle, at, ids[at : at + pieces], *last)))
+            last = end if at + pieces >= len(ids) else 0
+            await say(tokens(0, (handle, at, ids[at : at + pieces], last)))
 
     return script
 
@@ -147,6 +148,60 @@ def test_without_tools_calls_are_text_and_reasoning_is_not() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("final", "content", "reasoning"),
+    [
+        ("<think>\nlet me", "hello", "see"),
+        ("<think>a</think>b <think>c", "hello", "see"),
+        ("<think>\nhm</think>\n\nso", "see</think>\n\nhello", None),
+        ("so", "see</think>\n\nhello", None),
+    ],
+)
+def test_a_thought_that_the_last_message_began_goes_on(final: str, content: str, reasoning: str | None) -> None:
+    body = {
+        "messages": [
+            {"role": "user", "content": "is <think> a mark?"},
+            {"role": "assistant", "content": final},
+        ],
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+    }
+
+    async def main() -> None:
+        async with told(" see</think>\n\nhello" if reasoning else "see</think>\n\nhello") as (scheduler, at):
+            for choice in (await whole(at, body), await streamed(at, body)):
+                assert (choice["message"]["content"], choice["message"].get("reasoning")) == (content, reasoning)
+            await whole(at, body | {"response_format": {"type": "json_object"}})
+            assert scheduler.submits()[-1].grammar.after.closing == ("</think>" if reasoning else "")
+
+    asyncio.run(main())
+
+
+def test_the_effort_of_reasoning_is_for_the_template_that_asks_for_it() -> None:
+    asks = "{%- if reasoning_effort is not defined %}{%- set reasoning_effort = 'medium' %}{%- endif %}{{- reasoning_effort }}"
+
+    async def shown(at: Door, scheduler: FakeScheduler, **more: Any) -> str:
+        assert (await whole(at, {"messages": BODY["messages"]} | more))["finish_reason"] == "stop"
+        ids = [
+            int.from_bytes(scheduler.submits()[-1].prompt[0].token_ids[at : at + 4], "little") for at in range(0, 24, 4)
+        ]
+        return _ENCODER.decode(ids)
+
+    async def main() -> None:
+        async with told("hello", asks + QWEN_3) as (scheduler, at):
+            assert (await shown(at, scheduler)).startswith("medium")
+            assert (await shown(at, scheduler, reasoning_effort="low")).startswith("low")
+            kwargs = {"chat_template_kwargs": {"reasoning_effort": "high"}, "reasoning_effort": "high"}
+            assert (await shown(at, scheduler, **kwargs)).startswith("high")
+        async with told("hello", "{# reasoning_effort #}" + QWEN_3) as (scheduler, at):
+            reply = await at.ask("POST", CHAT, {"messages": BODY["messages"], "reasoning_effort": "low"})
+            assert reply.status == 400 and reply.error["code"] == "unsupported_parameter"
+            assert reply.error["param"] == "reasoning_effort" and "template" in reply.error["message"]
+            assert not scheduler.submits()
+
+    asyncio.run(main())
+
+
 def test_several_outputs_have_calls_of_their_own() -> None:
     async def main() -> None:
         async with told(CALL) as (_, at):
@@ -195,6 +250,78 @@ def test_what_is_asked_of_the_model() -> None:
     asyncio.run(main())
 
 
+FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "required": ["a"]}}}
+
+
+def test_a_form_beside_tools() -> None:
+    """With none to be called it alone holds; where calls are asked for it has nothing to say; else the output is either."""
+
+    async def asked(text: str, **more: Any) -> tuple[common_pb2.Grammar, dict[str, Any]]:
+        async with told(text, QWEN_2) as (scheduler, at):
+            choice = await whole(at, BODY | {"response_format": FORM} | more)
+            assert (await streamed(at, BODY | {"response_format": FORM} | more))["message"]["content"] == (
+                choice["message"]["content"] or None
+            )
+            grammar = common_pb2.Grammar()
+            grammar.CopyFrom(scheduler.submits()[0].grammar)
+            return grammar, choice
+
+    async def main() -> None:
+        grammar, _ = await asked('{"a": 1}', tool_choice="none")
+        assert json.loads(grammar.json_schema)["required"] == ["a"]
+        for mode in ("required", {"type": "function", "function": {"name": "weather"}}):
+            grammar, choice = await asked(CALL, tool_choice=mode)
+            assert grammar.WhichOneof("kind") == "calls" and not grammar.calls.or_json_schema
+            assert calls_of(choice) == [("weather", {"city": "Röm"})]
+        text = json.dumps({"a": CALL})
+        for said, content, calls in ((text, text, []), (CALL, None, [("weather", {"city": "Röm"})])):
+            grammar, choice = await asked(said)
+            assert json.loads(grammar.calls.or_json_schema)["required"] == ["a"] and not grammar.calls.free
+            assert choice["message"]["content"] == content and calls_of(choice) == calls
+
+    asyncio.run(main())
+
+
+def test_a_form_that_could_not_be_told_from_calls_is_refused_by_name() -> None:
+    async def main() -> None:
+        async with told("{}", LLAMA_3) as (scheduler, at):
+            reply = await at.ask("POST", CHAT, BODY | {"response_format": FORM})
+            assert (
+                reply.status == 400 and reply.error["param"] == "response_format" and "JSON" in reply.error["message"]
+            )
+            assert not scheduler.submits()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("cut", "template", "call"),
+    [
+        (4, QWEN_2, None),
+        (12, QWEN_2, None),
+        (35, QWEN_2, None),
+        (45, QWEN_2, ("weather", "")),
+        (55, QWEN_2, ("weather", '{"city": "')),
+        (5, QWEN_3, None),
+        (8, LLAMA_3, None),
+    ],
+)
+def test_a_call_that_is_cut_is_told_as_far_as_it_came(cut: int, template: str, call: tuple[str, str] | None) -> None:
+    """And its mark is no content."""
+    text = CALL.removeprefix("<tool_call>\n").replace("arguments", "parameters") if template is LLAMA_3 else CALL
+
+    async def main() -> None:
+        files = asset_files(chat_template__jinja=template.encode())
+        async with door(saying(text[:cut], 1, common_pb2.FINISH_REASON_LENGTH), files=files) as (_, at):
+            body = BODY | {"tool_choice": "required"}
+            for choice in (await whole(at, body), await streamed(at, body)):
+                assert choice["finish_reason"] == "length" and not choice["message"]["content"]
+                calls = [one["function"] for one in choice["message"].get("tool_calls") or []]
+                assert [(one["name"], one["arguments"]) for one in calls] == ([] if call is None else [call])
+
+    asyncio.run(main())
+
+
 def test_tools_are_looked_at_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A megabyte of them took it 150 ms."""
     looked: list[int] = []
@@ -235,8 +362,8 @@ def test_a_named_call_is_no_reason_to_end() -> None:
         ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
         ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice.name"),
         ({"tools": None, "tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 7}}}}, "response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"tool_choice": "required", "tools": [LIST]}, "tools"),
         ({"functions": []}, "functions"),
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),

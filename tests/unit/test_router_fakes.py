@@ -26,6 +26,7 @@ from router.session import RouterSession, SessionSettings
 from router.stats import Stats
 from router.ticket import TicketOffice
 from service.columns import pack
+from service.decoding import DecodeInterceptor
 from service.keys import Authenticator
 
 DIGEST = bytes(range(32))
@@ -237,7 +238,7 @@ class RouterUnderTest:
 
     async def __aenter__(self) -> RouterUnderTest:
         self.clock = asyncio.create_task(self.hub.run_clock(0.03))
-        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self.server = grpc.aio.server(interceptors=[DecodeInterceptor()], options=[("grpc.so_reuseport", 0)])
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.service, self.server)
         port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()

@@ -51,8 +51,15 @@ def chat(*functions: Any, mode: int = AUTO, name: str = "", **fields: Any) -> pb
     return made
 
 
-def held(tokenizer: LLTokenizer, asked: pb.Chat, dialect: Dialect, text: str, prompt: str = "assistant\n") -> bool:
-    grammar, _ = grammar_of(asked, manner_of(asked, dialect, prompt), None)
+def held(
+    tokenizer: LLTokenizer,
+    asked: pb.Chat,
+    dialect: Dialect,
+    text: str,
+    prompt: str = "assistant\n",
+    given: common_pb2.Grammar | None = None,
+) -> bool:
+    grammar, _ = grammar_of(asked, manner_of(asked, dialect, prompt, given), given)
     assert grammar is not None and size_problem(grammar) is None
     value = from_message(grammar)
     assert value is not None
@@ -160,11 +167,69 @@ def test_what_is_refused(asked: pb.Chat, dialect: Dialect, reason: Reason, field
     assert caught.value.reason is reason and [v.field for v in caught.value.violations] == [field]
 
 
-def test_calls_and_a_grammar_exclude_each_other() -> None:
-    asked = chat(WEATHER, mode=REQUIRED)
+FORM = common_pb2.Grammar(
+    json_schema='{"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}'
+)
+NEST = '{"name": "<tool_call>\\n{"}'
+
+
+@pytest.mark.parametrize(("mode", "strict"), [(KNOWN, False), (KNOWN, True), (AUTO, True)])
+def test_where_the_model_chooses_the_output_is_calls_or_has_the_form(
+    tokenizer: LLTokenizer, mode: int, strict: bool
+) -> None:
+    asked = chat(WEATHER | {"strict": strict}, CLOCK, mode=mode)
+    loosely = [] if strict else [tagged(BAD)]
+    for good in (tagged(ROME), tagged(NOON, ROME), '{"name": "x", "b": 1}', NEST, ROME, *loosely):
+        assert held(tokenizer, asked, TAGGED, good, given=FORM), good
+    for bad in (
+        "",
+        "Hello",
+        "{}",
+        f"Well: {tagged(ROME)}",
+        tagged(ROME) + '{"name": "x"}',
+        '{"name": "x"}' + tagged(ROME),
+    ):
+        assert not held(tokenizer, asked, TAGGED, bad, given=FORM), bad
+    assert not strict or not held(tokenizer, asked, TAGGED, tagged(BAD), given=FORM)
+    for good in ('<think>{"name": 1}</think>\n\n{"name": "x"}', f"<think>hm</think>{tagged(ROME)}", '{"name": "x"}'):
+        assert held(tokenizer, asked, THINKING, good, given=FORM), good
+    assert not held(tokenizer, asked, THINKING, "<think>hm</think>so", given=FORM)
+
+
+def test_a_form_has_nothing_to_say_of_calls_that_are_asked_for_and_all_where_none_is(tokenizer: LLTokenizer) -> None:
+    for asked in (chat(WEATHER, mode=REQUIRED), chat(WEATHER, mode=NAMED, name="weather")):
+        for dialect, call in ((TAGGED, tagged(ROME)), (BARE, ROME.replace("arguments", "parameters"))):
+            assert held(tokenizer, asked, dialect, call, given=FORM)
+            assert not held(tokenizer, asked, dialect, '{"name": "x"}', given=FORM)
+    none = chat(WEATHER, mode=NONE)
+    assert held(tokenizer, none, TAGGED, '{"name": "x"}', given=FORM)
+    assert not held(tokenizer, none, TAGGED, tagged(ROME), given=FORM)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "given"),
+    [(BARE, FORM), (TAGGED, common_pb2.Grammar(regex=".*")), (TAGGED, common_pb2.Grammar(lark="start: /.*/"))],
+)
+def test_what_could_not_be_told_from_calls_is_refused_beside_them(dialect: Dialect, given: common_pb2.Grammar) -> None:
+    asked = chat(WEATHER, mode=KNOWN)
     with pytest.raises(OctavoError) as caught:
-        grammar_of(asked, manner_of(asked, TAGGED, ""), common_pb2.Grammar(regex="a"))
-    assert caught.value.reason is Reason.INVALID_ARGUMENT
+        grammar_of(asked, manner_of(asked, dialect, "", given), given)
+    assert caught.value.reason is Reason.INVALID_ARGUMENT and caught.value.violations[0].field == "grammar"
+
+
+def test_a_form_beside_calls_needs_a_mark_that_no_json_begins_with() -> None:
+    calls = common_pb2.ToolCalls(
+        functions=[common_pb2.ToolFunction(name="f")],
+        opening="<t>",
+        arguments="a",
+        most=1,
+        or_json_schema="{}",
+    )
+    assert size_problem(common_pb2.Grammar(calls=calls)) is None
+    for opening, free in (("", False), ("[", False), (" <t>", False), ("<t>", True)):
+        calls.opening, calls.free = opening, free
+        problem = size_problem(common_pb2.Grammar(calls=calls))
+        assert problem is not None and problem[0] == "grammar.calls.or_json_schema"
 
 
 def test_a_schema_that_cannot_be_held_to_names_its_function(tokenizer: LLTokenizer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.speech.dialect import Dialect, find_dialect, thought_after
+from router.speech.dialect import Dialect, find_dialect, thought_after, thought_within
 from router.speech.manner import CallStyle, Thought
 from router.template import ChatTemplate
 from tests.unit.tool_templates import LLAMA_3, MISTRAL, QWEN_2, REASONER
@@ -62,6 +62,21 @@ def test_what_a_template_shows(source: str, dialect: Dialect) -> None:
 )
 def test_where_the_output_begins(prompt: str, thought: Thought) -> None:
     assert thought_after(prompt) is thought
+
+
+@pytest.mark.parametrize(
+    ("prompt", "final", "thought"),
+    [
+        ("user\n<think>\nassistant\nso", "so", Thought.NONE),
+        ("assistant\n<think>\nso", " so ", Thought.OPEN),  # opened by the template
+        ("assistant\n<think>\n\n</think>\n\n<think>so", "<think>so", Thought.OPEN),
+        ("assistant\n<think>so</think>", "<think>so</think>", Thought.NONE),
+        ("assistant\nso</think>then", "so</think>then", Thought.NONE),
+        ("assistant\n</think><think>", "</think><think>", Thought.OPEN),
+    ],
+)
+def test_where_an_output_begins_that_goes_on_with_the_last_message(prompt: str, final: str, thought: Thought) -> None:
+    assert thought_within(prompt, final) is thought
 
 
 def test_thinking_can_be_switched_off_by_the_template() -> None:

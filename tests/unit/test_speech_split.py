@@ -19,6 +19,8 @@ LLAMA = Manner(CallStyle("", "", "parameters", "; "), NAMES)
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome {]\\"", "days": [1, 2]}}\n</tool_call>'
 NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 BARE = '{"name": "weather", "parameters": {"city": "Rome"}}'
+FIRST = replace(HERMES, exact=True, first=True)
+FORM = '{"a": "<tool_call>\\n{ </think>"}'
 ARGUMENTS = '{"city": "Rome {]\\"", "days": [1, 2]}'
 
 
@@ -75,7 +77,21 @@ CASES = [
     (LLAMA, "<|python", of("<|python")),
     (replace(HERMES, exact=True), f"{CALL}\n{NOW}", of("", "", WEATHER, TIME)),
     (replace(HERMES, exact=True), CALL[:70], of("", "", ("weather", CALL[CALL.index(ARGUMENTS) : 70]))),
-    (replace(HERMES, exact=True), CALL[:30], of(CALL[:30])),
+    (replace(HERMES, exact=True), CALL[:30], of()),
+    (replace(HERMES, exact=True), "Hello <tool", of("Hello <tool")),
+    (replace(HERMES, exact=True), "Hello <tool_call>", of("Hello")),
+    (FIRST, CALL[:5], of()),
+    (FIRST, CALL[:14], of()),
+    (FIRST, CALL[:40], of()),
+    (FIRST, CALL[:45], of("", "", ("weather", ""))),
+    (FIRST, f"{CALL}\n<tool", of("", "", WEATHER)),
+    (FIRST, f"{CALL}\n{NOW}", of("", "", WEATHER, TIME)),
+    (FIRST, FORM, of(FORM)),
+    (replace(FIRST, thought=Thought.ALLOWED), "<", of()),
+    (replace(FIRST, thought=Thought.ALLOWED), f"<think>hm</think>\n\n{FORM}", of(FORM, "hm")),
+    (replace(FIRST, thought=Thought.OPEN), f"hm</think>\n\n{CALL}", of("", "hm", WEATHER)),
+    (replace(LLAMA, exact=True, first=True), BARE[:20], of()),
+    (replace(LLAMA, exact=True, first=True), f"{BARE}; {BARE[:9]}", of("", "", ("weather", '{"city": "Rome"}'))),
     (replace(LLAMA, exact=True), f"{BARE}; {BARE}", of("", "", *[("weather", '{"city": "Rome"}')] * 2)),
     (replace(HERMES, thought=Thought.ALLOWED), f"<think>\nhm </think>\n\n{CALL}", of("", "hm", WEATHER)),
     (replace(HERMES, thought=Thought.ALLOWED), f" {CALL}", of("", "", WEATHER)),
@@ -121,15 +137,16 @@ _PARTS = st.sampled_from([*_MARKS, *_JSON])
 
 @given(
     st.sampled_from([HERMES, LLAMA]),
-    st.booleans(),
+    st.sampled_from([(False, False), (True, False), (True, True)]),
     st.sampled_from(Thought),
     st.lists(_PARTS, max_size=12),
     st.data(),
 )
 def test_the_cuts_do_not_matter(
-    manner: Manner, exact: bool, thought: Thought, parts: list[str], data: st.DataObject
+    manner: Manner, held: tuple[bool, bool], thought: Thought, parts: list[str], data: st.DataObject
 ) -> None:
-    manner = replace(manner, exact=exact, thought=thought)
+    exact, first = held
+    manner = replace(manner, exact=exact, first=first, thought=thought)
     text = "".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     whole = told(manner, text)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16octavo/v1/common.proto\x12\toctavo.v1\"\xbb\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x12.octavo.v1.ChoicesH\x00\x12%\n\x05\x63\x61lls\x18\x05 \x01(\x0b\x32\x14.octavo.v1.ToolCallsH\x00\x12#\n\x05\x61\x66ter\x18\x06 \x01(\x0b\x32\x14.octavo.v1.ReasoningB\x06\n\x04kind\"-\n\tReasoning\x12\x0f\n\x07opening\x18\x01 \x01(\t\x12\x0f\n\x07\x63losing\x18\x02 \x01(\t\"\x9b\x01\n\tToolCalls\x12*\n\tfunctions\x18\x01 \x03(\x0b\x32\x17.octavo.v1.ToolFunction\x12\x0f\n\x07opening\x18\x02 \x01(\t\x12\x0f\n\x07\x63losing\x18\x03 \x01(\t\x12\x11\n\tseparator\x18\x04 \x01(\t\x12\x11\n\targuments\x18\x05 \x01(\t\x12\x0c\n\x04most\x18\x06 \x01(\r\x12\x0c\n\x04\x66ree\x18\x07 \x01(\x08\"1\n\x0cToolFunction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bjson_schema\x18\x02 \x01(\t\"\x19\n\x07\x43hoices\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xed\x03\n\x0cSamplingSpec\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12:\n\nlogit_bias\x18\x08 \x03(\x0b\x32&.octavo.v1.SamplingSpec.LogitBiasEntry\x12\x12\n\nmax_tokens\x18\t \x01(\r\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0b \x01(\x0c\x12\x19\n\x11\x61llowed_token_ids\x18\x0c \x01(\x0c\x12+\n\tbad_words\x18\r \x03(\x0b\x32\x18.octavo.v1.TokenSequence\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\"y\n\x0eLogprobColumns\x12\r\n\x05owner\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x0c\x12\x0c\n\x04rank\x18\x03 \x01(\x0c\x12\x13\n\x0bnum_entries\x18\x04 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x05 \x01(\x0c\x12\x10\n\x08logprobs\x18\x06 \x01(\x0c\"6\n\nAssetChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*\xb6\x05\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x01\x12 \n\x1c\x45RROR_REASON_PROMPT_TOO_LONG\x10\x02\x12\x1a\n\x16\x45RROR_REASON_NO_WORKER\x10\x03\x12\x1e\n\x1a\x45RROR_REASON_MODEL_UNKNOWN\x10\x04\x12\x1e\n\x1a\x45RROR_REASON_MODEL_CHANGED\x10\x05\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\x06\x12\"\n\x1e\x45RROR_REASON_DUPLICATE_REQUEST\x10\x07\x12\x17\n\x13\x45RROR_REASON_POISON\x10\x08\x12\x19\n\x15\x45RROR_REASON_DEADLINE\x10\t\x12 \n\x1c\x45RROR_REASON_GRAMMAR_INVALID\x10\n\x12\x16\n\x12\x45RROR_REASON_QUOTA\x10\x0b\x12\x1c\n\x18\x45RROR_REASON_UNSUPPORTED\x10\x0c\x12!\n\x1d\x45RROR_REASON_INVALID_ARGUMENT\x10\r\x12#\n\x1f\x45RROR_REASON_PROTOCOL_VIOLATION\x10\x0e\x12\"\n\x1e\x45RROR_REASON_PROTOCOL_MISMATCH\x10\x0f\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\x10\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\x11\x12\x1f\n\x1b\x45RROR_REASON_TICKET_INVALID\x10\x12\x12\x1e\n\x1a\x45RROR_REASON_SLOW_CONSUMER\x10\x13\x12\x15\n\x11\x45RROR_REASON_LOST\x10\x14\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x15\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16octavo/v1/common.proto\x12\toctavo.v1\"\xbb\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x12.octavo.v1.ChoicesH\x00\x12%\n\x05\x63\x61lls\x18\x05 \x01(\x0b\x32\x14.octavo.v1.ToolCallsH\x00\x12#\n\x05\x61\x66ter\x18\x06 \x01(\x0b\x32\x14.octavo.v1.ReasoningB\x06\n\x04kind\"-\n\tReasoning\x12\x0f\n\x07opening\x18\x01 \x01(\t\x12\x0f\n\x07\x63losing\x18\x02 \x01(\t\"\xb3\x01\n\tToolCalls\x12*\n\tfunctions\x18\x01 \x03(\x0b\x32\x17.octavo.v1.ToolFunction\x12\x0f\n\x07opening\x18\x02 \x01(\t\x12\x0f\n\x07\x63losing\x18\x03 \x01(\t\x12\x11\n\tseparator\x18\x04 \x01(\t\x12\x11\n\targuments\x18\x05 \x01(\t\x12\x0c\n\x04most\x18\x06 \x01(\r\x12\x0c\n\x04\x66ree\x18\x07 \x01(\x08\x12\x16\n\x0eor_json_schema\x18\x08 \x01(\t\"1\n\x0cToolFunction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bjson_schema\x18\x02 \x01(\t\"\x19\n\x07\x43hoices\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xed\x03\n\x0cSamplingSpec\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12:\n\nlogit_bias\x18\x08 \x03(\x0b\x32&.octavo.v1.SamplingSpec.LogitBiasEntry\x12\x12\n\nmax_tokens\x18\t \x01(\r\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0b \x01(\x0c\x12\x19\n\x11\x61llowed_token_ids\x18\x0c \x01(\x0c\x12+\n\tbad_words\x18\r \x03(\x0b\x32\x18.octavo.v1.TokenSequence\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\"y\n\x0eLogprobColumns\x12\r\n\x05owner\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x0c\x12\x0c\n\x04rank\x18\x03 \x01(\x0c\x12\x13\n\x0bnum_entries\x18\x04 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x05 \x01(\x0c\x12\x10\n\x08logprobs\x18\x06 \x01(\x0c\"6\n\nAssetChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*\xb6\x05\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x01\x12 \n\x1c\x45RROR_REASON_PROMPT_TOO_LONG\x10\x02\x12\x1a\n\x16\x45RROR_REASON_NO_WORKER\x10\x03\x12\x1e\n\x1a\x45RROR_REASON_MODEL_UNKNOWN\x10\x04\x12\x1e\n\x1a\x45RROR_REASON_MODEL_CHANGED\x10\x05\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\x06\x12\"\n\x1e\x45RROR_REASON_DUPLICATE_REQUEST\x10\x07\x12\x17\n\x13\x45RROR_REASON_POISON\x10\x08\x12\x19\n\x15\x45RROR_REASON_DEADLINE\x10\t\x12 \n\x1c\x45RROR_REASON_GRAMMAR_INVALID\x10\n\x12\x16\n\x12\x45RROR_REASON_QUOTA\x10\x0b\x12\x1c\n\x18\x45RROR_REASON_UNSUPPORTED\x10\x0c\x12!\n\x1d\x45RROR_REASON_INVALID_ARGUMENT\x10\r\x12#\n\x1f\x45RROR_REASON_PROTOCOL_VIOLATION\x10\x0e\x12\"\n\x1e\x45RROR_REASON_PROTOCOL_MISMATCH\x10\x0f\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\x10\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\x11\x12\x1f\n\x1b\x45RROR_REASON_TICKET_INVALID\x10\x12\x12\x1e\n\x1a\x45RROR_REASON_SLOW_CONSUMER\x10\x13\x12\x15\n\x11\x45RROR_REASON_LOST\x10\x14\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x15\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,28 +33,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1222
-  _globals['_FINISHREASON']._serialized_end=1367
-  _globals['_ERRORREASON']._serialized_start=1370
-  _globals['_ERRORREASON']._serialized_end=2064
+  _globals['_FINISHREASON']._serialized_start=1246
+  _globals['_FINISHREASON']._serialized_end=1391
+  _globals['_ERRORREASON']._serialized_start=1394
+  _globals['_ERRORREASON']._serialized_end=2088
   _globals['_GRAMMAR']._serialized_start=38
   _globals['_GRAMMAR']._serialized_end=225
   _globals['_REASONING']._serialized_start=227
   _globals['_REASONING']._serialized_end=272
   _globals['_TOOLCALLS']._serialized_start=275
-  _globals['_TOOLCALLS']._serialized_end=430
-  _globals['_TOOLFUNCTION']._serialized_start=432
-  _globals['_TOOLFUNCTION']._serialized_end=481
-  _globals['_CHOICES']._serialized_start=483
-  _globals['_CHOICES']._serialized_end=508
-  _globals['_SAMPLINGSPEC']._serialized_start=511
-  _globals['_SAMPLINGSPEC']._serialized_end=1004
-  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_start=923
-  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_end=971
-  _globals['_TOKENSEQUENCE']._serialized_start=1006
-  _globals['_TOKENSEQUENCE']._serialized_end=1040
-  _globals['_LOGPROBCOLUMNS']._serialized_start=1042
-  _globals['_LOGPROBCOLUMNS']._serialized_end=1163
-  _globals['_ASSETCHUNK']._serialized_start=1165
-  _globals['_ASSETCHUNK']._serialized_end=1219
+  _globals['_TOOLCALLS']._serialized_end=454
+  _globals['_TOOLFUNCTION']._serialized_start=456
+  _globals['_TOOLFUNCTION']._serialized_end=505
+  _globals['_CHOICES']._serialized_start=507
+  _globals['_CHOICES']._serialized_end=532
+  _globals['_SAMPLINGSPEC']._serialized_start=535
+  _globals['_SAMPLINGSPEC']._serialized_end=1028
+  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_start=947
+  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_end=995
+  _globals['_TOKENSEQUENCE']._serialized_start=1030
+  _globals['_TOKENSEQUENCE']._serialized_end=1064
+  _globals['_LOGPROBCOLUMNS']._serialized_start=1066
+  _globals['_LOGPROBCOLUMNS']._serialized_end=1187
+  _globals['_ASSETCHUNK']._serialized_start=1189
+  _globals['_ASSETCHUNK']._serialized_end=1243
 # @@protoc_insertion_point(module_scope)

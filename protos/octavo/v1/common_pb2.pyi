@@ -92,7 +92,7 @@ class Reasoning(_message.Message):
     def __init__(self, opening: _Optional[str] = ..., closing: _Optional[str] = ...) -> None: ...
 
 class ToolCalls(_message.Message):
-    __slots__ = ("functions", "opening", "closing", "separator", "arguments", "most", "free")
+    __slots__ = ("functions", "opening", "closing", "separator", "arguments", "most", "free", "or_json_schema")
     FUNCTIONS_FIELD_NUMBER: _ClassVar[int]
     OPENING_FIELD_NUMBER: _ClassVar[int]
     CLOSING_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class ToolCalls(_message.Message):
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     MOST_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
+    OR_JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     functions: _containers.RepeatedCompositeFieldContainer[ToolFunction]
     opening: str
     closing: str
@@ -107,7 +108,8 @@ class ToolCalls(_message.Message):
     arguments: str
     most: int
     free: bool
-    def __init__(self, functions: _Optional[_Iterable[_Union[ToolFunction, _Mapping]]] = ..., opening: _Optional[str] = ..., closing: _Optional[str] = ..., separator: _Optional[str] = ..., arguments: _Optional[str] = ..., most: _Optional[int] = ..., free: _Optional[bool] = ...) -> None: ...
+    or_json_schema: str
+    def __init__(self, functions: _Optional[_Iterable[_Union[ToolFunction, _Mapping]]] = ..., opening: _Optional[str] = ..., closing: _Optional[str] = ..., separator: _Optional[str] = ..., arguments: _Optional[str] = ..., most: _Optional[int] = ..., free: _Optional[bool] = ..., or_json_schema: _Optional[str] = ...) -> None: ...
 
 class ToolFunction(_message.Message):
     __slots__ = ("name", "json_schema")
