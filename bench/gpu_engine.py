@@ -106,12 +106,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--workloads", default="w1,w2-8,w2-64,w2-256,w3,w4-8192,w4-32768,w5")
     parser.add_argument("--max-model-len", type=int, default=40_960)
+    parser.add_argument("--shared-prefix", action="store_true", help="rows behind one prefix read it together")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="0: once, without a run to warm up")
     arguments = parser.parse_args()
     directory = write_model(arguments.models, arguments.model) if arguments.model in SHAPES else Path(arguments.model)
     began = time.perf_counter()
     once = arguments.repeats == 0
-    settings = CudaSettings(max_model_len=arguments.max_model_len, memory_fraction=0.8, capture_at_start=once)
+    settings = CudaSettings(
+        max_model_len=arguments.max_model_len,
+        memory_fraction=0.8,
+        capture_at_start=once,
+        shared_prefix=arguments.shared_prefix,
+    )
     backend = CudaBackend(directory, settings)
     info = backend.load(lambda what, done, total: None)
     loaded = time.perf_counter()

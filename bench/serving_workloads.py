@@ -28,6 +28,7 @@ from bench.workloads import NAMES, Bar, Workload, bars, make_workload
 from deploy.cluster import LocalCluster
 
 _BY_SECONDS = ("w1", "w5", "w6-one")
+_MODEL_SECONDS = 30.0
 _BY_TTFT = ("w4-8192", "w4-32768", "w6-32")
 
 
@@ -117,7 +118,12 @@ def measure_all(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each workload on a cluster that runs: its name, the best run and all of them. What exceeds the model's context is left out."""
     with Client(running.routers) as client:
-        (model,) = client.list_models()
+        until = time.monotonic() + _MODEL_SECONDS
+        while not (models := client.list_models()):  # a worker serves a moment before the routers have its tokenizer
+            if time.monotonic() > until:
+                raise RuntimeError(f"no router lists the model after {_MODEL_SECONDS:.0f} s")
+            time.sleep(0.05)
+        (model,) = models
     for name in names:
         runs = []
         for repeat in range(repeats + 1):
