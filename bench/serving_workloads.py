@@ -28,8 +28,8 @@ from bench.workloads import NAMES, Bar, Workload, bars, make_workload
 from deploy.cluster import LocalCluster
 
 _BY_SECONDS = ("w1", "w5", "w6-one")
-_MODEL_SECONDS = 30.0
 _BY_TTFT = ("w4-8192", "w4-32768", "w6-32")
+_MODEL_SECONDS = 30.0
 
 
 def measure(running: LocalCluster, workload: Workload, processes: int) -> dict[str, Any]:

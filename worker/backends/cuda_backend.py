@@ -2,8 +2,8 @@
 
 The launch thread enqueues on one stream: a copy of the plan's columns, the forward pass, sampling, a copy of the tokens to a
 pinned slot. Step n + 1 may be enqueued before step n has run, because its input token is looked up on the device. A step whose rows
-have one token each is two CUDA graphs, and so is a short one with chunks; a longer one is launched kernel by kernel. Rows behind a
-shared prefix read it together.
+have one token each is two CUDA graphs, and so is a short one with chunks; a longer one is launched kernel by kernel. With
+`shared_prefix` rows behind one prefix read it together.
 """
 
 from __future__ import annotations

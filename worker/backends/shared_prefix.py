@@ -142,9 +142,8 @@ def _best_group(table: Int32Array, rows: Int32Array, computed: IntArray, block_s
     shared = np.minimum(_common_blocks(table, rows, int(computed.max()) // block_size) * block_size, computed)
     shared -= shared % PREFIX_TILE
     falling = np.sort(shared)[::-1]
-    saved = falling * np.arange(
-        len(falling)
-    )  # the k longest share what the k-th has; one of them has to read it anyway
+    # The k longest share what the k-th has, and one of them has to read it anyway.
+    saved = falling * np.arange(len(falling))
     saved[: MIN_ROWS - 1] = 0
     saved[falling < MIN_TOKENS] = 0
     best = int(saved.argmax())
