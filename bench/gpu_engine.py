@@ -1,11 +1,12 @@
 """Offline figures of the cuda backend on one GPU, as JSON: one stream, batches, first token of a long prompt, start-up.
 
-    python -m bench.gpu_engine MODEL_DIR|NAME [--out FILE] [--workloads w1,w2-64,w3,w4-8192,...]
+    python -m bench.gpu_engine MODEL_DIR|NAME [--out FILE] [--workloads w1,w2-64,w3,w4-8192,...] [--alone]
 
 NAME is one of bench/gpu_models.py (random weights, fixed seed), written below --models. W1: one stream, 128 + 512 tokens.
 W2: n streams of 128 + 256. W3: 256 requests of 100 to 1,024 tokens in and out, temperature 0.6 (nano-vllm's bench.py, the same
 draws). W4: the first token of a prompt of n tokens. W5: 128 requests of 64 + 64 tokens behind a shared prefix of 2,048, which is
-computed once, at the start. Greedy but W3; each workload once to warm up, then three times, the best counts.
+computed once, at the start (--alone: each row reads it by itself). Greedy but W3; each workload once to warm up, then three times,
+the best counts.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--workloads", default="w1,w2-8,w2-64,w2-256,w3,w4-8192,w4-32768,w5")
     parser.add_argument("--max-model-len", type=int, default=40_960)
-    parser.add_argument("--shared-prefix", action="store_true", help="rows behind one prefix read it together")
+    parser.add_argument("--alone", action="store_true", help="rows behind one prefix do not read it together")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="0: once, without a run to warm up")
     arguments = parser.parse_args()
     directory = write_model(arguments.models, arguments.model) if arguments.model in SHAPES else Path(arguments.model)
@@ -116,7 +117,7 @@ def main() -> None:
         max_model_len=arguments.max_model_len,
         memory_fraction=0.8,
         capture_at_start=once,
-        shared_prefix=arguments.shared_prefix,
+        shared_prefix=not arguments.alone,
     )
     backend = CudaBackend(directory, settings)
     info = backend.load(lambda what, done, total: None)
@@ -124,7 +125,8 @@ def main() -> None:
     backend.warm_up()
     properties = torch.cuda.get_device_properties(0)
     report: dict[str, Any] = {
-        "command": f"python -m bench.gpu_engine {arguments.model} --workloads {arguments.workloads} --repeats {arguments.repeats}",
+        "command": f"python -m bench.gpu_engine {arguments.model} --workloads {arguments.workloads} --repeats {arguments.repeats}"
+        + " --alone" * arguments.alone,
         "model": arguments.model,
         "device": properties.name,
         "versions": {

@@ -31,10 +31,7 @@ class WorkerSettings(CommonSettings):
     capture_at_start: bool = flag(
         "cuda: capture the graphs of every batch size at the start, not at their first use", False
     )
-    shared_prefix: bool = flag(
-        "cuda: many rows behind one prefix read its keys and values together (new: not yet proven on whole models)",
-        False,
-    )
+    shared_prefix: bool = flag("cuda: many rows behind one prefix read its keys and values together", True)
     hang_seconds: float = flag(
         "seconds that a step may be on the device before the worker counts as hung, and unready", 30.0
     )

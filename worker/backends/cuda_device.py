@@ -38,8 +38,9 @@ class CudaDevice:
         """Work of this thread goes to the stream, also behind this block: entering it anew for each step cost 0.1 ms."""
         thread = threading.get_ident()
         with self.fatal_errors():
-            if thread != self._launching:
-                # Context and stream are current for each thread by itself, and the one that launches may not be the one that loaded.
+            # Context and stream are current for each thread by itself, and the one that launches may not be the one that loaded. Who
+            # calls may have made another stream current since: torch's part of a step would not wait for ours.
+            if thread != self._launching or torch.cuda.current_stream(self.torch) != self.stream:
                 Device(self.number).set_current()
                 torch.cuda.set_stream(self.stream)
                 self._launching = thread

@@ -26,7 +26,7 @@ class CudaSettings:
     device: int = 0
     capture_at_start: bool = False  # capture every bucket's graphs in warm_up; else each at its first use
     graphs: bool = True
-    shared_prefix: bool = False  # many rows behind one prefix read it together (kernels/prefix_attention.cu)
+    shared_prefix: bool = True  # many rows behind one prefix read it together (kernels/prefix_attention.cu)
     cubin_cache: Path | None = None
     poison: bool = False  # tests: cache and activations that nobody has written are NaN
 
