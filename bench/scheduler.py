@@ -3,8 +3,8 @@
     python -m bench.scheduler [--json FILE] [--steps 1000]
 
 First for each number of running rows and waiting requests, with one worker and two plans in flight; the rows end and are
-replaced as in service. Then for eight mock workers whose steps take 2 ms each, served by one thread in real time: the share of
-the time that the workers were busy says whether one scheduler keeps up.
+replaced as in service, and once none of them ends. Then for eight mock workers whose steps take 2 ms each, served by one thread
+in real time: the share of the time that the workers were busy says whether one scheduler keeps up.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class StepCost:
 
     rows: int
     waiting: int
+    ends: bool
+    """Rows end and are replaced."""
     median_us: float
     p99_us: float
     plan_median_us: float
@@ -54,15 +56,15 @@ class ManyWorkers:
     p99_us: float
 
 
-def make_spec(rows: int) -> WorkerSpec:
+def make_spec(rows: int, output_tokens: int = OUTPUT_TOKENS) -> WorkerSpec:
     """A worker with room for `rows` requests of this benchmark."""
-    blocks_each = -(-(PROMPT_TOKENS + OUTPUT_TOKENS) // 16) + 1
+    blocks_each = -(-(PROMPT_TOKENS + output_tokens) // 16) + 1
     return WorkerSpec(
         model="bench",
         model_digest=DIGEST,
         max_rows=rows,
         max_num_batched_tokens=max(2048, rows),
-        max_model_len=2048,
+        max_model_len=max(2048, PROMPT_TOKENS + output_tokens),
         block_size=16,
         num_blocks=blocks_each * rows + 64,
     )
@@ -71,7 +73,8 @@ def make_spec(rows: int) -> WorkerSpec:
 class Load:
     """Makes requests, and answers plans as a worker would, without the work."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, output_tokens: tuple[int, int] = (OUTPUT_TOKENS // 4, OUTPUT_TOKENS)) -> None:
+        self.output_tokens = output_tokens
         self.random = np.random.default_rng(seed)
         self.next_handle = 0
         self.tokens = self.random.integers(0, 32_000, 4096, np.int32)
@@ -81,7 +84,7 @@ class Load:
         """Requests with random prompts; output lengths vary, so that rows don't march in step."""
         for _ in range(count):
             prompt = self.random.integers(0, 32_000, PROMPT_TOKENS, np.int32)
-            max_tokens = int(self.random.integers(OUTPUT_TOKENS // 4, OUTPUT_TOKENS))
+            max_tokens = int(self.random.integers(*self.output_tokens))
             params = SamplingParams(max_tokens, stop_token_ids=(32_001, 32_002))
             tenant = f"tenant-{self.next_handle % 50}"
             request = Request(1, self.next_handle, "bench", prompt, params, tenant=tenant, arrival=now, deadline=1e9)
@@ -100,14 +103,16 @@ def num_finished(events: list[TokenColumns]) -> int:
     return sum(int(np.count_nonzero(columns.finish_reason)) for columns in events)
 
 
-def measure(rows: int, waiting: int, steps: int) -> StepCost:
+def measure(rows: int, waiting: int, steps: int, ends: bool = True) -> StepCost:
     """Steady state of one worker with `rows` rows running; each that ends is replaced, from the queue if there is one."""
-    scheduler, load = Scheduler(Settings(max_waiting_requests=waiting + rows + 1)), Load(seed=rows)
-    scheduler.add_worker(1, make_spec(rows))
+    scheduler = Scheduler(Settings(max_waiting_requests=waiting + rows + 1))
+    warm_up = 2 * PROMPT_TOKENS * rows // 2048 + 20
+    forever = steps + warm_up + 1
+    load = Load(rows) if ends else Load(rows, (forever, forever + 1))
+    scheduler.add_worker(1, make_spec(rows) if ends else make_spec(rows, forever))
     load.submit(scheduler, rows + waiting, 0.0)
     plans: deque[StepPlan] = deque()
     planning, applying = np.zeros(steps), np.zeros(steps)
-    warm_up = 2 * PROMPT_TOKENS * rows // 2048 + 20
     missing = 0
     for step in range(-warm_up, steps):
         load.submit(scheduler, missing, float(step))
@@ -127,6 +132,7 @@ def measure(rows: int, waiting: int, steps: int) -> StepCost:
     return StepCost(
         rows,
         waiting,
+        ends,
         median_us=float(np.median(both)),
         p99_us=float(np.percentile(both, 99)),
         plan_median_us=float(np.median(planning) * 1e6),
@@ -186,14 +192,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
 
-    print(f"{'rows':>6} {'waiting':>8} {'median us':>10} {'p99 us':>8} {'plan':>8} {'apply':>8}")
+    print(f"{'rows':>6} {'waiting':>12} {'median us':>10} {'p99 us':>8} {'plan':>8} {'apply':>8}")
     costs = []
     for rows in arguments.rows:
-        for waiting in arguments.waiting:
-            cost = measure(rows, waiting, arguments.steps)
+        for waiting, ends in [*((waiting, True) for waiting in arguments.waiting), (0, False)]:
+            cost = measure(rows, waiting, arguments.steps, ends)
             costs.append(cost)
+            name = waiting if ends else "0, none ends"
             parts = f"{cost.plan_median_us:8.0f} {cost.apply_median_us:8.0f}"
-            print(f"{rows:6} {waiting:8} {cost.median_us:10.0f} {cost.p99_us:8.0f} {parts}", flush=True)
+            print(f"{rows:6} {name:>12} {cost.median_us:10.0f} {cost.p99_us:8.0f} {parts}", flush=True)
     many = measure_many_workers(8, 32, 0.002, arguments.seconds)
     print(
         f"{many.workers} workers of {many.step_ms:g} ms, {many.rows_each} rows each: {many.steps_per_second:.0f} steps/s, "

@@ -172,7 +172,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(MEASUREMENTS), default=tuple(MEASUREMENTS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    shown = ["MODEL_DIR" if argument == options.model_dir else argument for argument in arguments]
+    shown = ["MODEL_DIR" if argument == options.model_dir != "mock" else argument for argument in arguments]
     report: dict[str, Any] = {**head("bench.serving", shown), "dtype": options.dtype}
     for name in options.only:
         report[name] = MEASUREMENTS[name](options.model_dir, options.dtype, options.repeats)

@@ -2,6 +2,8 @@
 
     scheduler.py    the face: Scheduler.submit, plan, apply, …
     planner.py      plan one step for one worker: plan_step
+    commit.py       the end of it: books and columns
+    lineup.py       what steps of the same rows need not look up again
     batch.py        the step while it is composed
     preemption.py   which running requests make room for a more important one
     apply.py        book one step's result: apply_result

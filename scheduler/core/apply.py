@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from scheduler.core.errors import InvalidResult
+from scheduler.core.lineup import Sampled, look_up
 from scheduler.core.plan import BoolArray, Int64Array, RowStatus, StepResult, TokenColumns, UInt8Array
 from scheduler.core.prefix import block_bytes
 from scheduler.core.request import FinishReason, Int32Array
@@ -89,14 +90,18 @@ def confirm_tokens(
 ) -> list[TokenColumns]:
     """Appends the sampled tokens to their rows, ends those that are done, and registers the blocks that were filled."""
     rows = worker.rows
-    alive = still_there(worker, plan)
-    index = plan.samples
-    if np.count_nonzero(alive) < alive.size:
-        keep = alive[index]
-        state.counters.discarded_tokens += int((token_ids[~keep] >= 0).sum())
-        index, token_ids = index[keep], token_ids[keep]
-        status = None if status is None else status[keep]
-    row = plan.rows[index]
+    index, silent = plan.samples, plan.silent
+    if plan.lineup is not None and plan.lineup.version == rows.version:
+        sampled = plan.lineup.sampled
+    else:
+        alive = still_there(worker, plan)
+        if np.count_nonzero(alive) < alive.size:
+            keep = alive[index]
+            state.counters.discarded_tokens += int((token_ids[~keep] >= 0).sum())
+            index, token_ids, silent = index[keep], token_ids[keep], silent[alive[silent]]
+            status = None if status is None else status[keep]
+        sampled = look_up(rows, plan.rows[index])
+    row = sampled.rows
     position = rows.num_confirmed[row]
     good: BoolArray | None = None
     if status is not None:
@@ -107,11 +112,11 @@ def confirm_tokens(
         rows.tokens[row, position] = token_ids
         confirmed = position + 1
     rows.num_confirmed[row] = confirmed
-    finish = finish_reasons(worker, row, token_ids, confirmed, good)
+    finish = finish_reasons(sampled, token_ids, confirmed, good)
     late = None if status is None else status == RowStatus.MASK_LATE
     if late is not None:
         finish[late] = FinishReason.NONE
-    events = make_events(worker, plan, alive, index, row, position, token_ids, finish, good)
+    events = make_events(worker, plan, sampled, index, silent, position, token_ids, finish, good)
     state.counters.output_tokens += row.size if good is None else int(good.sum())
 
     register_sampled_blocks(worker, row, confirmed, good)
@@ -125,15 +130,14 @@ def confirm_tokens(
 
 
 def finish_reasons(
-    worker: WorkerState, row: Int64Array, token_ids: Int32Array, confirmed: Int64Array, good: BoolArray | None
+    sampled: Sampled, token_ids: Int32Array, confirmed: Int64Array, good: BoolArray | None
 ) -> UInt8Array:
-    """uint8 [len(row)] of FinishReason. A stop token counts only from min_tokens on, and before the length does."""
-    rows = worker.rows
-    finish = np.zeros(row.size, np.uint8)
-    finish[confirmed >= rows.limit[row]] = FinishReason.LENGTH
-    is_stop = rows.stop_token_ids.take(row, axis=0) == token_ids[:, None]  # take: a third of what indexing costs here
+    """uint8 [S] of FinishReason. A stop token counts only from min_tokens on, and before the length does."""
+    finish = np.zeros(confirmed.size, np.uint8)
+    finish[confirmed >= sampled.limit] = FinishReason.LENGTH
+    is_stop = sampled.stop_token_ids == token_ids
     if np.count_nonzero(is_stop):  # rare, and any() along an axis is slow
-        finish[is_stop.any(axis=1) & (confirmed >= rows.min_total[row])] = FinishReason.STOP
+        finish[is_stop.any(axis=0) & (confirmed >= sampled.min_total)] = FinishReason.STOP
     if good is not None:
         finish[~good] = FinishReason.ERROR
     return finish
@@ -157,79 +161,85 @@ def register_sampled_blocks(
     Blocks of known tokens were registered by the plan that computes them.
     """
     rows, size = worker.rows, worker.spec.block_size
-    computed = confirmed - 1
-    full = computed // size
-    filled = (full * size == computed) & (computed > rows.num_initial[row])
+    filled = confirmed > rows.next_full[row]
     if good is not None:
         filled &= good
-    if not np.count_nonzero(filled):
-        return
     owners = row[filled]
-    indices = full[filled] - 1
+    if not owners.size:
+        return
+    full = rows.next_full[owners]
+    rows.next_full[owners] = full + size
+    indices = full // size - 1
     blocks = rows.block_table[owners, indices]
     is_owned = indices >= rows.first_block[owners]
     # Token ids of all these blocks at once: numpy costs by the call.
     content = block_bytes(rows.tokens[owners[:, None], indices[:, None] * size + np.arange(size)])
     width = len(content) // owners.size
-    for number, (owner, index, block, owned) in enumerate(
-        zip(owners.tolist(), indices.tolist(), blocks.tolist(), is_owned.tolist(), strict=True)
+    chains, register, at = rows.chains, worker.pool.register, 0
+    for owner, index, block, owned in zip(
+        owners.tolist(), indices.tolist(), blocks.tolist(), is_owned.tolist(), strict=True
     ):
-        chain = rows.chains[owner]
+        chain = chains[owner]
+        at += width
         if chain is None or not owned:
             continue
         if len(chain.hashes) == index:
-            name = chain.append(content[number * width : (number + 1) * width])
+            register(block, chain.append(content[at - width : at]))
         else:
-            name = chain.extend(rows.tokens[owner], index + 1)[index]
-        worker.pool.register(block, name)
+            register(block, chain.extend(rows.tokens[owner], index + 1)[index])
 
 
 def make_events(
     worker: WorkerState,
     plan: InFlightPlan,
-    alive: BoolArray,
+    sampled: Sampled,
     index: Int64Array,
-    row: Int64Array,
+    silent: Int64Array,
     position: Int64Array,
     token_ids: Int32Array,
     finish: UInt8Array,
     good: BoolArray | None,
 ) -> list[TokenColumns]:
     """The same entries as columns, one set for each router."""
-    rows = worker.rows
-    num_tokens = np.ones(row.size, np.int32) if good is None else good.astype(np.int32)
-    if plan.silent.size:  # entries without tokens, which only carry prompt log-probabilities
-        silent = plan.silent[alive[plan.silent]]
-        silent_row, none = plan.rows[silent], np.zeros(silent.size, np.int64)
-        index = np.concatenate((index, silent))
-        row, position = np.concatenate((row, silent_row)), np.concatenate((position, rows.num_prompt[silent_row]))
+    lineup = plan.lineup
+    if lineup is not None and lineup.sampled is sampled:
+        num_tokens, plan_index = lineup.ones32, lineup.places32
+    else:
+        num_tokens, plan_index = np.ones(index.size, np.int32), index.astype(np.int32)
+    if good is not None:
+        num_tokens = good.astype(np.int32)
+    if silent.size:  # entries without tokens, which only carry prompt log-probabilities
+        silent_rows, none = plan.rows[silent], np.zeros(silent.size, np.int64)
+        sampled = look_up(worker.rows, np.concatenate((sampled.rows, silent_rows)))
+        plan_index = np.concatenate((index, silent)).astype(np.int32)
+        position = np.concatenate((position, worker.rows.num_prompt[silent_rows]))
         num_tokens = np.concatenate((num_tokens, none.astype(np.int32)))
         token_ids = np.concatenate((token_ids, none.astype(np.int32) - 1))
         finish = np.concatenate((finish, none.astype(np.uint8)))
-    router_id = rows.router_id[row]
     entries = TokenColumns(
-        router_id=int(router_id[0]) if row.size else 0,
-        handles=rows.handle[row],
-        first_output_index=(position - rows.num_prompt[row]).astype(np.int32),
+        router_id=sampled.router_id or 0,
+        handles=sampled.handles,
+        first_output_index=(position - sampled.num_prompt).astype(np.int32),
         num_tokens=num_tokens,
         finish_reason=finish,
         token_ids=token_ids,
-        plan_index=index.astype(np.int32),
+        plan_index=plan_index,
     )
-    return split_by_router(entries, router_id)
+    return split_by_router(entries, sampled)
 
 
-def split_by_router(entries: TokenColumns, router_id: Int64Array) -> list[TokenColumns]:
+def split_by_router(entries: TokenColumns, sampled: Sampled) -> list[TokenColumns]:
     """One TokenColumns for each router. `token_ids` comes in with one slot per entry and leaves flat."""
-    if router_id.size == 0:
+    router_ids = sampled.router_ids
+    if router_ids.size == 0:
         return []
-    if np.count_nonzero(router_id != entries.router_id) == 0:
-        routers, masks = [entries.router_id], [np.ones(router_id.size, np.bool_)]
-        if np.count_nonzero(entries.num_tokens) == router_id.size:
+    if sampled.router_id is not None:
+        routers, masks = [sampled.router_id], [np.ones(router_ids.size, np.bool_)]
+        if np.count_nonzero(entries.num_tokens) == router_ids.size:
             return [entries]
     else:
-        routers = np.unique(router_id).tolist()
-        masks = [router_id == router for router in routers]
+        routers = np.unique(router_ids).tolist()
+        masks = [router_ids == router for router in routers]
     return [
         TokenColumns(
             router_id=router,

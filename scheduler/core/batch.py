@@ -1,4 +1,4 @@
-"""A step while it is composed: planner.py and preemption.py fill it, planner.commit turns it into a StepPlan."""
+"""A step while it is composed: planner.py and preemption.py fill it, commit.commit turns it into a StepPlan."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from scheduler.core.lineup import Lineup
 from scheduler.core.plan import Int64Array, NewRow
 from scheduler.core.rows import Rows
 
@@ -24,8 +25,12 @@ class Batch:
     append_blocks: Int64Array = field(default_factory=lambda: EMPTY)
     chunks: Int64Array = field(default_factory=lambda: EMPTY)
     """Indices into `rows` of those whose tokens are known, so must be sent."""
+    lineup: Lineup | None = None
+    """Of which `rows` are the rows, where they are one."""
     new_rows: list[NewRow] = field(default_factory=list)
     new_counts: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    """What all rows compute, new ones among them."""
     preempted: bool = False
     """Blocks ran out: running requests were preempted for others that run."""
     num_preempting: int = 0
@@ -44,14 +49,11 @@ class Batch:
         """Rows that compute, new ones among them."""
         return self.rows.size + len(self.new_rows)
 
-    @property
-    def num_tokens(self) -> int:
-        """What they compute."""
-        return int(self.counts.sum()) + sum(self.new_counts)
-
     def drop(self, row: int, rows: Rows) -> None:
         """Leaves out a running row that is about to be freed, and its blocks."""
+        self.lineup = None
         kept = self.rows != row
+        self.num_tokens -= int(self.counts[~kept].sum())
         is_chunk = np.zeros(self.rows.size, np.bool_)
         is_chunk[self.chunks] = True
         self.rows, self.counts, self.chunks = self.rows[kept], self.counts[kept], is_chunk[kept].nonzero()[0]

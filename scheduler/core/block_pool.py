@@ -52,10 +52,9 @@ class BlockPool:
 
     def allocate(self, count: int) -> Int64Array:
         """`count` blocks with one owner, int64 [count]. The caller has checked num_available."""
-        while len(self._free) < count:
-            block, _ = self._cached.popitem(last=False)
-            self._forget(block)
-            self._free.append(block)
+        missing = count - len(self._free)
+        if missing > 0:
+            self._evict(missing)
         split = len(self._free) - count
         blocks = np.array(self._free[split:], np.int64)
         del self._free[split:]
@@ -67,12 +66,14 @@ class BlockPool:
 
         Freed tail first: the longest prefix of a conversation is what a later request shares, so it is evicted last.
         """
-        self.ref_count[blocks] -= 1
-        for block in blocks[self.ref_count[blocks] == 0][::-1].tolist():
-            if block in self._hash_of:
-                self._cached[block] = None
+        owners = self.ref_count[blocks] - 1
+        self.ref_count[blocks] = owners
+        hash_of, cached, free = self._hash_of, self._cached, self._free
+        for block in blocks[owners == 0][::-1].tolist():
+            if block in hash_of:
+                cached[block] = None
             else:
-                self._free.append(block)
+                free.append(block)
 
     def lookup(self, block_hash: bytes) -> int | None:
         """The block that holds this content."""
@@ -107,6 +108,13 @@ class BlockPool:
     def clear_cache(self) -> None:
         """Unregisters every block: the device has forgotten them."""
         self.unregister(list(self._hash_of))
+
+    def _evict(self, count: int) -> None:
+        cached, hash_of, block_of, free = self._cached, self._hash_of, self._block_of, self._free
+        for _ in range(count):
+            block, _ = cached.popitem(last=False)
+            del block_of[hash_of.pop(block)]
+            free.append(block)
 
     def _forget(self, block: int) -> None:
         del self._block_of[self._hash_of.pop(block)]

@@ -43,6 +43,14 @@ def _check_worker(worker: WorkerState) -> None:
     needed = -(-computed // spec.block_size)
     _require(bool((rows.num_blocks[order] >= needed).all()), f"{name}: computed tokens without a block")
 
+    _require(
+        np.array_equal(rows.capacity[order], rows.num_blocks[order] * spec.block_size), f"{name}: capacity is wrong"
+    )
+    want = np.minimum(rows.num_tokens, rows.last) - rows.num_computed
+    _require(np.count_nonzero(want) == np.count_nonzero(want[order]), f"{name}: a free row wants tokens")
+    if worker.lineup is not None and worker.lineup.holds(rows):
+        _require(np.array_equal(want, worker.lineup.is_member), f"{name}: other rows decode than are lined up")
+
     steps = [plan.step_id for plan in worker.in_flight]
     _require(len(steps) <= spec.run_ahead, f"{name}: too many plans in flight")
     _require(steps == list(range(worker.next_step_id - len(steps), worker.next_step_id)), f"{name}: step_id gap")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from scheduler.core.batch import EMPTY, Batch
+from scheduler.core.batch import Batch
+from scheduler.core.commit import commit
 from scheduler.core.errors import Reason
 from scheduler.core.placement import Placement, can_run, find_placement, limit_on, next_block_is_coming
 from scheduler.core.plan import DEAD_BLOCK, Admitted, Int64Array, NewRow, StepPlan
@@ -18,10 +19,10 @@ from scheduler.core.preemption import outranks, place_by_preemption
 from scheduler.core.request import Request, RequestState
 from scheduler.core.rows import Rows
 from scheduler.core.settings import WorkerSpec
-from scheduler.core.state import InFlightPlan, SchedulerState, WorkerState
+from scheduler.core.state import SchedulerState, WorkerState
 from scheduler.core.waiting import WaitingQueue
 
-EMPTY_INT32 = np.empty(0, np.int32)
+ONE = np.ones(1, np.int64)
 GAP_SMOOTHING = 0.1
 CHARGE_EVERY = 4
 """Steps in which the tenants of running requests are charged at most once: somebody may be admitted in each of them."""
@@ -79,29 +80,48 @@ def schedule_running(state: SchedulerState, worker: WorkerState, batch: Batch) -
     This ends: one row alone always fits, or placement.fits() had kept it out.
     """
     rows, spec = worker.rows, worker.spec
+    lineup = worker.lineup
+    if lineup is not None and lineup.holds(rows) and not state.suspects:
+        full = rows.num_computed == rows.capacity
+        full &= lineup.is_member
+        growing = full.nonzero()[0]
+        if growing.size <= worker.pool.num_available:
+            batch.rows, batch.counts, batch.num_tokens, batch.lineup = (
+                lineup.rows,
+                lineup.ones,
+                lineup.rows.size,
+                lineup,
+            )
+            if growing.size:
+                batch.append_blocks = worker.pool.allocate(growing.size)
+                batch.append_rows = rows.append_blocks(growing, ONE, batch.append_blocks)
+            return
     while True:
-        order = rows.order()
+        order, num_running = rows.order(), rows.num_running
         if state.suspects:
             order = of_one_group(rows, order, batch.suspicion)
-        computed = rows.num_computed[order]
+            num_running = order.size
         # All known tokens, but never the last one that the limit allows: it is sampled, and nobody reads its keys.
-        want = np.minimum(rows.num_tokens[order], rows.limit[order] - 1) - computed
-        counts = share_budget(want, step_budget(state, spec, order.size))
-        chosen = counts.nonzero()[0]
-        if chosen.size < order.size:
-            order, counts, computed = order[chosen], counts[chosen], computed[chosen]
-        needed = (computed + counts + (spec.block_size - 1)) // spec.block_size - rows.num_blocks[order]
+        want = np.minimum(rows.num_tokens, rows.last)
+        want -= rows.num_computed
+        if num_running < rows.num_running:
+            mine, want = want[order], np.zeros_like(want)
+            want[order] = mine
+        chosen, counts = share_budget(want, order, step_budget(state, spec, num_running))
+        computed = rows.num_computed[chosen]
+        missing = computed + counts - rows.capacity[chosen]
+        growing = (missing > 0).nonzero()[0]
+        needed = -(-missing[growing] // spec.block_size)
         num_needed = int(needed.sum())
         if num_needed <= worker.pool.num_available:
             break
         state.preempt(worker, int(rows.order()[-1]))
         batch.preempted = True
-    batch.rows, batch.counts = order, counts
-    batch.chunks = (computed < rows.num_initial[order]).nonzero()[0]
+    batch.rows, batch.counts, batch.num_tokens = chosen, counts, int(counts.sum())
+    batch.chunks = (computed < rows.num_initial[chosen]).nonzero()[0]
     if num_needed:
-        growing = needed.nonzero()[0]
         batch.append_blocks = worker.pool.allocate(num_needed)
-        batch.append_rows = rows.append_blocks(order[growing], needed[growing], batch.append_blocks)
+        batch.append_rows = rows.append_blocks(chosen[growing], needed, batch.append_blocks)
 
 
 def step_budget(state: SchedulerState, spec: WorkerSpec, num_rows: int) -> int:
@@ -118,19 +138,21 @@ def of_one_group(rows: Rows, order: Int64Array, suspicion: int) -> Int64Array:
     return np.array(kept, np.int64)
 
 
-def share_budget(want: Int64Array, budget: int) -> Int64Array:
-    """Tokens for each row, given what each wants in order of importance. int64, same shape.
+def share_budget(want: Int64Array, order: Int64Array, budget: int) -> tuple[Int64Array, Int64Array]:
+    """The rows that compute, int64 [R], and how many tokens each, int64 [R], given what each row wants, int64 [max_rows].
 
     Rows that want one token come first, so that a long prefill never stalls a decode; there are at most max_rows of them, which
-    the budget always holds. The rest is dealt out in order: the row in which it runs out gets a part.
+    the budget always holds. The rest is dealt out in `order`, of importance: the row in which it runs out gets a part.
     """
-    if np.count_nonzero(want > 1) == 0:
-        return want
-    is_single = want == 1
-    chunks = np.where(is_single, 0, want)
-    before = chunks.cumsum() - chunks
-    left = budget - int(is_single.sum())
-    return np.where(is_single, 1, np.clip(left - before, 0, chunks))
+    singles = (want == 1).nonzero()[0]
+    if singles.size == np.count_nonzero(want):
+        return singles, want[singles]
+    chunked = order[want[order] > 1]
+    chunks = want[chunked]
+    left = budget - singles.size - (chunks.cumsum() - chunks)
+    served = left > 0
+    counts = np.minimum(left, chunks)[served]
+    return np.concatenate((singles, chunked[served])), np.concatenate((want[singles], counts))
 
 
 def release_blocks_behind_window(worker: WorkerState) -> None:
@@ -284,11 +306,11 @@ def admit(state: SchedulerState, placement: Placement, request: Request, batch: 
     # Placement looked for room for all known tokens; only the first chunk's blocks are taken. Others may take the rest meanwhile:
     # then whoever is last in order is preempted, which costs less than to keep blocks idle.
     num_blocks = -(-(num_cached + count) // spec.block_size)
-    table = rows.block_table[row]
-    table[:first] = DEAD_BLOCK
-    table[first:num_hits] = hits
-    table[num_hits:num_blocks] = pool.allocate(num_blocks - num_hits)
-    rows.first_block[row], rows.num_blocks[row] = first, num_blocks
+    block_ids = np.empty(num_blocks, np.int32)
+    block_ids[:first] = DEAD_BLOCK
+    block_ids[first:num_hits] = hits
+    block_ids[num_hits:] = pool.allocate(num_blocks - num_hits)
+    rows.set_blocks(row, first, block_ids)
 
     batch.new_rows.append(
         NewRow(
@@ -297,10 +319,11 @@ def admit(state: SchedulerState, placement: Placement, request: Request, batch: 
             token_ids=rows.tokens[row, : num_cached + count].copy(),
             num_prompt_tokens=request.num_prompt_tokens,
             num_computed=num_cached,
-            block_ids=table[:num_blocks].copy(),
+            block_ids=block_ids,
         )
     )
     batch.new_counts.append(count)
+    batch.num_tokens += count
     note_completed_blocks(worker, batch, row, count)
     count_admission(state, request, num_cached, now)
 
@@ -326,63 +349,3 @@ def count_admission(state: SchedulerState, request: Request, num_cached: int, no
         state.queues[request.digest].charge(request, request.num_prompt_tokens)
     waited = max(0.0, now - request.submitted)
     state.admitted.append(Admitted(request.router_id, request.handle, num_cached, request.digest, waited))
-
-
-# Commit ------------------------------------------------------------------------------------------------------------------
-
-
-def commit(state: SchedulerState, worker: WorkerState, batch: Batch) -> StepPlan:
-    """Writes the composed step into the books and turns it into columns."""
-    rows = worker.rows
-    chunk_lens, chunk_token_ids = known_tokens_to_send(worker, batch)
-    running, step_rows, counts = batch.rows, batch.rows, batch.counts
-    if batch.new_rows:
-        step_rows = np.concatenate((step_rows, np.array([new.row for new in batch.new_rows], np.int64)))
-        counts = np.concatenate((counts, np.array(batch.new_counts, np.int64)))
-
-    computed = rows.num_computed[step_rows] + counts
-    known = rows.num_tokens[step_rows]
-    samples = computed == known
-    rows.num_computed[step_rows] = computed
-    rows.num_tokens[step_rows] = known + samples
-    rows.last_step[step_rows] = worker.next_step_id
-    for block_hash, block in batch.completes.items():
-        worker.pool.register(block, block_hash)
-
-    freed_rows = np.array(worker.freed_rows, np.int32) if worker.freed_rows else EMPTY_INT32
-    worker.freed_rows = []
-    silent = (rows.prompt_logprobs[step_rows] & ~samples).nonzero()[0] if rows.num_prompt_logprobs else EMPTY
-    worker.in_flight.append(
-        InFlightPlan(worker.next_step_id, step_rows, samples.nonzero()[0], rows.generation[step_rows], silent)
-    )
-    worker.next_step_id += 1
-    state.counters.steps += 1
-    state.counters.scheduled_tokens += int(counts.sum())
-    return StepPlan(
-        step_id=worker.next_step_id - 1,
-        new_rows=batch.new_rows,
-        freed_rows=freed_rows,
-        rows=step_rows.astype(np.int32),
-        num_scheduled=counts.astype(np.int32),
-        num_samples=samples.astype(np.uint8),
-        append_rows=batch.append_rows.astype(np.int32),
-        append_block_ids=batch.append_blocks.astype(np.int32),
-        chunk_rows=running[batch.chunks].astype(np.int32),
-        chunk_lens=chunk_lens,
-        chunk_token_ids=chunk_token_ids,
-    )
-
-
-def known_tokens_to_send(worker: WorkerState, batch: Batch) -> tuple[np.ndarray[tuple[int], np.dtype[np.int32]], ...]:
-    """Lengths, int32 [C], and ids, int32 [sum], of the known tokens in running rows' chunks. A new row brings its own."""
-    if batch.chunks.size == 0:
-        return EMPTY_INT32, EMPTY_INT32
-    rows = worker.rows
-    chunk_rows = batch.rows[batch.chunks]
-    start = rows.num_computed[chunk_rows]
-    lens = np.minimum(batch.counts[batch.chunks], rows.num_initial[chunk_rows] - start)
-    pieces = [
-        rows.tokens[row, begin : begin + length]
-        for row, begin, length in zip(chunk_rows.tolist(), start.tolist(), lens.tolist(), strict=True)
-    ]
-    return lens.astype(np.int32), np.concatenate(pieces)

@@ -20,7 +20,7 @@ import numpy as np
 
 from scheduler.core.plan import Int64Array
 from scheduler.core.prefix import HashChain
-from scheduler.core.request import Request
+from scheduler.core.request import Int32Array, Request
 from scheduler.core.settings import WorkerSpec
 
 INITIAL_STOP_WIDTH = 2
@@ -46,16 +46,20 @@ class Rows:
         self.num_charged = np.zeros(size, np.int64)  # tokens that the tenant's counter knows of
         self.account = np.zeros(size, np.int64)  # the same for rows of one tenant and priority
         self.limit = np.zeros(size, np.int64)
+        self.last = np.zeros(size, np.int64)  # limit - 1: tokens that are computed at most
         self.min_total = np.zeros(size, np.int64)  # prompt + min_tokens
-        self.num_blocks = np.zeros(size, np.int64)  # length of the block table
+        self.num_blocks = np.zeros(size, np.int64)  # length of the block table …
+        self.capacity = np.zeros(size, np.int64)  # … and the tokens that it holds
+        self.next_full = np.zeros(size, np.int64)  # computed tokens at which the next block of sampled tokens is full
         self.first_block = np.zeros(size, np.int64)  # blocks before it are behind the window and not owned
         self.last_step = np.zeros(size, np.int64)  # the last plan that names this row
         self.handle = np.zeros(size, np.int64)
         self.router_id = np.zeros(size, np.int64)
         self.prompt_logprobs = np.zeros(size, np.bool_)
+        self.version = 0  # grows whenever a row is occupied or freed
         # Grows whenever a row is freed, so that results for its former request are told apart.
         self.generation = np.zeros(size, np.int64)
-        self.stop_token_ids = np.full((size, INITIAL_STOP_WIDTH), NO_TOKEN, np.int32)  # widened as requests need it
+        self.stop_token_ids = np.full((INITIAL_STOP_WIDTH, size), NO_TOKEN, np.int32)  # made longer as requests need it
         self.tokens = np.empty((size, spec.max_model_len), np.int32)
         self.block_table = np.empty((size, spec.max_blocks_per_row), np.int32)
         self.requests: list[Request | None] = [None] * size
@@ -98,17 +102,19 @@ class Rows:
         self.tokens[row, prompt:known] = request.output_token_ids
         self.num_tokens[row] = self.num_confirmed[row] = self.num_initial[row] = known
         self.num_computed[row] = num_cached
+        self.next_full[row] = (known // self.spec.block_size + 1) * self.spec.block_size
         self.num_prompt[row] = prompt
         self.num_charged[row] = prompt + request.num_charged_outputs
         self._open_account(row, request)
-        self.limit[row] = request.limit
+        self.limit[row], self.last[row] = request.limit, request.limit - 1
         self.min_total[row] = prompt + request.sampling.min_tokens
-        self.num_blocks[row] = self.first_block[row] = self.last_step[row] = 0
+        self.num_blocks[row] = self.capacity[row] = self.first_block[row] = self.last_step[row] = 0
         self.handle[row], self.router_id[row] = request.handle, request.router_id
         self._set_stop_token_ids(row, request.sampling.stop_token_ids)
         self.prompt_logprobs[row] = not request.reads_prefix_cache
         self.num_prompt_logprobs += not request.reads_prefix_cache
         self.requests[row], self.chains[row] = request, chain
+        self.version += 1
         place = bisect.bisect(self._order_keys, order_key(request))
         self._order_keys.insert(place, order_key(request))
         self._order = np.concatenate((self._order[:place], [row], self._order[place:]))
@@ -125,7 +131,9 @@ class Rows:
         self._close_account(request)
         self.num_prompt_logprobs -= int(self.prompt_logprobs[row])
         self.requests[row] = self.chains[row] = None
+        self.num_tokens[row] = self.num_computed[row] = self.last[row] = 0  # a free row wants nothing
         self.generation[row] += 1
+        self.version += 1
         self._free.append(row)
         place = bisect.bisect_left(self._order_keys, order_key(request))
         del self._order_keys[place]
@@ -137,16 +145,27 @@ class Rows:
         return self.block_table[row, self.first_block[row] : self.num_blocks[row]].astype(np.int64)
 
     def append_blocks(self, rows: Int64Array, counts: Int64Array, blocks: Int64Array) -> Int64Array:
-        """Appends `counts[i]` of `blocks` to the table of `rows[i]`; gives the row of each block."""
-        if int(counts.max()) == 1:
+        """Appends `counts[i]`, at least one, of `blocks` to the table of `rows[i]`; gives the row of each block."""
+        length = self.num_blocks[rows]
+        if blocks.size == rows.size:
             owner = rows
-            self.block_table[owner, self.num_blocks[owner]] = blocks
+            self.block_table[owner, length] = blocks
         else:
             owner = np.repeat(rows, counts)
-            start = np.repeat(counts.cumsum() - counts, counts)
-            self.block_table[owner, self.num_blocks[owner] + np.arange(owner.size) - start] = blocks
-        self.num_blocks[rows] += counts
+            start = np.repeat(counts.cumsum() - counts - length, counts)
+            self.block_table[owner, np.arange(owner.size) - start] = blocks
+        self._set_num_blocks(rows, length + counts)
         return owner
+
+    def set_blocks(self, row: int, first: int, blocks: Int32Array) -> None:
+        """The table of a row that has just been occupied; blocks before `first` are dead."""
+        self.block_table[row, : blocks.size] = blocks
+        self.first_block[row] = first
+        self._set_num_blocks(row, blocks.size)
+
+    def _set_num_blocks(self, rows: Int64Array | int, counts: Int64Array | int) -> None:
+        self.num_blocks[rows] = counts
+        self.capacity[rows] = counts * self.spec.block_size
 
     def take_uncharged(self) -> list[tuple[Request, int]]:
         """Outputs that came since their tenants were last charged: one request of each account that has some, and how many."""
@@ -177,12 +196,12 @@ class Rows:
             del self._accounts[request.priority, request.tenant]
 
     def _set_stop_token_ids(self, row: int, token_ids: tuple[int, ...]) -> None:
-        width = self.stop_token_ids.shape[1]
-        if len(token_ids) > width:
-            while width < len(token_ids):
-                width *= 2
-            wider = np.full((len(self.requests), width), NO_TOKEN, np.int32)
-            wider[:, : self.stop_token_ids.shape[1]] = self.stop_token_ids
-            self.stop_token_ids = wider
-        self.stop_token_ids[row] = NO_TOKEN
-        self.stop_token_ids[row, : len(token_ids)] = token_ids
+        length = self.stop_token_ids.shape[0]
+        if len(token_ids) > length:
+            while length < len(token_ids):
+                length *= 2
+            longer = np.full((length, len(self.requests)), NO_TOKEN, np.int32)
+            longer[: self.stop_token_ids.shape[0]] = self.stop_token_ids
+            self.stop_token_ids = longer
+        self.stop_token_ids[:, row] = NO_TOKEN
+        self.stop_token_ids[: len(token_ids), row] = token_ids

@@ -13,6 +13,7 @@ import numpy as np
 
 from scheduler.core.block_pool import BlockPool
 from scheduler.core.errors import Reason
+from scheduler.core.lineup import Lineup
 from scheduler.core.plan import Admitted, BoolArray, Failed, Int64Array
 from scheduler.core.request import FinishReason, Request, RequestKey, RequestState
 from scheduler.core.rows import Rows
@@ -73,6 +74,8 @@ class InFlightPlan:
     """Requests that left their row while this was the last plan in flight that names them …"""
     parked: list[Request] = field(default_factory=list)
     """… and of these the ones that wait for it to come back before they may be planned again."""
+    lineup: Lineup | None = None
+    """Of a step in which each row computes and samples one token, and the one before it was the same."""
     void: bool = False
     """A step before it failed, so its own failure is no news."""
 
@@ -93,6 +96,10 @@ class WorkerState:
     """From this step on tenants may be charged again for what their rows have made."""
     look_far_from_step: int = 0
     """From this step on the queue may be searched again past many requests that only other workers can run."""
+    lineup: Lineup | None = None
+    """Of the last plan, where each of its rows computes and samples one token."""
+    lined_up_at: int = -1
+    """Rows.version of the last plan of that kind."""
     freed_rows: list[int] = field(default_factory=list)
     """Rows to name as freed in the next plan."""
     draining: bool = False

@@ -25,6 +25,7 @@ _submission = Request.submission
 _new_matcher = RowMatcher.__init__
 _apply_rows = ConstrainedRows.apply
 _schedule_running = planner.schedule_running
+_share_budget = planner.share_budget
 
 
 def _late_output(self: WorkerSession, epoch: int, output: Any, now: float) -> scheduler_pb2.EnlistRequest | None:
@@ -88,12 +89,8 @@ def _blame_all(self: SchedulerState, requests: list[Any], lost: int) -> None:
             self.fail(request, Reason.POISON, "was there")
 
 
-def _forgets_rows(self: Rows) -> Any:
-    """Some rows are not planned any more after a few tokens."""
-    return np.array([row for row in self._order.tolist() if not _is_forgotten(self, row)], np.int64)
-
-
 def _is_forgotten(rows: Rows, row: int) -> bool:
+    """Some rows are not planned any more after a few tokens."""
     request = rows.requests[row]
     submit = request.payload if request is not None else None
     first = isinstance(submit, scheduler_pb2.Submit) and submit.attempt == 0 and submit.handle % 3 == 1
@@ -101,7 +98,12 @@ def _is_forgotten(rows: Rows, row: int) -> bool:
 
 
 def _schedules_not_all(state: SchedulerState, worker: Any, batch: Any) -> None:
-    with _patched((Rows, "order", _forgets_rows)):
+    def share_budget(want: Any, order: Any, budget: int) -> Any:
+        chosen, counts = _share_budget(want, order, budget)
+        kept = np.array([not _is_forgotten(worker.rows, row) for row in chosen.tolist()], np.bool_)
+        return chosen[kept], counts[kept]
+
+    with _patched((planner, "share_budget", share_budget)):
         _schedule_running(state, worker, batch)
 
 
