@@ -1,11 +1,11 @@
 """One load client for any server of OpenAI's /v1/completions, ours or another, so that both are measured by the same hand.
 
-    python -m bench.peer_client --url http://127.0.0.1:50080 --model NAME --n 512 --plen 128 --olen 128 \\
+    python -m bench.peer_client --url http://127.0.0.1:50080 [URL …] --model NAME --n 512 --plen 128 --olen 128 \\
         [--rate 32|inf] [--concurrency 256] [--procs 4] [--vocab 128000] [--seed 0] [--out FILE.jsonl] [--label X]
 
 Each request streams `olen` tokens, at temperature 0 and whatever the model would end with, for `plen` random token ids. The requests
-are split over processes, so that it is not this client's Python that is measured. Arrivals at a finite rate are Poisson's, always the
-same.
+are split over processes, so that it is not this client's Python that is measured, and the processes over the URLs. Arrivals at a
+finite rate are Poisson's, always the same.
 A token's time is when its server-sent event was read; an event of several tokens counts once for `itl`, and tokens are counted by the
 server's own usage. `ttft` is from the moment a request is sent: one that waits for `--concurrency` is not sent yet. `max_late_s` says
 how long one waited for that at most. Prints one line of JSON, times in ms; the exit code is 1 where a request failed.
@@ -132,10 +132,19 @@ def send(share: Share) -> list[Result]:
 
 
 def measure(
-    url: str, model: str, n: int, plen: int, olen: int, rate: float, concurrency: int, procs: int, vocab: int, seed: int
+    urls: Sequence[str],
+    model: str,
+    n: int,
+    plen: int,
+    olen: int,
+    rate: float,
+    concurrency: int,
+    procs: int,
+    vocab: int,
+    seed: int,
 ) -> list[Result]:
     """Sends `n` requests at `rate` a second from `procs` processes, with `concurrency` at once in all; token ids are below `vocab`."""
-    place = urlsplit(url)
+    places = [urlsplit(url) for url in urls]
     prompts, arrivals = random.Random(seed), random.Random(0)
     common = {"model": model, "max_tokens": olen, "temperature": 0, "ignore_eos": True, "stream": True}
     common["stream_options"] = {"include_usage": True}
@@ -148,8 +157,8 @@ def measure(
     start = time.perf_counter() + _START_S
     shares = [
         Share(
-            place.hostname or "127.0.0.1",
-            place.port or 80,
+            places[rank % len(places)].hostname or "127.0.0.1",
+            places[rank % len(places)].port or 80,
             max(1, concurrency // procs),
             start,
             tuple(requests[rank::procs]),
@@ -196,7 +205,7 @@ def _percentile(values: list[float], percent: float) -> float:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:50080")
+    parser.add_argument("--url", nargs="+", default=["http://127.0.0.1:50080"])
     parser.add_argument("--model", required=True)
     counts = {"n": 512, "plen": 128, "olen": 128, "concurrency": 256, "procs": 4, "vocab": 128_000, "seed": 0}
     for name, default in counts.items():

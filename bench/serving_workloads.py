@@ -23,13 +23,12 @@ from octavo.cli.load_spec import body
 from octavo.client import Client
 from octavo.v1 import inference_pb2
 
-from bench.running import cluster, cpu_seconds, figures_of, head, run
+from bench.running import cluster, cpu_seconds, figures_of, head, run, wait_for_model
 from bench.workloads import NAMES, Bar, Workload, bars, make_workload
 from deploy.cluster import LocalCluster
 
 _BY_SECONDS = ("w1", "w5", "w6-one")
 _BY_TTFT = ("w4-8192", "w4-32768", "w6-32")
-_MODEL_SECONDS = 30.0
 
 
 def measure(running: LocalCluster, workload: Workload, processes: int) -> dict[str, Any]:
@@ -118,12 +117,7 @@ def measure_all(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each workload on a cluster that runs: its name, the best run and all of them. What exceeds the model's context is left out."""
     with Client(running.routers) as client:
-        until = time.monotonic() + _MODEL_SECONDS
-        while not (models := client.list_models()):  # a worker serves a moment before the routers have its tokenizer
-            if time.monotonic() > until:
-                raise RuntimeError(f"no router lists the model after {_MODEL_SECONDS:.0f} s")
-            time.sleep(0.05)
-        (model,) = models
+        model = wait_for_model(client)
     for name in names:
         runs = []
         for repeat in range(repeats + 1):

@@ -41,6 +41,7 @@ from worker.checkpoint.weights import Weights, upload_weights
 from worker.step import NewRow, SamplingParams, Step, StepOutput
 
 _RESULT_SLOTS = 8  # steps that may be launched and not collected; the scheduler's run-ahead is at most 4
+_LONG_STEP = 512  # tokens: longer ones are no graphs (cuda_columns.py)
 
 
 class CudaBackend:
@@ -161,7 +162,10 @@ class CudaBackend:
         self._decoder.attach_cache(cache)
 
     def warm_up(self) -> None:
-        """Real steps in row 0 and block 0: a chunk, then a decode; graphs of all shapes where the settings ask for it."""
+        """Real steps in row 0 and block 0: a chunk, then a decode; graphs of all shapes where the settings ask for it.
+
+        And the products of long steps, which are no graphs and which nobody should be the first to wait for.
+        """
         none, row = np.zeros(0, np.int32), np.zeros(1, np.int32)
         tokens = np.zeros(min(2, self._settings.block_size - 1), np.int32)
         new = NewRow(0, tokens, len(tokens), 0, row, 0, SamplingParams(temperature=0.0))
@@ -174,8 +178,9 @@ class CudaBackend:
             self.forward(step)
             self.sample(step)
             self.collect()
-        if self._settings.capture_at_start:
-            with self._device.launching():
+        with self._device.launching():
+            self._decoder.load_products(_LONG_STEP, self._tokens_limit)
+            if self._settings.capture_at_start:
                 self._launcher.capture_all(self._ring)
         torch.cuda.synchronize(self._device.torch)
         self.reset()
