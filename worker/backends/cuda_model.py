@@ -192,7 +192,7 @@ class CudaDecoder:
             ops.sum_parts(down, space.projected, tokens)
 
     def load_products(self, first: int, last: int) -> None:
-        """Enqueue cuBLAS's products of `first` to `last` tokens, in steps of `first`: it loads a kernel, in some 15 ms, at its first use.
+        """Enqueue cuBLAS's products of `first` to `last` tokens, `first` apart: it loads a kernel, in some 15 ms, at its first use.
 
         What stands in the workspace is overwritten.
         """
