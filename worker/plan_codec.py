@@ -6,6 +6,8 @@ against what the rows hold. `RowBooks` is the host's copy of what each row knows
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 from octavo.v1 import common_pb2, step_pb2
@@ -15,6 +17,18 @@ from service.grammar import Grammar, from_message, size_problem
 from service.sampling import BadSampling, check_sampling
 from worker.backend import BackendInfo
 from worker.step import Int32Array, LogprobColumns, NewRow, SamplingParams, Step, StepOutput
+
+_NONE: Int32Array = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """A plan in which each row computes and samples one token: its columns, as they came and as they are."""
+
+    wire: tuple[bytes, bytes, bytes]
+    rows: Int32Array
+    num_scheduled: Int32Array
+    num_samples: Int32Array
 
 
 class RowBooks:
@@ -32,28 +46,57 @@ class RowBooks:
         self._known: Int32Array = np.zeros(info.max_rows, np.int32)
         self._computed: Int32Array = np.zeros(info.max_rows, np.int32)
         self._blocks: Int32Array = np.zeros(info.max_rows, np.int32)
+        # The last plan, where it was one of decodes: the next one is most often the same, and most of it need not be checked again.
+        self._last: _Decodes | None = None
 
     def reset(self) -> None:
         """Forget every row."""
         self._active[:] = False
+        self._last = None
 
     def decode(self, plan: step_pb2.StepPlan) -> Step:
         """The step of a plan, with every column checked. The books then show the state after it."""
+        last, brings = self._last, plan.freed_rows or plan.new_rows or plan.chunk_rows or plan.chunk_token_ids
+        wire = plan.rows, plan.num_scheduled, plan.num_samples
+        if last is not None and not brings and wire == last.wire and not plan.chunk_lens:
+            return self._decode_again(plan, last)
+        step = self._decode_anew(plan)
+        ones = step.num_scheduled.size and (step.num_scheduled == 1).all() and (step.num_samples == 1).all()
+        self._last = _Decodes(wire, step.rows, step.num_scheduled, step.num_samples) if ones and not brings else None
+        return step
+
+    def _decode_again(self, plan: step_pb2.StepPlan, last: _Decodes) -> Step:
+        """One more token of the same rows: in range, distinct and active as before, and each has computed all that it knew."""
+        self._refuse_unclaimed(plan)
+        append_rows, append_ids = self._append_blocks(plan)
+        after = self._computed[last.rows] + 1
+        if (after > self._blocks[last.rows] * self._block_size).any():
+            raise violation("num_scheduled", "a row would write behind its last block")
+        if int(after.max()) >= self._info.max_model_len:
+            raise violation("num_samples", "a row would sample beyond the model's context")
+        self._computed[last.rows] = after
+        self._known[last.rows] = after + 1
+        return Step(
+            step_id=plan.step_id,
+            freed_rows=_NONE,
+            new_rows=(),
+            append_rows=append_rows,
+            append_block_ids=append_ids,
+            chunk_rows=_NONE,
+            chunk_lens=_NONE,
+            chunk_token_ids=_NONE,
+            rows=last.rows,
+            num_scheduled=last.num_scheduled,
+            num_samples=last.num_samples,
+        )
+
+    def _decode_anew(self, plan: step_pb2.StepPlan) -> Step:
         info = self._info
         freed = self._column("freed_rows", plan.freed_rows)
         check_range("freed_rows", freed, 0, info.max_rows)
         self._active[freed] = False
         new_rows = tuple(self._start_row(new) for new in plan.new_rows)
-        append_rows = self._column("append_rows", plan.append_rows)
-        append_ids = self._column("append_block_ids", plan.append_block_ids, append_rows.size)
-        if plan.append_kv_groups:
-            groups = unpack("append_kv_groups", plan.append_kv_groups, np.uint8, append_rows.size)
-            check_range("append_kv_groups", groups, 0, len(info.kv_groups))
-        self._check_rows("append_rows", append_rows, active=True)
-        check_range("append_block_ids", append_ids, 0, self._num_blocks)
-        np.add.at(self._blocks, append_rows, 1)
-        if (self._blocks[append_rows] > self._max_row_blocks).any():
-            raise violation("append_rows", "a block table longer than the model's context")
+        append_rows, append_ids = self._append_blocks(plan)
         chunk_rows, chunk_lens, chunk_ids = self._decode_chunks(plan)
         rows, num_scheduled, num_samples = self._decode_work(plan)
         return Step(
@@ -69,6 +112,21 @@ class RowBooks:
             num_scheduled=num_scheduled,
             num_samples=num_samples,
         )
+
+    def _append_blocks(self, plan: step_pb2.StepPlan) -> tuple[Int32Array, Int32Array]:
+        if not (plan.append_rows or plan.append_block_ids or plan.append_kv_groups):
+            return _NONE, _NONE
+        append_rows = self._column("append_rows", plan.append_rows)
+        append_ids = self._column("append_block_ids", plan.append_block_ids, append_rows.size)
+        if plan.append_kv_groups:
+            groups = unpack("append_kv_groups", plan.append_kv_groups, np.uint8, append_rows.size)
+            check_range("append_kv_groups", groups, 0, len(self._info.kv_groups))
+        self._check_rows("append_rows", append_rows, active=True)
+        check_range("append_block_ids", append_ids, 0, self._num_blocks)
+        np.add.at(self._blocks, append_rows, 1)
+        if (self._blocks[append_rows] > self._max_row_blocks).any():
+            raise violation("append_rows", "a block table longer than the model's context")
+        return append_rows, append_ids
 
     def _start_row(self, new: step_pb2.NewRow) -> NewRow:
         info = self._info
@@ -139,9 +197,12 @@ class RowBooks:
         self._known[rows] += num_samples
         if (self._known[rows] > info.max_model_len).any():
             raise violation("num_samples", "a row would sample beyond the model's context")
+        self._refuse_unclaimed(plan)
+        return rows, num_scheduled, num_samples
+
+    def _refuse_unclaimed(self, plan: step_pb2.StepPlan) -> None:
         if plan.num_draft_tokens or plan.draft_token_ids or plan.adapter_slots:
             raise violation("num_draft_tokens", "speculation and adapters were not claimed in Hello")
-        return rows, num_scheduled, num_samples
 
     def _column(self, name: str, data: bytes, length: int | None = None) -> Int32Array:
         return unpack(name, data, np.int32, length)
