@@ -103,10 +103,15 @@ class StepLayout:
     def holds_for(self, step: Step) -> bool:
         """Whether the step has the same rows, tokens and samples."""
         return (
-            np.array_equal(step.rows, self.rows)
-            and np.array_equal(step.num_scheduled, self.num_scheduled)
-            and np.array_equal(step.num_samples, self.num_samples)
+            same(step.rows, self.rows)
+            and same(step.num_scheduled, self.num_scheduled)
+            and same(step.num_samples, self.num_samples)
         )
+
+
+def same(left: Int32Array, right: Int32Array) -> bool:
+    """Whether two columns are equal; those of plans of the same rows are one object (worker/plan_codec.py)."""
+    return left is right or np.array_equal(left, right)
 
 
 def lay_out(step: Step, width: int) -> StepLayout:

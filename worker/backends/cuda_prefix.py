@@ -11,6 +11,7 @@ import torch
 
 from kernels.operands import SharedPrefixes
 from kernels.shapes import PARTS_ROWS
+from worker.backends.cuda_columns import same
 from worker.backends.cuda_rows import DeviceRows, upload
 from worker.backends.shared_prefix import MIN_ROWS, most_works, prefix_work, shared_prefixes
 from worker.step import Int32Array, Step
@@ -64,9 +65,9 @@ class PrefixPlanner:
         if tokens <= PARTS_ROWS or len(step.rows) < MIN_ROWS:
             return False
         if self._planned is None or not (
-            np.array_equal(step.rows, self._planned[0]) and np.array_equal(step.num_scheduled, self._planned[1])
+            same(step.rows, self._planned[0]) and same(step.num_scheduled, self._planned[1])
         ):
-            self._planned = step.rows.copy(), step.num_scheduled.copy()
+            self._planned = step.rows, step.num_scheduled
             self._shares = self._look(step, q_start)
         return self._shares
 
