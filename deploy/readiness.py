@@ -45,6 +45,9 @@ class Ready:
     pid: int
     incarnation: int
     http: str = ""  # of a router that speaks it
+    model: str = ""  # these of a worker
+    backend: str = ""
+    quantization: str = ""
 
 
 def read_ready(path: Path) -> Ready | None:

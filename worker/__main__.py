@@ -93,7 +93,7 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
                 background.append(
                     tasks.create_task(registry.watch("scheduler", _follow(enlistment, settings.scheduler)))
                 )
-            ready = tasks.create_task(_announce(life, enlistment, address, metrics.address, identity.hello.model))
+            ready = tasks.create_task(_announce(life, enlistment, address, metrics.address, identity))
             await life.stopping.wait()
             await server.set_serving(False)
             enlistment.drain()
@@ -144,10 +144,18 @@ def _follow(enlistment: Enlistment, fixed: tuple[str, ...]) -> Callable[[frozens
     return changed
 
 
-async def _announce(life: Lifecycle, enlistment: Enlistment, address: str, metrics: str, model: str) -> None:
+async def _announce(life: Lifecycle, enlistment: Enlistment, address: str, metrics: str, identity: Identity) -> None:
     """Ready once a scheduler has welcomed us: the first real step has run already."""
     await enlistment.welcomed.wait()
-    life.announce(address, metrics, model=model, scheduler=enlistment.scheduler)
+    hello = identity.hello
+    life.announce(
+        address,
+        metrics,
+        model=hello.model,
+        backend=hello.backend,
+        quantization=hello.quantization,
+        scheduler=enlistment.scheduler,
+    )
 
 
 async def _keep_health(server: Server, enlistment: Enlistment, hang: HangWatch) -> None:

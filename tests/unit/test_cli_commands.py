@@ -137,8 +137,9 @@ def test_tokenize_and_models() -> None:
         assert run("tokenize", "ab", "--address", router.address).stdout == "97 98\n"
         assert run("tokenize", "ab", "--count", "--chat", "--address", router.address).stdout == "2\n"
         assert "fake" in run("models", "--address", router.address).stdout
+        assert "int8" in run("models", "--address", router.address).stdout
         (model,) = json.loads(run("models", "--json", "--address", router.address).stdout)
-        assert (model["digest"], model["ready"]) == (DIGEST, True)
+        assert (model["digest"], model["ready"], model["quantization"]) == (DIGEST, True, "int8")
 
 
 def test_chat_once() -> None:
@@ -223,7 +224,8 @@ def _message(*workers: scheduler_pb2.WorkerInspection, full: bool = False, gone:
 
 
 def test_workers() -> None:
-    with FakeRouter(workers=[_status(draining=True, blocks_used=7)]) as router:
+    with FakeRouter(workers=[_status(draining=True, blocks_used=7, quantization="int8")]) as router:
+        assert "int8" in run("workers", "--scheduler", router.address).stdout
         assert "draining" in run("workers", "--scheduler", router.address).stdout
         (worker,) = json.loads(run("workers", "--json", OCTAVO_SCHEDULER=router.address).stdout)
         assert (worker["incarnation"], worker["blocks_used"], worker["model_digest"]) == ("5", 7, "ab")
