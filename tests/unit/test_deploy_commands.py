@@ -16,6 +16,7 @@ from deploy.ports import NoFreePort, free_address, is_free
 from deploy.readiness import ClusterError, read_ready, tail
 from deploy.state import Cluster
 from deploy.supervise import Supervisor
+from deploy.wanted import Wanted
 
 
 def test_flags_become_arguments(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_a_worker_is_added_as_the_others_or_by_another_name(
     monkeypatch.setattr(local.state, "read", lambda: cluster)
     monkeypatch.setattr(local.state, "write", lambda cluster: None)
     monkeypatch.setattr(local.show, "wait", lambda *a: None)
-    assert local.add_worker(model, None, 1.0, asked) == 0
+    assert local.add_worker(Wanted(model=model, quantization=asked), 1.0) == 0
     argv = added[0].argv
     quantization = argv[argv.index("--quantization") + 1] if "--quantization" in argv else None
     name = argv[argv.index("--served-name") + 1] if "--served-name" in argv else "other"
