@@ -30,13 +30,15 @@ from deploy.commands import (
     redis_binary,
     redis_command,
     service_command,
-    visible_gpus,
     worker_env,
+    worker_gpus,
 )
 from deploy.environment import ROOT
 from deploy.member import Member, Output
+from deploy.memory import fraction_of_each
 from deploy.ports import free_address
 from deploy.readiness import ClusterError, tail, wait_ready
+from deploy.wanted import check_environment
 
 # `serve` starts a process that died again, but not one that dies all the time.
 RESTARTS = 5
@@ -77,7 +79,7 @@ class LocalCluster:
         self._timeout = timeout
         self._output = output
         self._backend = backend
-        self._gpus = () if backend == "mock" else visible_gpus()
+        self._gpus = worker_gpus(backend)
         self._directory: Path | None = None
 
     def __enter__(self) -> Self:
@@ -209,6 +211,8 @@ class LocalCluster:
             flags["scheduler"] = self.schedulers
         if service == "worker":
             flags |= self._worker_flags
+            if self._backend != "mock":
+                flags["memory-fraction"] = fraction_of_each(self._counts["worker"], self._gpus)
         given = {**self._flags.get(service, {}), **(more or {})}
         flags |= {flag.replace("_", "-"): value for flag, value in given.items()}
         name = f"{service}-{number}"
@@ -246,6 +250,7 @@ def serve(model: str, options: ServeOptions | None = None) -> int:
         else:
             print(f"{name:12} | {line}", file=sys.stderr, flush=True)
 
+    check_environment()
     with _interruptible():
         chosen = models.resolve(model, options.served_name, options.backend)
         cluster = LocalCluster(

@@ -25,9 +25,10 @@ from deploy.commands import (
     redis_binary,
     redis_command,
     service_command,
-    visible_gpus,
     worker_env,
+    worker_gpus,
 )
+from deploy.memory import fraction_of_each, promised_bytes
 from deploy.model import DEFAULT_MODEL, Model, resolve
 from deploy.ports import free_address
 from deploy.readiness import ClusterError, read_ready
@@ -108,11 +109,12 @@ def plan(model: Model, workers: int, directory: Path, quantization: str | None =
         commands.append(service_command(service, name, directory, flags, env))
 
     add("scheduler", "scheduler-1", {"listen": scheduler, **redis_only})
-    gpus = visible_gpus()
+    gpus = worker_gpus(model.backend)
     # Several workers on one CPU share its cores; on GPUs threads hardly matter.
     threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 and not gpus else None
+    fraction = None if model.backend == "mock" else fraction_of_each(workers, gpus)
     for number in range(1, workers + 1):
-        flags = worker_flags(model, threads, quantization) | where
+        flags = worker_flags(model, threads, quantization) | {"memory-fraction": fraction} | where
         add("worker", f"worker-{number}", flags, worker_env(number, gpus, model.backend))
     listen, http = (free_address(DEFAULT_LISTEN[door], taken) for door in ("router", "http"))
     add("router", "router-1", {"listen": listen, "http-listen": http, **where})
@@ -188,14 +190,20 @@ def add_worker(wanted: Wanted, timeout: float) -> int:
     flags = worker_flags(model, None, quantization)
     flags["metrics"] = free_address(METRICS_LISTEN, set(cluster.metrics.values()))
     flags |= {"redis": cluster.redis} if cluster.redis else {"scheduler": cluster.scheduler}
+    promised = promised_bytes(RUN / "ready")
+    if promised and model.backend != "mock":
+        flags["promised-bytes"] = promised
     # supervisord's own environment is that of `make up`.
-    env = inherited() | worker_env(number, visible_gpus(), model.backend)
+    env = inherited() | worker_env(number, worker_gpus(model.backend), model.backend)
     command = service_command("worker", name, RUN, flags, env)
     try:
         supervisor.add(command)
         show.wait([command], supervisor, timeout)
-    except BaseException:  # also Ctrl-C: the cluster stays as it was
+    except BaseException as error:  # also Ctrl-C: the cluster stays as it was
         supervisor.remove(name)
+        if isinstance(error, ClusterError) and "out of memory" in str(error) and promised:
+            hint = f"To share the memory: make down, then make up WORKERS={number}. Or leave room: OCTAVO_MEMORY_FRACTION=0.4 make up"
+            raise ClusterError(f"{error}\n{hint}") from None
         raise
     ready = describe([command], model)
     state.write(replace(cluster, metrics={**cluster.metrics, **ready.metrics}))

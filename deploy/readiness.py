@@ -48,6 +48,7 @@ class Ready:
     model: str = ""  # these of a worker
     backend: str = ""
     quantization: str = ""
+    may_reach_bytes: int = 0  # of memory of its own, once all that it promised is in use; 0: it holds all of it already
 
 
 def read_ready(path: Path) -> Ready | None:

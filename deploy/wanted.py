@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.commands import is_mock
+from deploy.commands import has_cuda_packages, is_mock
 from deploy.model import name_of
 from deploy.readiness import ClusterError
 from deploy.state import Cluster
@@ -85,19 +84,12 @@ def check_machine(model: str, backend: str | None) -> None:
         if not any(directory.glob("*.safetensors")):
             raise ClusterError(f"MODEL={model}: holds no *.safetensors file")
     if backend == "cuda":
-        if any(_is_missing(module) for module in ("cuda.core", "cuda.bindings")):
+        if not has_cuda_packages():
             raise ClusterError(
                 "BACKEND=cuda needs more packages: .venv/bin/pip install -r deploy/requirements/cuda.txt"
             )
         if not has_cuda_device():
             raise ClusterError("BACKEND=cuda: the driver tells of no CUDA device; BACKEND=torch runs on the CPU")
-
-
-def _is_missing(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:  # its parent package is not there either
-        return True
 
 
 def has_cuda_device() -> bool:

@@ -22,6 +22,7 @@ from service.server import PUBLIC_MESSAGE_BYTES, Server
 from service.settings import SettingsError, exit_on_settings_error, parse
 from worker.backend import BackendError
 from worker.backends.select import Selection, identity_of, select
+from worker.backends.torch_memory import may_reach_bytes
 from worker.backends.torch_threads import quiet_threads
 from worker.checkpoint.prefetch import prefetch
 from worker.engine import Engine
@@ -154,6 +155,7 @@ async def _announce(life: Lifecycle, enlistment: Enlistment, address: str, metri
         model=hello.model,
         backend=hello.backend,
         quantization=hello.quantization,
+        may_reach_bytes=may_reach_bytes(identity.info),
         scheduler=enlistment.scheduler,
     )
 

@@ -19,6 +19,7 @@ SETTINGS = '''
         served_name: str | None = flag("served name", None)
         quantization: str = flag("quantization", "none")
         threads: int = flag("threads", 0)
+        memory_fraction: float = flag("memory fraction", 0.9)
         http_listen: str = flag("address of the HTTP door", "")
         ticket_key_file: str | None = flag("key of resume tickets", None)
         crash: str = flag("how to fail", "")

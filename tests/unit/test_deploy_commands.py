@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -11,12 +12,14 @@ import pytest
 
 from deploy import local
 from deploy.commands import Command, is_mock, redis_command, service_command, visible_gpus, worker_env
+from deploy.memory import promised_bytes
 from deploy.model import Model, resolve
 from deploy.ports import NoFreePort, free_address, is_free
 from deploy.readiness import ClusterError, read_ready, tail
 from deploy.state import Cluster
 from deploy.supervise import Supervisor
 from deploy.wanted import Wanted
+from service.memory import own_bytes
 
 
 def test_flags_become_arguments(tmp_path: Path) -> None:
@@ -106,7 +109,7 @@ def test_the_tail_of_a_log(tmp_path: Path) -> None:
 @pytest.fixture
 def no_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "redis_binary", lambda: None)
-    monkeypatch.setattr(local, "visible_gpus", lambda: ())
+    monkeypatch.setattr(local, "worker_gpus", lambda backend: ())
 
 
 def test_without_redis_addresses_are_fixed_and_it_is_said(
@@ -131,6 +134,34 @@ def test_workers_on_one_cpu_share_its_cores(no_redis: None, tmp_path: Path, monk
     assert all("--threads" not in command.argv for command in one)
     shares = [c.argv[c.argv.index("--threads") + 1] for c in two if c.service == "worker"]
     assert shares == ["4", "4"]
+
+
+def test_workers_that_start_together_share_the_memory(
+    no_redis: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fractions(workers: int) -> list[str | None]:
+        commands = local.plan(resolve(str(tmp_path)), workers, tmp_path)
+        argvs = [command.argv for command in commands if command.service == "worker"]
+        return [argv[argv.index("--memory-fraction") + 1] if "--memory-fraction" in argv else None for argv in argvs]
+
+    assert fractions(1) == [None]
+    assert fractions(2) == ["0.45", "0.45"]
+    assert sum(map(float, map(str, fractions(7)))) <= 0.9
+    monkeypatch.setenv("OCTAVO_MEMORY_FRACTION", "0.6")
+    assert fractions(2) == ["0.3", "0.3"]
+    monkeypatch.setattr(local, "worker_gpus", lambda backend: ("0", "1"))
+    assert fractions(2) == [None, None]
+    assert fractions(3) == ["0.3"] * 3  # two of them on one GPU
+
+
+def test_what_running_workers_may_still_take_is_promised(tmp_path: Path) -> None:
+    facts = {"service": "worker", "name": "n", "address": "a", "metrics": "m", "incarnation": 7}
+    holds = own_bytes()
+    assert holds > 1 << 20
+    for name, pid, may_reach in (("one", os.getpid(), holds + (5 << 30)), ("dead", 4194305, 9 << 30)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts | {"pid": pid, "may_reach_bytes": may_reach}))
+    (tmp_path / "all taken.json").write_text(json.dumps(facts | {"pid": os.getpid(), "may_reach_bytes": 1}))
+    assert 4 << 30 < promised_bytes(tmp_path) < 6 << 30
 
 
 def test_quantization_reaches_each_worker(no_redis: None, tmp_path: Path) -> None:
@@ -177,7 +208,8 @@ def test_a_worker_is_added_as_the_others_or_by_another_name(
             added.append(command)
 
     monkeypatch.setattr(local, "Supervisor", FakeSupervisor)
-    monkeypatch.setattr(local, "visible_gpus", lambda: ())
+    monkeypatch.setattr(local, "worker_gpus", lambda backend: ())
+    monkeypatch.setattr(local, "promised_bytes", lambda ready: 7)
     monkeypatch.setattr(local, "describe", lambda *a: cluster)
     monkeypatch.setattr(local.state, "read", lambda: cluster)
     monkeypatch.setattr(local.state, "write", lambda cluster: None)
@@ -187,6 +219,7 @@ def test_a_worker_is_added_as_the_others_or_by_another_name(
     quantization = argv[argv.index("--quantization") + 1] if "--quantization" in argv else None
     name = argv[argv.index("--served-name") + 1] if "--served-name" in argv else "other"
     assert (quantization, name) == expected
+    assert ("--promised-bytes 7" in " ".join(argv)) == (model is None)  # a mock takes no memory
 
 
 @pytest.mark.parametrize(("name", "text"), [("a" * 100, "too long"), ("100%", "percent")])

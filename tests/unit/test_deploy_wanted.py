@@ -61,10 +61,10 @@ def test_a_directory_without_a_model(tmp_path: Path) -> None:
 
 def test_cuda_without_a_device_or_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wanted, "has_cuda_device", lambda: False)
-    monkeypatch.setattr(wanted, "_is_missing", lambda module: True)
+    monkeypatch.setattr(wanted, "has_cuda_packages", lambda: False)
     with pytest.raises(ClusterError, match="BACKEND=cuda needs more packages"):
         check_machine("smollm2", "cuda")
-    monkeypatch.setattr(wanted, "_is_missing", lambda module: False)
+    monkeypatch.setattr(wanted, "has_cuda_packages", lambda: True)
     with pytest.raises(ClusterError, match="BACKEND=cuda: the driver tells of no CUDA device"):
         check_machine("smollm2", "cuda")
     monkeypatch.setattr(wanted, "has_cuda_device", lambda: True)

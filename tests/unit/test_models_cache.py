@@ -172,5 +172,5 @@ def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(tmp_path: Path)
         entry_path("smolm2", tmp_path)
     with pytest.raises(ModelNotFoundError, match=r"did you mean mock\?"):
         entry_path("mok", tmp_path)
-    with pytest.raises(ModelNotFoundError, match="nor mock$"):
+    with pytest.raises(ModelNotFoundError, match=r"nor mock$"):
         entry_path("zzzz", tmp_path)

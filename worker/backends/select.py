@@ -165,6 +165,7 @@ def _torch_backend(settings: WorkerSettings, model_dir: Path) -> Backend:
         block_size=settings.block_size,
         num_blocks=settings.num_blocks or None,
         memory_fraction=settings.memory_fraction,
+        promised_bytes=settings.promised_bytes,
         threads=settings.threads or None,
     )
     return TorchBackend(model_dir, torch_settings)
