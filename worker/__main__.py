@@ -103,6 +103,7 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
                 task.cancel()
         await server.stop(grace=0.5)
     finally:
+        await server.close()
         if not await asyncio.to_thread(engine.close, settings.hang_seconds):
             _leave("the device does not end its steps")
         if metrics.address:
