@@ -144,7 +144,7 @@ def test_taken_ports_are_passed_by_and_a_killed_process_comes_back(checkout: Che
 def test_a_process_that_dies_at_the_start_ends_it_with_its_log(checkout: Checkout) -> None:
     checkout.break_worker()
     said = checkout.run("up", "--model", "mock", expect=1)
-    assert "worker-1 does not stay up" in said
+    assert "worker-1 does not stay up: it ended as soon as it was started; " in said and "BACKOFF" not in said
     assert "no weights here" in said
     assert "No cluster runs here" in checkout.run("ps")
 
@@ -154,6 +154,10 @@ def test_a_worker_that_fails_leaves_the_cluster_as_it_was(checkout: Checkout) ->
     router = json.loads(checkout.cluster_file.read_text())["router"][0]
     checkout.break_worker()
     assert "no weights here" in checkout.run("worker", expect=1)
+    main = checkout.root / "worker" / "__main__.py"
+    main.write_text("raise SystemExit('nor here')")
+    said = checkout.run("worker", expect=1)
+    assert "nor here" in said and "no weights here" not in said  # not what an earlier try had said
     assert "worker-2" not in checkout.run("ps")
     assert probe(router) == "SERVING"
 
