@@ -165,6 +165,15 @@ def test_chat_keeps_the_turns_and_obeys_commands() -> None:
     assert result.stdout == (answer + "\n") * 4
 
 
+def test_chat_says_at_once_that_nobody_is_there_or_has_such_a_model() -> None:
+    nobody = run("chat", "--address", "127.0.0.1:1", stdin="")
+    assert nobody.exit_code == 1 and nobody.stderr.startswith("error: UNAVAILABLE: ")
+    with FakeRouter(unary_errors=[OctavoError(Reason.MODEL_UNKNOWN, "no model named 'x'")]) as router:
+        unknown = run("chat", "--model", "x", "--address", router.address, stdin="")
+        assert [request.model for request in router.unary] == ["x"]
+    assert unknown.exit_code == 1 and "no model named 'x'" in unknown.stderr
+
+
 def test_chat_from_a_pipe_ends_with_its_input_and_with_its_first_error() -> None:
     with FakeRouter() as router:
         assert run("chat", "--address", router.address, stdin="").exit_code == 0
