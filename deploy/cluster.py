@@ -34,6 +34,7 @@ from deploy.commands import (
     worker_gpus,
 )
 from deploy.environment import ROOT
+from deploy.listed import Door, models_of, wait_listed
 from deploy.member import Member, Output
 from deploy.memory import fraction_of_each
 from deploy.ports import free_address
@@ -143,11 +144,13 @@ class LocalCluster:
             for _ in range(self._counts[service]):
                 self._launch(self._command(service))
         self.wait_ready()
+        self._wait_listed()
 
     def add(self, service: str, **flags: Flag) -> Member:
         """Start one more process of a service (flag names with underscores) and wait until it serves."""
         member = self._launch(self._command(service, flags))
         self.wait_ready()
+        self._wait_listed()
         return member
 
     def restart(self, name: str) -> Member:
@@ -170,6 +173,17 @@ class LocalCluster:
         )
         for member in running:
             member.settle()
+
+    def _wait_listed(self) -> None:
+        """Wait until every router that runs lists what every worker that runs serves. Raises as wait_ready."""
+        running = [member for member in self.members.values() if member.returncode is None]
+        doors = [Door.of(member.command) for member in running if member.command.service == "router"]
+        wait_listed(
+            doors,
+            models_of(member.command for member in running),
+            self._timeout,
+            lambda: next((death for death in (member.death() for member in running) if death is not None), None),
+        )
 
     def stop(self, *, drain: bool = True) -> None:
         """Stop all: routers, workers, schedulers, Redis. Without `drain` they are killed. Removes the directory."""

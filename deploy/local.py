@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import io
 import os
 import subprocess
@@ -28,10 +29,11 @@ from deploy.commands import (
     worker_env,
     worker_gpus,
 )
+from deploy.listed import Door, models_of, wait_listed
 from deploy.memory import fraction_of_each, promised_bytes
 from deploy.model import DEFAULT_MODEL, Model, resolve
 from deploy.ports import free_address
-from deploy.readiness import ClusterError, read_ready
+from deploy.readiness import ClusterError, ProcessDied, read_ready
 from deploy.state import RUN, Cluster
 from deploy.supervise import Supervisor
 from deploy.wanted import Wanted, check_environment, check_machine, differences, inherited
@@ -66,6 +68,8 @@ def up(wanted: Wanted, timeout: float) -> int:
         try:
             supervisor.launch(commands)
             show.wait(commands, supervisor, timeout)
+            doors = [Door.of(command) for command in commands if command.service == "router"]
+            wait_listed(doors, models_of(commands), timeout, functools.partial(_first_death, supervisor, commands))
             break
         except ClusterError as error:
             supervisor.shutdown()
@@ -80,6 +84,10 @@ def up(wanted: Wanted, timeout: float) -> int:
     state.write(cluster)
     show.summary(cluster)
     return 0
+
+
+def _first_death(supervisor: Supervisor, commands: Sequence[Command]) -> ProcessDied | None:
+    return next(filter(None, (supervisor.death(command.name) for command in commands)), None)
 
 
 def _num_workers(supervisor: Supervisor) -> int:
@@ -199,6 +207,8 @@ def add_worker(wanted: Wanted, timeout: float) -> int:
     try:
         supervisor.add(command)
         show.wait([command], supervisor, timeout)
+        doors = [Door.at(router) for router in cluster.router]
+        wait_listed(doors, models_of([command]), timeout, lambda: _first_death(supervisor, [command]))
     except BaseException as error:  # also Ctrl-C: the cluster stays as it was
         supervisor.remove(name)
         if isinstance(error, ClusterError) and "out of memory" in str(error) and promised:
