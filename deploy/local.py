@@ -45,6 +45,8 @@ PORT_TRIES = 3
 
 def up(wanted: Wanted, timeout: float) -> int:
     """Start a cluster and wait until it serves. Returns an exit code."""
+    wanted_model = wanted.model or DEFAULT_MODEL
+    check_machine(wanted_model, wanted.backend)
     supervisor = Supervisor(RUN)
     running = state.read()
     if supervisor.is_running():
@@ -58,8 +60,6 @@ def up(wanted: Wanted, timeout: float) -> int:
         supervisor.shutdown()
     if running is not None and running.runtime == "docker" and any(probe(at) == "SERVING" for at in running.router):
         raise ClusterError("a cluster runs here with RUNTIME=docker; make down, then make up")
-    wanted_model = wanted.model or DEFAULT_MODEL
-    check_machine(wanted_model, wanted.backend)
     check_environment()
     state.forget()
     model = resolve(wanted_model, backend=wanted.backend)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.commands import has_cuda_packages, is_mock
-from deploy.model import name_of
+from deploy.model import check_name, name_of
 from deploy.readiness import ClusterError
 from deploy.state import Cluster
 from service.auth import read_token
@@ -76,6 +76,7 @@ def _check_mock(wanted: Wanted) -> None:
 
 def check_machine(model: str, backend: str | None) -> None:
     """Whether this model and backend could be here, as far as can be told at once and without fetching. Raises ClusterError."""
+    check_name(model)
     directory = Path(model).expanduser()
     if not is_mock(model) and directory.is_dir():
         for needed in ("config.json", "tokenizer.json"):

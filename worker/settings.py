@@ -9,7 +9,7 @@ from service.settings import CommonSettings, SettingsError, flag
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings(CommonSettings):
-    """A GPU worker: loads a model, enlists with a scheduler and runs its steps."""
+    """A worker: holds a model on a GPU or on the CPU, enlists with a scheduler and runs its steps."""
 
     scheduler: tuple[str, ...] = flag("scheduler to enlist with, HOST:PORT; may be repeated", ())
     model: str = flag("model directory, a name in the model cache, or mock", "smollm2")

@@ -57,6 +57,10 @@ def test_a_directory_without_a_model(tmp_path: Path) -> None:
         (tmp_path / (name if "." in name else f"model.{name}")).touch()
     check_machine(str(tmp_path), None)
     check_machine("ORG/NAME", "torch")  # nothing is fetched
+    with pytest.raises(ClusterError, match=r"did you mean smollm2\?"):
+        check_machine("smolm2", None)
+    with pytest.raises(ClusterError, match="no such directory"):
+        check_machine(str(tmp_path / "none"), None)
 
 
 def test_cuda_without_a_device_or_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
