@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import local
+from deploy import local, plan
 from deploy.commands import Command, is_mock, redis_command, service_command, visible_gpus, worker_env
 from deploy.memory import promised_bytes
 from deploy.model import Model, resolve
@@ -108,14 +108,14 @@ def test_the_tail_of_a_log(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_redis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "redis_binary", lambda: None)
-    monkeypatch.setattr(local, "worker_gpus", lambda backend: ())
+    monkeypatch.setattr(plan, "redis_binary", lambda: None)
+    monkeypatch.setattr(plan, "worker_gpus", lambda backend: ())
 
 
 def test_without_redis_addresses_are_fixed_and_it_is_said(
     no_redis: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands = {command.name: command for command in local.plan(resolve("mock"), 2, tmp_path)}
+    commands = {command.name: command for command in plan.plan(resolve("mock"), 2, tmp_path)}
     assert list(commands) == ["scheduler-1", "worker-1", "worker-2", "router-1"]
     assert "no redis-server" in capsys.readouterr().out
     scheduler = commands["scheduler-1"].argv
@@ -130,7 +130,7 @@ def test_without_redis_addresses_are_fixed_and_it_is_said(
 
 def test_workers_on_one_cpu_share_its_cores(no_redis: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    one, two = (local.plan(resolve("mock"), workers, tmp_path) for workers in (1, 2))
+    one, two = (plan.plan(resolve("mock"), workers, tmp_path) for workers in (1, 2))
     assert all("--threads" not in command.argv for command in one)
     shares = [c.argv[c.argv.index("--threads") + 1] for c in two if c.service == "worker"]
     assert shares == ["4", "4"]
@@ -140,7 +140,7 @@ def test_workers_that_start_together_share_the_memory(
     no_redis: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fractions(workers: int) -> list[str | None]:
-        commands = local.plan(resolve(str(tmp_path)), workers, tmp_path)
+        commands = plan.plan(resolve(str(tmp_path)), workers, tmp_path)
         argvs = [command.argv for command in commands if command.service == "worker"]
         return [argv[argv.index("--memory-fraction") + 1] if "--memory-fraction" in argv else None for argv in argvs]
 
@@ -149,7 +149,7 @@ def test_workers_that_start_together_share_the_memory(
     assert sum(map(float, map(str, fractions(7)))) <= 0.9
     monkeypatch.setenv("OCTAVO_MEMORY_FRACTION", "0.6")
     assert fractions(2) == ["0.3", "0.3"]
-    monkeypatch.setattr(local, "worker_gpus", lambda backend: ("0", "1"))
+    monkeypatch.setattr(plan, "worker_gpus", lambda backend: ("0", "1"))
     assert fractions(2) == [None, None]
     assert fractions(3) == ["0.3"] * 3  # two of them on one GPU
 
@@ -165,7 +165,7 @@ def test_what_running_workers_may_still_take_is_promised(tmp_path: Path) -> None
 
 
 def test_quantization_reaches_each_worker(no_redis: None, tmp_path: Path) -> None:
-    commands = local.plan(resolve(str(tmp_path)), 2, tmp_path, "int8")
+    commands = plan.plan(resolve(str(tmp_path)), 2, tmp_path, "int8")
     for command in commands:
         given = command.argv[command.argv.index("--quantization") + 1] if "--quantization" in command.argv else None
         assert given == ("int8" if command.service == "worker" else None)
