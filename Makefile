@@ -1,10 +1,10 @@
 # Everything one does in a checkout. `make help` lists it.
 PYTHON ?= python3
 MODEL ?=
-WORKERS ?= 1
+WORKERS ?=
 BACKEND ?=
 QUANTIZATION ?=
-RUNTIME ?= processes
+RUNTIME ?=
 NAME ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -43,7 +43,7 @@ up: ## start a cluster and wait until it serves (MODEL= WORKERS= BACKEND= QUANTI
 down: ## stop it
 	@$(IF_MADE) $(LOCAL) down
 
-logs: ## follow the logs (NAME=worker-1 for one process)
+logs: ## follow the logs until Ctrl-C (NAME=worker-1 for one process)
 	@$(IF_MADE) $(LOCAL) logs --name "$(NAME)"
 
 ps: ## the processes, their addresses and health

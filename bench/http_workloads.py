@@ -18,7 +18,7 @@ from typing import Any
 from octavo.client import Client
 
 from bench import peer_client
-from bench.running import cluster, head, wait_for_model
+from bench.running import cluster, head, only_model
 
 OUTPUT, ALONE = 128, 512
 
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     worker = dict(item.split("=", 1) for item in options.worker)
     with cluster(options.model_dir, options.backend, worker, routers=options.routers) as running:
         with Client(running.routers) as client:
-            vocabulary = wait_for_model(client).vocab_size
+            vocabulary = only_model(client).vocab_size
         urls = [f"http://{gateway}" for gateway in running.gateways]
 
         def measure(label: str, n: int, length: int, rate: float, concurrency: int, seed: int = 0) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import shlex
 import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,7 +21,6 @@ from octavo.v1 import inference_pb2
 from deploy.cluster import LocalCluster
 from deploy.environment import ROOT
 
-_MODEL_SECONDS = 30.0
 LEASE = {"lease-ms": 5000}  # everything shares one machine's cores here: a busy neighbour is no dead one
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -46,14 +44,9 @@ def cluster(
     )
 
 
-def wait_for_model(client: Client) -> inference_pb2.Model:
-    """The only model of a cluster: a worker serves a moment before the routers have its tokenizer. Raises RuntimeError."""
-    until = time.monotonic() + _MODEL_SECONDS
-    while not (models := client.list_models()):
-        if time.monotonic() > until:
-            raise RuntimeError(f"no router lists the model after {_MODEL_SECONDS:.0f} s")
-        time.sleep(0.05)
-    (model,) = models
+def only_model(client: Client) -> inference_pb2.Model:
+    """The only model of a cluster."""
+    (model,) = client.list_models()
     return model
 
 

@@ -23,7 +23,7 @@ from octavo.cli.load_spec import body
 from octavo.client import Client
 from octavo.v1 import inference_pb2
 
-from bench.running import cluster, cpu_seconds, figures_of, head, run, wait_for_model
+from bench.running import cluster, cpu_seconds, figures_of, head, only_model, run
 from bench.workloads import NAMES, Bar, Workload, bars, make_workload
 from deploy.cluster import LocalCluster
 
@@ -117,7 +117,7 @@ def measure_all(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each workload on a cluster that runs: its name, the best run and all of them. What exceeds the model's context is left out."""
     with Client(running.routers) as client:
-        model = wait_for_model(client)
+        model = only_model(client)
     for name in names:
         runs = []
         for repeat in range(repeats + 1):

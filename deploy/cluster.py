@@ -30,13 +30,16 @@ from deploy.commands import (
     redis_binary,
     redis_command,
     service_command,
-    visible_gpus,
     worker_env,
+    worker_gpus,
 )
 from deploy.environment import ROOT
+from deploy.listed import Door, models_of, wait_listed
 from deploy.member import Member, Output
+from deploy.memory import fraction_of_each
 from deploy.ports import free_address
 from deploy.readiness import ClusterError, tail, wait_ready
+from deploy.wanted import check_environment
 
 # `serve` starts a process that died again, but not one that dies all the time.
 RESTARTS = 5
@@ -77,7 +80,7 @@ class LocalCluster:
         self._timeout = timeout
         self._output = output
         self._backend = backend
-        self._gpus = () if backend == "mock" else visible_gpus()
+        self._gpus = worker_gpus(backend)
         self._directory: Path | None = None
 
     def __enter__(self) -> Self:
@@ -141,11 +144,13 @@ class LocalCluster:
             for _ in range(self._counts[service]):
                 self._launch(self._command(service))
         self.wait_ready()
+        self._wait_listed()
 
     def add(self, service: str, **flags: Flag) -> Member:
         """Start one more process of a service (flag names with underscores) and wait until it serves."""
         member = self._launch(self._command(service, flags))
         self.wait_ready()
+        self._wait_listed()
         return member
 
     def restart(self, name: str) -> Member:
@@ -168,6 +173,17 @@ class LocalCluster:
         )
         for member in running:
             member.settle()
+
+    def _wait_listed(self) -> None:
+        """Wait until every router that runs lists what every worker that runs serves. Raises as wait_ready."""
+        running = [member for member in self.members.values() if member.returncode is None]
+        doors = [Door.of(member.command) for member in running if member.command.service == "router"]
+        wait_listed(
+            doors,
+            models_of(member.command for member in running),
+            self._timeout,
+            lambda: next((death for death in (member.death() for member in running) if death is not None), None),
+        )
 
     def stop(self, *, drain: bool = True) -> None:
         """Stop all: routers, workers, schedulers, Redis. Without `drain` they are killed. Removes the directory."""
@@ -209,6 +225,8 @@ class LocalCluster:
             flags["scheduler"] = self.schedulers
         if service == "worker":
             flags |= self._worker_flags
+            if self._backend != "mock":
+                flags["memory-fraction"] = fraction_of_each(self._counts["worker"], self._gpus)
         given = {**self._flags.get(service, {}), **(more or {})}
         flags |= {flag.replace("_", "-"): value for flag, value in given.items()}
         name = f"{service}-{number}"
@@ -246,6 +264,7 @@ def serve(model: str, options: ServeOptions | None = None) -> int:
         else:
             print(f"{name:12} | {line}", file=sys.stderr, flush=True)
 
+    check_environment()
     with _interruptible():
         chosen = models.resolve(model, options.served_name, options.backend)
         cluster = LocalCluster(

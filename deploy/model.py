@@ -39,12 +39,26 @@ def resolve(model: str, served_name: str | None = None, backend: str | None = No
     name = served_name or name_of(model)
     if is_mock(model):
         return Model(model, name, served_name, "mock")
+    check_name(model)
     directory = Path(model).expanduser()
     if directory.is_dir():
         return Model(str(directory.resolve()), name, name, backend)
+    return Model(str(_pull(model)), name, name, backend)
+
+
+def check_name(model: str) -> None:
+    """Whether this is a directory, a mock, or a name that could be pulled; nothing is fetched. Raises ClusterError."""
+    from octavo.models.cache import cache_dir, entry_path
+    from octavo.models.errors import ModelNotFoundError
+
+    if is_mock(model) or Path(model).expanduser().is_dir():
+        return
     if model.startswith(("/", "./", "../", "~")):
         raise ClusterError(f"no such directory: {model}")
-    return Model(str(_pull(model)), name, name, backend)
+    try:
+        entry_path(model, cache_dir())
+    except ModelNotFoundError as error:
+        raise ClusterError(str(error)) from None
 
 
 def _pull(model: str) -> Path:

@@ -45,6 +45,10 @@ class Ready:
     pid: int
     incarnation: int
     http: str = ""  # of a router that speaks it
+    model: str = ""  # these of a worker
+    backend: str = ""
+    quantization: str = ""
+    may_reach_bytes: int = 0  # of memory of its own, once all that it promised is in use; 0: it holds all of it already
 
 
 def read_ready(path: Path) -> Ready | None:
@@ -73,13 +77,20 @@ def is_ready(command: Command) -> bool:
     if command.ready_file is None:
         return command.address is not None and redis_answers(command.address)
     ready = read_ready(command.ready_file)
-    return ready is not None and probe(ready.address, tls_ca=_trusted(command)) == "SERVING"
+    return ready is not None and probe(ready.address, tls_ca=trusted_by(command)) == "SERVING"
 
 
-def _trusted(command: Command) -> Path | None:
-    """The certificates that the process, and so its health check, speaks TLS with; None: it speaks without."""
+def setting_of(command: Command, flag: str) -> str | None:
+    """The value of a service's flag, named without dashes; from its environment where the command line has none."""
     flags = dict(zip(command.argv, command.argv[1:], strict=False))
-    return Path(flags["--tls-ca"]) if "--tls-ca" in flags and "--tls-cert" in flags else None
+    variable = "OCTAVO_" + flag.replace("-", "_").upper()
+    return flags.get(f"--{flag}") or command.env.get(variable) or os.environ.get(variable) or None
+
+
+def trusted_by(command: Command) -> Path | None:
+    """The certificates that the process, and so its health check, speaks TLS with; None: it speaks without."""
+    trusted = setting_of(command, "tls-ca")
+    return Path(trusted) if trusted is not None and setting_of(command, "tls-cert") is not None else None
 
 
 def wait_ready(

@@ -58,8 +58,9 @@ def processes(states: Mapping[str, State], ready: Path) -> None:
 def summary(cluster: Cluster, already: bool = False) -> None:
     """Addresses, and three commands that work when pasted."""
     print("\nA cluster runs here already." if already else "\nThe cluster is ready.")
+    how = ", ".join(filter(None, (cluster.backend, cluster.quantization)))
     lines = {
-        "model": cluster.model,
+        "model": f"{cluster.model}   ({how})" if how else cluster.model,
         "router": f"{', '.join(cluster.router)}   (gRPC, with reflection and health)",
         "http": ", ".join(f"http://{address}/v1" for address in cluster.http) + "   (OpenAI's API)"
         if cluster.http

@@ -29,7 +29,8 @@ class Cluster:
     metrics: Mapping[str, str] = field(default_factory=dict)  # by process name, HOST:PORT
     model: str = ""  # the name to ask for
     model_argument: str = ""  # the worker's --model
-    quantization: str | None = None  # the worker's --quantization, where it was given
+    backend: str = ""  # of the first worker, as it says itself
+    quantization: str | None = None  # in the same way; None: none
     runtime: str = "processes"
     token_file: str | None = None  # where the cluster wants a token
 

@@ -84,7 +84,9 @@ class Supervisor:
             time.sleep(0.05)
 
     def add(self, command: Command) -> None:
-        """Start one more process in the running supervisord."""
+        """Start one more process in the running supervisord; its log begins anew, whatever an earlier try of this name said."""
+        for log in self.logs.glob(f"{command.name}.log*"):
+            log.unlink()
         self._write_program(command)
         rpc = self._rpc()
         rpc.reloadConfig()
@@ -108,8 +110,7 @@ class Supervisor:
         for item in self._rpc().getAllProcessInfo():
             facts: Mapping[str, Any] = item
             uptime = facts["now"] - facts["start"] if facts["statename"] == "RUNNING" else 0
-            detail = facts["spawnerr"] or (f"exit code {facts['exitstatus']}" if facts["stop"] else "")
-            found[facts["name"]] = State(facts["name"], facts["statename"], facts["pid"], uptime, detail)
+            found[facts["name"]] = State(facts["name"], facts["statename"], facts["pid"], uptime, _how_it_ended(facts))
         return found
 
     def death(self, name: str) -> ProcessDied | None:
@@ -117,7 +118,8 @@ class Supervisor:
         state = self.states()[name]
         if state.state in _LIVING:
             return None
-        return ProcessDied(name, f"does not stay up ({state.state}, {state.detail})", self.logs / f"{name}.log")
+        how = f"does not stay up: {state.detail}" if state.detail else "does not stay up"
+        return ProcessDied(name, how, self.logs / f"{name}.log")
 
     def shutdown(self) -> None:
         """Stop all processes in order, then supervisord itself; returns once it is gone. Nothing happens where none runs."""
@@ -179,6 +181,19 @@ class Supervisor:
         }
         path = self._programs / f"{command.name}.conf"
         path.write_text(_section(f"program:{command.name}", options))
+
+
+def _how_it_ended(facts: Mapping[str, Any]) -> str:
+    """In plain words; empty for one that never ended."""
+    trouble = str(facts["spawnerr"])
+    if trouble.startswith("Exited too quickly"):  # supervisord keeps no exit code of an early end
+        return "it ended as soon as it was started"
+    if trouble:
+        return f"it can't be started ({trouble})"
+    if not facts["stop"]:
+        return ""
+    code = int(facts["exitstatus"])
+    return f"it ended with exit code {code}" if code >= 0 else "it was killed by a signal"
 
 
 def _section(name: str, options: Mapping[str, object]) -> str:

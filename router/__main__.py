@@ -184,6 +184,7 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
             for task in background:
                 task.cancel()
     finally:
+        await server.close()
         await router.close()
         if router.metrics.address:
             router.metrics.stop()

@@ -12,7 +12,7 @@ import grpc
 from octavo.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 from router.hub import Hub, Outbound
-from service.errors import OctavoError, Reason
+from service.errors import OctavoError, Reason, how_it_ended
 
 log = logging.getLogger("octavo.router.attach")
 
@@ -126,7 +126,7 @@ class Attachments:
             results = await asyncio.gather(reader, writer, return_exceptions=True)
         for result in results:
             if isinstance(result, grpc.aio.AioRpcError):
-                log.log(_level(heard), "scheduler at %s: %s", address, result.details())
+                log.log(_level(heard), "scheduler at %s: %s", address, how_it_ended(result))
                 break
             if isinstance(result, Exception) and not isinstance(result, asyncio.InvalidStateError):
                 raise result

@@ -26,6 +26,7 @@ class KnownModel:
     max_model_len: int
     vocab_size: int
     workers: int
+    quantization: str = ""
 
 
 def checked(served: Iterable[scheduler_pb2.ServedModel]) -> tuple[scheduler_pb2.ServedModel, ...]:
@@ -63,6 +64,7 @@ class ModelDirectory:
                 model.max_model_len if old is None else min(model.max_model_len, old.max_model_len),
                 model.vocab_size if old is None else min(model.vocab_size, old.vocab_size),
                 model.workers + (0 if old is None else old.workers),
+                model.quantization,
             )
         before = {key: model for key, (model, _) in self._gone.items()} | self._models
         since = {key: gone[1] for key, gone in self._gone.items() if gone[1] != math.inf}

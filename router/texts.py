@@ -68,6 +68,7 @@ class Texts:
                     vocab_size=model.vocab_size,
                     workers=model.workers,
                     ready=self._assets.ready(model.digest),
+                    quantization=model.quantization,
                 )
                 for model in self._models.all()
             ]

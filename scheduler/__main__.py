@@ -101,6 +101,7 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
                 await lease
         await server.stop(grace=0.5)
     finally:
+        await server.close()
         metrics.stop()
         if registry is not None:
             await registry.close()

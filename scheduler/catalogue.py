@@ -66,7 +66,12 @@ class Catalogue:
                 continue
             model = models.setdefault(
                 (hello.model, hello.model_digest),
-                scheduler_pb2.ServedModel(name=hello.model, digest=hello.model_digest, vocab_size=hello.vocab_size),
+                scheduler_pb2.ServedModel(
+                    name=hello.model,
+                    digest=hello.model_digest,
+                    vocab_size=hello.vocab_size,
+                    quantization=hello.quantization,
+                ),
             )
             model.max_model_len = max(model.max_model_len, hello.max_model_len)
             model.workers += not worker.draining

@@ -110,8 +110,9 @@ class Hub:
     def router_gone(self, router: RouterPeer, now: float) -> None:
         """The stream has ended: everything that it submitted is cancelled; the router holds all it needs to come again."""
         if self.routers.pop(router.peer_id, None) is not None:
-            cancelled = self.core.detach_router(router.peer_id, now)
-            log.info("router %s left; %d requests cancelled", router.name, cancelled)
+            dropped = self.core.detach_router(router.peer_id, now)
+            again = ": whoever serves their clients now submits them again where they stood" if dropped else ""
+            log.info("router %s left; %d requests stop here%s", router.name, dropped, again)
 
     # Workers -------------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ def worker_status(peer: WorkerPeer, snapshot: WorkerSnapshot) -> scheduler_pb2.W
         model=hello.model,
         model_digest=hello.model_digest,
         backend=hello.backend,
+        quantization=hello.quantization,
         address=hello.address,
         epoch=peer.epoch,
         draining=peer.draining,

@@ -192,7 +192,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         if cause is not None:
             log.warning("cut off %s: %s", peer.name, cause.message)
             try:
-                await abort(context, cause)
+                await abort(context, OctavoError(cause.reason, f"cut off: {cause.message}"))
             except grpc.aio.InternalError:
                 # It does not read, and is off the books; its own lease or the connection's keepalive ends its side.
                 log.info("%s can't be told: it does not read", peer.name)

@@ -28,6 +28,7 @@ _MAX_MESSAGE_BYTES = 512
 _MAX_VIOLATIONS = 8
 _MAX_FIELD_BYTES = 96
 _MAX_DESCRIPTION_BYTES = 192
+_WRITE_FAILED = "Internal error from Core"  # gRPC's client says no more of a write into a stream that has ended
 
 
 class Reason(enum.IntEnum):
@@ -157,6 +158,13 @@ async def abort(context: Any, error: OctavoError) -> NoReturn:
     """End the call with this error. Never returns."""
     await context.abort_with_status(rpc_status.to_status(error.to_status()))
     raise AssertionError("abort returned")
+
+
+def how_it_ended(error: grpc.aio.AioRpcError) -> str:
+    """What a stream's error says to its caller's log."""
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == _WRITE_FAILED:
+        return "the other side ended the stream while we wrote: it died, or cut us off for our silence, as its log would say"
+    return error.details() or error.code().name
 
 
 def answers_errors(handler: Callable[[S, Q, Any], Awaitable[R]]) -> Callable[[S, Q, Any], Coroutine[Any, Any, R]]:

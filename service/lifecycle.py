@@ -66,8 +66,8 @@ class Lifecycle:
                 "incarnation": self.incarnation,
             }
             _write_atomically(self.settings.ready_file, json.dumps(facts | more))
-        at = "".join(f", {key} at {value}" for key, value in more.items() if value)
-        log.info("ready: %s at %s%s, metrics at http://%s/metrics", self.name, address, at, metrics)
+        said = "".join(f", {key} {value}" for key, value in more.items() if value)
+        log.info("ready: %s at %s%s, metrics at http://%s/metrics", self.name, address, said, metrics)
 
     def withdraw(self) -> None:
         """Remove the ready file."""

@@ -84,7 +84,7 @@ class Metrics:
         try:
             self._server = _Server(host, port)
         except OSError as error:
-            raise SettingsError(f"--metrics {listen}: {error}") from None
+            raise SettingsError(f"--metrics {listen}: {error.strerror or error}") from None
         self._server.set_app(make_wsgi_app(self.registry))
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
         self.address = f"{host}:{self._server.server_port}"

@@ -14,16 +14,17 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 
-def probe(address: str, service: str = "", timeout: float = 2.0, tls_ca: Path | None = None) -> str:
-    """The health of `service` ("" is the whole process): SERVING, NOT_SERVING, or why no answer came. Blocks up to `timeout` s."""
-    # A probe must not be answered by a connection that an earlier one left behind, nor go through a proxy.
+def direct_channel(address: str, tls_ca: Path | None = None) -> grpc.Channel:
+    """A channel for a question or two: not answered by a connection that an earlier one left behind, nor through a proxy."""
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
     if tls_ca is None:
-        channel = grpc.insecure_channel(address, options=options)
-    else:
-        trusted = grpc.ssl_channel_credentials(tls_ca.read_bytes())
-        channel = grpc.secure_channel(address, trusted, options=options)
-    with channel:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(tls_ca.read_bytes()), options=options)
+
+
+def probe(address: str, service: str = "", timeout: float = 2.0, tls_ca: Path | None = None) -> str:
+    """The health of `service` ("" is the whole process): SERVING, NOT_SERVING, or why no answer came. Blocks up to `timeout` s."""
+    with direct_channel(address, tls_ca) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,

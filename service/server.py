@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,10 +71,11 @@ class Server:
         """Bind and serve; health stays NOT_SERVING. Returns the address that others can dial. Raises SettingsError."""
         await self.set_serving(False)
         listen = self._settings.listen
+        await asyncio.to_thread(_check_free, listen)  # it may have to resolve a name
         try:
             port = self._bind(listen)
-        except RuntimeError as error:
-            raise SettingsError(f"--listen {listen}: {error}") from None
+        except RuntimeError:  # gRPC says no more than that
+            raise SettingsError(f"--listen {listen}: {_why_not(listen)}") from None
         await self.grpc.start()
         if self._settings.advertise:
             self.address = self._settings.advertise
@@ -89,6 +94,10 @@ class Server:
         """Close the listener, let calls run for `grace` seconds, then cancel them. Call set_serving(False) well before."""
         await self._health.enter_graceful_shutdown()
         await self.grpc.stop(grace)
+
+    async def close(self) -> None:
+        """Stop at once, whether it was started or not: gRPC's server must not outlive its event loop. Harmless after `stop`."""
+        await self.grpc.stop(None)
 
     def _bind(self, listen: str) -> int:
         settings = self._settings
@@ -120,6 +129,39 @@ def open_channel(settings: CommonSettings, address: str, window_bytes: int | Non
     if settings.tls_ca is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(settings.tls_ca.read_bytes()), options=options)
+
+
+def _check_free(listen: str) -> None:
+    """Raises SettingsError where HOST:PORT can't be bound, in the system's words, by which make up knows that a port was taken.
+
+    gRPC writes such a failure to stderr in words of its own and does not tell its caller why.
+    """
+    if listen.startswith("unix:"):
+        return
+    host, port = split_address(listen)
+    problem: OSError | None = None
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(address)
+                    return  # one is enough for gRPC, too
+                except OSError as error:
+                    problem = error
+    except OSError as error:
+        problem = error
+    if problem is not None:
+        raise SettingsError(f"--listen {listen}: {problem.strerror}")
+
+
+def _why_not(listen: str) -> str:
+    if listen.startswith("unix:"):
+        return (
+            "no socket can be made there: its folder must exist and be writable, and its path be shorter than 108 bytes"
+        )
+    return os.strerror(errno.EADDRINUSE)  # it was free a moment ago
 
 
 def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:

@@ -22,6 +22,7 @@ from service.server import PUBLIC_MESSAGE_BYTES, Server
 from service.settings import SettingsError, exit_on_settings_error, parse
 from worker.backend import BackendError
 from worker.backends.select import Selection, identity_of, select
+from worker.backends.torch_memory import may_reach_bytes
 from worker.backends.torch_threads import quiet_threads
 from worker.checkpoint.prefetch import prefetch
 from worker.engine import Engine
@@ -93,7 +94,7 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
                 background.append(
                     tasks.create_task(registry.watch("scheduler", _follow(enlistment, settings.scheduler)))
                 )
-            ready = tasks.create_task(_announce(life, enlistment, address, metrics.address, identity.hello.model))
+            ready = tasks.create_task(_announce(life, enlistment, address, metrics.address, identity))
             await life.stopping.wait()
             await server.set_serving(False)
             enlistment.drain()
@@ -102,6 +103,7 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
                 task.cancel()
         await server.stop(grace=0.5)
     finally:
+        await server.close()
         if not await asyncio.to_thread(engine.close, settings.hang_seconds):
             _leave("the device does not end its steps")
         if metrics.address:
@@ -144,10 +146,19 @@ def _follow(enlistment: Enlistment, fixed: tuple[str, ...]) -> Callable[[frozens
     return changed
 
 
-async def _announce(life: Lifecycle, enlistment: Enlistment, address: str, metrics: str, model: str) -> None:
+async def _announce(life: Lifecycle, enlistment: Enlistment, address: str, metrics: str, identity: Identity) -> None:
     """Ready once a scheduler has welcomed us: the first real step has run already."""
     await enlistment.welcomed.wait()
-    life.announce(address, metrics, model=model, scheduler=enlistment.scheduler)
+    hello = identity.hello
+    life.announce(
+        address,
+        metrics,
+        model=hello.model,
+        backend=hello.backend,
+        quantization=hello.quantization,
+        may_reach_bytes=may_reach_bytes(identity.info),
+        scheduler=enlistment.scheduler,
+    )
 
 
 async def _keep_health(server: Server, enlistment: Enlistment, hang: HangWatch) -> None:

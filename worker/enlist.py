@@ -16,7 +16,7 @@ import grpc
 from octavo.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 from service.auth import credentials, read_token
-from service.errors import OctavoError
+from service.errors import OctavoError, how_it_ended
 from service.server import open_channel
 from service.trace import Trace
 from worker.engine import Engine
@@ -223,7 +223,7 @@ class Enlistment:
             return
         for result in results:
             if isinstance(result, grpc.aio.AioRpcError):
-                said = f"scheduler {address}: {result.code().name}: {result.details()}"
+                said = f"scheduler {address}: {result.code().name}: {how_it_ended(result)}"
                 if result.code() in _REFUSALS and not self._was_welcomed:
                     self._refusals = refusals + 1
                     again = self._told == said and refusals

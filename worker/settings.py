@@ -9,7 +9,7 @@ from service.settings import CommonSettings, SettingsError, flag
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings(CommonSettings):
-    """A GPU worker: loads a model, enlists with a scheduler and runs its steps."""
+    """A worker: holds a model on a GPU or on the CPU, enlists with a scheduler and runs its steps."""
 
     scheduler: tuple[str, ...] = flag("scheduler to enlist with, HOST:PORT; may be repeated", ())
     model: str = flag("model directory, a name in the model cache, or mock", "smollm2")
@@ -26,6 +26,9 @@ class WorkerSettings(CommonSettings):
     max_rows: int = flag("requests that run at once", 256)
     max_num_batched_tokens: int = flag("tokens of a step at most (0: 512 on CPU, 8192 on GPU and mock)", 0)
     memory_fraction: float = flag("share of the device's free memory for weights and KV cache", 0.9)
+    promised_bytes: int = flag(
+        "torch backend: bytes of the free memory that other workers may still take; --memory-fraction is of the rest", 0
+    )
     num_blocks: int = flag("KV-cache blocks (0: as many as the memory fraction holds)", 0)
     block_size: int = flag("tokens of a KV-cache block", 16)
     capture_at_start: bool = flag(
@@ -47,7 +50,7 @@ class WorkerSettings(CommonSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_model_len", "max_num_batched_tokens", "num_blocks", "threads"):
+        for name in ("max_model_len", "max_num_batched_tokens", "num_blocks", "threads", "promised_bytes"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} must not be negative")
         if self.max_rows < 1 or self.block_size < 1:

@@ -6,25 +6,32 @@ import textwrap
 from pathlib import Path
 
 # The services' own library, without the services: serves health, writes its arguments down, ends at SIGTERM.
-STAND_IN = '''
-    import json, os, sys
+SETTINGS = '''
     from dataclasses import dataclass
-    from service.lifecycle import run
-    from service.server import Server
-    from service.settings import CommonSettings, SettingsError, exit_on_settings_error, flag, parse
+    from service.settings import CommonSettings, flag
 
     @dataclass(frozen=True, kw_only=True)
     class Settings(CommonSettings):
         """A stand-in."""
         scheduler: tuple[str, ...] = flag("scheduler", ())
         model: str = flag("model", "")
-        backend: str = flag("backend", "")
+        backend: str = flag("backend", "", ("", "auto", "torch", "cuda", "mock"))
         served_name: str | None = flag("served name", None)
         quantization: str = flag("quantization", "none")
         threads: int = flag("threads", 0)
+        memory_fraction: float = flag("memory fraction", 0.9)
         http_listen: str = flag("address of the HTTP door", "")
         ticket_key_file: str | None = flag("key of resume tickets", None)
         crash: str = flag("how to fail", "")
+
+    CLASS = Settings
+'''
+STAND_IN = """
+    import json, os, sys
+    from service.lifecycle import run
+    from service.server import Server
+    from service.settings import SettingsError, exit_on_settings_error, parse
+    from SERVICE.settings import Settings
 
     async def serve(life):
         settings = life.settings
@@ -34,7 +41,8 @@ STAND_IN = '''
         address = await server.start()
         await server.set_serving(True)
         print("arguments " + json.dumps(sys.argv[1:]), flush=True)
-        life.announce(address, "127.0.0.1:1", http=settings.http_listen)
+        told = {"quantization": settings.quantization, "backend": settings.backend} if "SERVICE" == "worker" else {}
+        life.announce(address, "127.0.0.1:1", http=settings.http_listen, **told)
         await life.stopping.wait()
         print("drained", flush=True)
         await server.stop(0)
@@ -44,7 +52,7 @@ STAND_IN = '''
     except SettingsError as error:
         exit_on_settings_error(error, "SERVICE")
     sys.exit(run("SERVICE", settings, serve))
-'''
+"""
 
 
 def write_stand_ins(root: Path) -> None:
@@ -54,3 +62,5 @@ def write_stand_ins(root: Path) -> None:
         (root / service / "__init__.py").touch()
         main = textwrap.dedent(STAND_IN).replace("SERVICE", service)
         (root / service / "__main__.py").write_text(main)
+        settings = textwrap.dedent(SETTINGS).replace("CLASS", f"{service.title()}Settings")
+        (root / service / "settings.py").write_text(settings)

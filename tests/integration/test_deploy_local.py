@@ -94,6 +94,11 @@ def test_a_day_in_the_life(checkout: Checkout) -> None:
     assert "make worker MODEL=mock" in checkout.run("up", "--model", "mock")
     assert "make worker MODEL=nobody/nothing" in checkout.run("up", "--model", "nobody/nothing")  # nothing is fetched
 
+    told = checkout.run("up", "--model", "mock:tiny", "--workers", "3", "--backend", "mock")
+    assert "Nothing was changed: WORKERS=3 was asked for, 2 runs." in told
+    assert "Nothing was changed" not in checkout.run("up", "--model", "mock:tiny", "--workers", "2")
+    assert "BACKEND=foo" in checkout.run("up", "--backend", "foo", expect=1)
+
     assert "worker-3 serves tiny" in checkout.run("worker")
     table = checkout.run("ps")
     for name in ("redis", "scheduler-1", "router-1", "worker-1", "worker-2", "worker-3"):
@@ -109,6 +114,8 @@ def test_a_day_in_the_life(checkout: Checkout) -> None:
     for pid in pids:  # not by its port, which another program may have by now
         assert not Path(f"/proc/{pid}").exists()
     assert "drained" in (checkout.root / ".run" / "logs" / "worker-3.log").read_text()
+    kept = checkout.run("logs", "--name", "worker-3")  # nothing to follow: it ends
+    assert "No cluster runs here" in kept and "drained" in kept
 
 
 def test_taken_ports_are_passed_by_and_a_killed_process_comes_back(checkout: Checkout) -> None:
@@ -137,7 +144,7 @@ def test_taken_ports_are_passed_by_and_a_killed_process_comes_back(checkout: Che
 def test_a_process_that_dies_at_the_start_ends_it_with_its_log(checkout: Checkout) -> None:
     checkout.break_worker()
     said = checkout.run("up", "--model", "mock", expect=1)
-    assert "worker-1 does not stay up" in said
+    assert "worker-1 does not stay up: it ended as soon as it was started; " in said and "BACKOFF" not in said
     assert "no weights here" in said
     assert "No cluster runs here" in checkout.run("ps")
 
@@ -147,6 +154,10 @@ def test_a_worker_that_fails_leaves_the_cluster_as_it_was(checkout: Checkout) ->
     router = json.loads(checkout.cluster_file.read_text())["router"][0]
     checkout.break_worker()
     assert "no weights here" in checkout.run("worker", expect=1)
+    main = checkout.root / "worker" / "__main__.py"
+    main.write_text("raise SystemExit('nor here')")
+    said = checkout.run("worker", expect=1)
+    assert "nor here" in said and "no weights here" not in said  # not what an earlier try had said
     assert "worker-2" not in checkout.run("ps")
     assert probe(router) == "SERVING"
 
@@ -162,6 +173,12 @@ def test_an_interrupted_start_is_cleaned_up_by_the_next(checkout: Checkout) -> N
     ("arguments", "text"),
     [
         (("--workers", "0"), "at least 1"),
+        (("--workers", "abc"), "WORKERS=abc: a number is needed"),
+        (("--runtime", "foo"), "RUNTIME=foo: must be one of"),
+        (("--backend", "foo"), "BACKEND=foo: must be one of"),
+        (("--quantization", "int4"), "QUANTIZATION=int4: must be one of"),
+        (("--model", "mock", "--backend", "torch"), "MODEL=mock BACKEND=torch: a mock"),
+        (("--model", "deploy"), "MODEL=deploy: holds no config.json"),
         (("--model", "/no/such/directory"), "no such directory"),
     ],
 )
@@ -170,4 +187,32 @@ def test_what_cannot_be_started_is_said_in_a_sentence(
 ) -> None:
     said = checkout.run("up", *arguments, expect=1)
     assert text in said
-    assert "Traceback" not in said
+    assert "Traceback" not in said and "usage:" not in said
+    assert not (checkout.root / ".run" / "supervisord.conf").exists()  # nothing was started before it was said
+
+
+def test_bad_settings_in_the_environment_start_nothing(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAVO_API_KEYS", "/no/such/keys")
+    monkeypatch.setenv("OCTAVO_LEASE_MS", "many")
+    assert "--lease-ms: 'many'" in checkout.run("up", "--model", "mock", expect=1)
+    assert not (checkout.root / ".run" / "supervisord.conf").exists()
+
+
+def test_a_reader_that_leaves_is_no_error(checkout: Checkout) -> None:
+    """`make up | head -1`"""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.local", "up", "--model", "mock"],
+            cwd=checkout.root,
+            env={**os.environ, "PYTHONPATH": str(checkout.root)},
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert checkout.cluster_file.exists()

@@ -183,7 +183,15 @@ class FakeRouter(inference_pb2_grpc.InferenceServiceServicer, scheduler_pb2_grpc
         await self._answer(request, context)
         self.unready -= self.unready > 0
         ready = not self.unready
-        model = pb.Model(name=self.model, digest=DIGEST, max_model_len=64, vocab_size=500, workers=1, ready=ready)
+        model = pb.Model(
+            name=self.model,
+            digest=DIGEST,
+            max_model_len=64,
+            vocab_size=500,
+            workers=1,
+            ready=ready,
+            quantization="int8",
+        )
         return pb.ListModelsResponse(models=[model])
 
     async def GetModelAssets(

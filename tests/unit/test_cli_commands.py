@@ -137,8 +137,9 @@ def test_tokenize_and_models() -> None:
         assert run("tokenize", "ab", "--address", router.address).stdout == "97 98\n"
         assert run("tokenize", "ab", "--count", "--chat", "--address", router.address).stdout == "2\n"
         assert "fake" in run("models", "--address", router.address).stdout
+        assert "int8" in run("models", "--address", router.address).stdout
         (model,) = json.loads(run("models", "--json", "--address", router.address).stdout)
-        assert (model["digest"], model["ready"]) == (DIGEST, True)
+        assert (model["digest"], model["ready"], model["quantization"]) == (DIGEST, True, "int8")
 
 
 def test_chat_once() -> None:
@@ -162,6 +163,15 @@ def test_chat_keeps_the_turns_and_obeys_commands() -> None:
     assert asked == [["first"], ["first", answer, "second"], ["third"], ["be kind", "fourth"]]
     assert "/reset" in result.stderr and "no command /nonsense" in result.stderr
     assert result.stdout == (answer + "\n") * 4
+
+
+def test_chat_says_at_once_that_nobody_is_there_or_has_such_a_model() -> None:
+    nobody = run("chat", "--address", "127.0.0.1:1", stdin="")
+    assert nobody.exit_code == 1 and nobody.stderr.startswith("error: UNAVAILABLE: ")
+    with FakeRouter(unary_errors=[OctavoError(Reason.MODEL_UNKNOWN, "no model named 'x'")]) as router:
+        unknown = run("chat", "--model", "x", "--address", router.address, stdin="")
+        assert [request.model for request in router.unary] == ["x"]
+    assert unknown.exit_code == 1 and "no model named 'x'" in unknown.stderr
 
 
 def test_chat_from_a_pipe_ends_with_its_input_and_with_its_first_error() -> None:
@@ -223,7 +233,8 @@ def _message(*workers: scheduler_pb2.WorkerInspection, full: bool = False, gone:
 
 
 def test_workers() -> None:
-    with FakeRouter(workers=[_status(draining=True, blocks_used=7)]) as router:
+    with FakeRouter(workers=[_status(draining=True, blocks_used=7, quantization="int8")]) as router:
+        assert "int8" in run("workers", "--scheduler", router.address).stdout
         assert "draining" in run("workers", "--scheduler", router.address).stdout
         (worker,) = json.loads(run("workers", "--json", OCTAVO_SCHEDULER=router.address).stdout)
         assert (worker["incarnation"], worker["blocks_used"], worker["model_digest"]) == ("5", 7, "ab")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -9,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from deploy import local
+from deploy import local, plan
 from deploy.commands import Command, is_mock, redis_command, service_command, visible_gpus, worker_env
+from deploy.memory import promised_bytes
 from deploy.model import Model, resolve
 from deploy.ports import NoFreePort, free_address, is_free
 from deploy.readiness import ClusterError, read_ready, tail
 from deploy.state import Cluster
 from deploy.supervise import Supervisor
+from deploy.wanted import Wanted
+from service.memory import own_bytes
 
 
 def test_flags_become_arguments(tmp_path: Path) -> None:
@@ -104,14 +108,14 @@ def test_the_tail_of_a_log(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_redis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "redis_binary", lambda: None)
-    monkeypatch.setattr(local, "visible_gpus", lambda: ())
+    monkeypatch.setattr(plan, "redis_binary", lambda: None)
+    monkeypatch.setattr(plan, "worker_gpus", lambda backend: ())
 
 
 def test_without_redis_addresses_are_fixed_and_it_is_said(
     no_redis: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands = {command.name: command for command in local.plan(resolve("mock"), 2, tmp_path)}
+    commands = {command.name: command for command in plan.plan(resolve("mock"), 2, tmp_path)}
     assert list(commands) == ["scheduler-1", "worker-1", "worker-2", "router-1"]
     assert "no redis-server" in capsys.readouterr().out
     scheduler = commands["scheduler-1"].argv
@@ -126,14 +130,42 @@ def test_without_redis_addresses_are_fixed_and_it_is_said(
 
 def test_workers_on_one_cpu_share_its_cores(no_redis: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    one, two = (local.plan(resolve("mock"), workers, tmp_path) for workers in (1, 2))
+    one, two = (plan.plan(resolve("mock"), workers, tmp_path) for workers in (1, 2))
     assert all("--threads" not in command.argv for command in one)
     shares = [c.argv[c.argv.index("--threads") + 1] for c in two if c.service == "worker"]
     assert shares == ["4", "4"]
 
 
+def test_workers_that_start_together_share_the_memory(
+    no_redis: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fractions(workers: int) -> list[str | None]:
+        commands = plan.plan(resolve(str(tmp_path)), workers, tmp_path)
+        argvs = [command.argv for command in commands if command.service == "worker"]
+        return [argv[argv.index("--memory-fraction") + 1] if "--memory-fraction" in argv else None for argv in argvs]
+
+    assert fractions(1) == [None]
+    assert fractions(2) == ["0.45", "0.45"]
+    assert sum(map(float, map(str, fractions(7)))) <= 0.9
+    monkeypatch.setenv("OCTAVO_MEMORY_FRACTION", "0.6")
+    assert fractions(2) == ["0.3", "0.3"]
+    monkeypatch.setattr(plan, "worker_gpus", lambda backend: ("0", "1"))
+    assert fractions(2) == [None, None]
+    assert fractions(3) == ["0.3"] * 3  # two of them on one GPU
+
+
+def test_what_running_workers_may_still_take_is_promised(tmp_path: Path) -> None:
+    facts = {"service": "worker", "name": "n", "address": "a", "metrics": "m", "incarnation": 7}
+    holds = own_bytes()
+    assert holds > 1 << 20
+    for name, pid, may_reach in (("one", os.getpid(), holds + (5 << 30)), ("dead", 4194305, 9 << 30)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts | {"pid": pid, "may_reach_bytes": may_reach}))
+    (tmp_path / "all taken.json").write_text(json.dumps(facts | {"pid": os.getpid(), "may_reach_bytes": 1}))
+    assert 4 << 30 < promised_bytes(tmp_path) < 6 << 30
+
+
 def test_quantization_reaches_each_worker(no_redis: None, tmp_path: Path) -> None:
-    commands = local.plan(resolve(str(tmp_path)), 2, tmp_path, "int8")
+    commands = plan.plan(resolve(str(tmp_path)), 2, tmp_path, "int8")
     for command in commands:
         given = command.argv[command.argv.index("--quantization") + 1] if "--quantization" in command.argv else None
         assert given == ("int8" if command.service == "worker" else None)
@@ -176,16 +208,18 @@ def test_a_worker_is_added_as_the_others_or_by_another_name(
             added.append(command)
 
     monkeypatch.setattr(local, "Supervisor", FakeSupervisor)
-    monkeypatch.setattr(local, "visible_gpus", lambda: ())
+    monkeypatch.setattr(local, "worker_gpus", lambda backend: ())
+    monkeypatch.setattr(local, "promised_bytes", lambda ready: 7)
     monkeypatch.setattr(local, "describe", lambda *a: cluster)
     monkeypatch.setattr(local.state, "read", lambda: cluster)
     monkeypatch.setattr(local.state, "write", lambda cluster: None)
     monkeypatch.setattr(local.show, "wait", lambda *a: None)
-    assert local.add_worker(model, None, 1.0, asked) == 0
+    assert local.add_worker(Wanted(model=model, quantization=asked), 1.0) == 0
     argv = added[0].argv
     quantization = argv[argv.index("--quantization") + 1] if "--quantization" in argv else None
     name = argv[argv.index("--served-name") + 1] if "--served-name" in argv else "other"
     assert (quantization, name) == expected
+    assert ("--promised-bytes 7" in " ".join(argv)) == (model is None)  # a mock takes no memory
 
 
 @pytest.mark.parametrize(("name", "text"), [("a" * 100, "too long"), ("100%", "percent")])

@@ -8,6 +8,7 @@ import pytest
 
 from deploy import local
 from deploy.readiness import ClusterError
+from deploy.wanted import Wanted
 
 TAKEN = "scheduler-1 does not stay up; the end of its log:\nError in bind for address: Address already in use"
 
@@ -54,7 +55,7 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[ClusterError | None]:
 
 def test_other_ports_are_tried(outcomes: list[ClusterError | None]) -> None:
     outcomes += [ClusterError(TAKEN), ClusterError(TAKEN), None]
-    assert local.up(None, 1, None, 1.0) == 0
+    assert local.up(Wanted(model="mock"), 1.0) == 0
     assert LOG == ["launch", "shutdown", "launch", "shutdown", "launch", "up"]
 
 
@@ -62,5 +63,5 @@ def test_other_ports_are_tried(outcomes: list[ClusterError | None]) -> None:
 def test_other_failures_and_the_last_are_told(outcomes: list[ClusterError | None], ends: list[str]) -> None:
     outcomes += [ClusterError(end) for end in ends]
     with pytest.raises(ClusterError, match=ends[-1][:10]):
-        local.up(None, 1, None, 1.0)
+        local.up(Wanted(model="mock"), 1.0)
     assert ["launch", "shutdown"] * len(ends) == LOG

@@ -194,6 +194,11 @@ def test_processes_that_run_older_code(tmp_path: Path, monkeypatch: pytest.Monke
         "127.0.0.1:3": "Redis",
     }
     assert doctor.model_argument() == "mock"
+    assert doctor.check_promises(1 << 30) == []
+    ready.write_text(json.dumps(facts | {"pid": os.getpid(), "may_reach_bytes": 50 << 30}))
+    over = only(doctor.check_promises(20 << 30))
+    assert over.state is State.PROBLEM and "20.0 GiB are available" in over.found and "WORKERS=n" in over.remedy
+    assert only(doctor.check_promises(60 << 30)).state is State.OK
     os.utime(source, (4e9, 4e9))
     assert "router/a.py" in only(doctor.check_versions()).found
     ready.unlink()

@@ -165,3 +165,12 @@ def test_remains_of_a_killed_builder_are_cleaned_up(tmp_path: Path) -> None:
     publish(target, lambda staging: (staging / "whole").touch())
     assert [path.name for path in target.iterdir()] == ["whole"]
     assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"nor mock; did you mean smollm2\?"):
+        entry_path("smolm2", tmp_path)
+    with pytest.raises(ModelNotFoundError, match=r"did you mean mock\?"):
+        entry_path("mok", tmp_path)
+    with pytest.raises(ModelNotFoundError, match=r"nor mock$"):
+        entry_path("zzzz", tmp_path)

@@ -134,6 +134,13 @@ def test_a_request_runs_from_submit_to_its_last_token(cluster: Cluster) -> None:
     cluster.hub.core.check_integrity()
 
 
+def test_routers_and_operators_hear_how_a_model_is_quantised(cluster: Cluster) -> None:
+    cluster.enlist(hello(2, model="q", model_digest=b"q" * 32, quantization="int8"))
+    lists = [message.models for message in cluster.from_router() if message.HasField("models")]
+    assert {model.name: model.quantization for model in lists[-1].models} == {"m": "", "q": "int8"}
+    assert [status.quantization for status in list_workers(cluster.hub)] == ["", "int8"]
+
+
 def test_a_router_hears_of_a_preemption_and_of_the_row_that_follows(cluster: Cluster) -> None:
     cluster.hub.worker_gone(cluster.worker, 0.0)
     cluster.worker = cluster.enlist(hello(incarnation=2, max_rows=1))

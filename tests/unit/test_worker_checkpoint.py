@@ -249,6 +249,22 @@ def test_out_of_memory_is_a_sentence_with_numbers() -> None:
         choose_num_blocks(9, 0.5, 4 * gib, gib, 100)
     with pytest.raises(BackendError, match="less than one KV cache block"):
         choose_num_blocks(None, 0.1, 4 * gib, gib, 100)
+    assert choose_num_blocks(None, 0.5, 20 * gib, gib, 100, weights=3 * gib, promised=6 * gib) == 4
+    with pytest.raises(
+        BackendError, match=r"20.00 GiB available, 15.00 GiB are promised to other workers, 2.00 GiB hold"
+    ):
+        choose_num_blocks(None, 0.5, 20 * gib, gib, 100, weights=2 * gib, promised=15 * gib)
+    with pytest.raises(BackendError, match=r"4 KV cache blocks .* 5\.00 GiB are available, 2\.00 GiB hold the weights"):
+        choose_num_blocks(4, 0.5, 5 * gib, gib, 100, weights=2 * gib)
+
+
+def test_workers_that_share_never_promise_more_than_all_whoever_looks_first() -> None:
+    """Each takes its share of what it saw: before or after the others have loaded their weights and filled their caches."""
+    gib, free, weights = 2**30, 100, 16
+    for seen_by_second in (free, free - weights, free - 45):
+        first = choose_num_blocks(None, 0.45, free * gib, gib, 1000, weights=weights * gib)
+        second = choose_num_blocks(None, 0.45, seen_by_second * gib, gib, 1000, weights=weights * gib)
+        assert first + second + 2 * weights <= 0.9 * free
     with pytest.raises(BackendError, match=r"max_model_len 100 needs 7 KV cache blocks .* there are 6"):
         check_sequence_fits(6, 16, 100, gib)
 

@@ -60,6 +60,40 @@ def test_the_reason_of_an_end_is_told_though_a_write_failed_first(
     assert "LOST: you were silent" in caplog.text
 
 
+class BrokenCall(EndedCall):
+    """A write comes after the stream's end: gRPC's client makes up a status of its own, and the reader hears that."""
+
+    async def write(self, message: scheduler_pb2.EnlistRequest) -> None:
+        return
+
+    async def read(self) -> scheduler_pb2.EnlistResponse:
+        raise grpc.aio.AioRpcError(
+            grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details="Internal error from Core"
+        )
+
+
+def test_a_stream_that_was_cut_while_we_wrote_is_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stub:
+        def __init__(self, channel: grpc.aio.Channel) -> None:
+            self.Enlist = lambda metadata: BrokenCall()
+
+    monkeypatch.setattr("worker.enlist.scheduler_pb2_grpc.SchedulerServiceStub", Stub)
+
+    async def main() -> None:
+        engine = Engine(MockBackend(MockSettings()), lambda *_: None, lambda *_: None, lambda _: None)
+        enlistment = Enlistment(
+            WorkerSettings(scheduler=("127.0.0.1:1",)), Identity(scheduler_pb2.WorkerHello(), INFO, {}), engine
+        )
+        async with asyncio.timeout(10):
+            await enlistment._serve_one("127.0.0.1:1")
+
+    with caplog.at_level(logging.WARNING, "octavo.enlist"):
+        asyncio.run(main())
+    assert "cut us off for our silence" in caplog.text and "from Core" not in caplog.text
+
+
 class RefusedCall(EndedCall):
     """A stream of a scheduler that does not want us."""
 

@@ -131,6 +131,7 @@ def test_another_digest_and_other_numerics(tmp_path: Path, monkeypatch: pytest.M
     assert hellos["none"].model_digest != hellos["int8"].model_digest
     assert hellos["none"].numerics_digest != hellos["int8"].numerics_digest
     assert hellos["none"].tokenizer_digest == hellos["int8"].tokenizer_digest
+    assert {kind: hello.quantization for kind, hello in hellos.items()} == {"none": "", "int8": "int8"}
     assert "int8" in make_engine(tmp_path).info.numerics
     again = select(worker_settings(tmp_path, quantization="int8"))
     assert again.model_digest == hellos["int8"].model_digest

@@ -36,6 +36,7 @@ class Selection:
     model: str  # name under which requests ask for it
     assets: dict[str, bytes]
     model_digest: bytes
+    quantization: str = ""  # as the Hello says it
 
 
 def select(settings: WorkerSettings) -> Selection:
@@ -56,7 +57,8 @@ def select(settings: WorkerSettings) -> Selection:
         digest = quantized_digest(digest, settings.quantization)
     backend = _cuda_backend(settings, model_dir) if kind == "cuda" else _torch_backend(settings, model_dir)
     name = settings.served_name or (model_dir.name if Path(settings.model).is_dir() else settings.model)
-    return Selection(backend, kind, name, assets, digest)
+    quantization = "" if settings.quantization == "none" else settings.quantization
+    return Selection(backend, kind, name, assets, digest, quantization)
 
 
 def identity_of(
@@ -80,6 +82,7 @@ def identity_of(
         name=name,
         backend=selection.kind,
         kv_dtype=info.kv_dtype,
+        quantization=selection.quantization,
         capabilities=[GRAMMAR] if grammars else [],
     )
     for group in info.kv_groups:
@@ -162,6 +165,7 @@ def _torch_backend(settings: WorkerSettings, model_dir: Path) -> Backend:
         block_size=settings.block_size,
         num_blocks=settings.num_blocks or None,
         memory_fraction=settings.memory_fraction,
+        promised_bytes=settings.promised_bytes,
         threads=settings.threads or None,
     )
     return TorchBackend(model_dir, torch_settings)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from service.memory import own_bytes
 from worker.backend import BackendError, BackendInfo, KVGroup, Masks, Progress
 from worker.backends.torch_memory import available_bytes, check_sequence_fits, choose_num_blocks
 from worker.backends.torch_rows import RowState
@@ -44,7 +45,8 @@ class TorchSettings:
     max_num_batched_tokens: int = 512
     block_size: int = 16
     num_blocks: int | None = None
-    memory_fraction: float = 0.5  # of the memory available once the weights are loaded
+    memory_fraction: float = 0.5  # of the memory available before anything is loaded, for weights and KV cache
+    promised_bytes: int = 0  # of the memory available that other processes may still take
     threads: int | None = None
     poison: bool = False  # tests: unwritten cache is NaN
 
@@ -84,9 +86,10 @@ class TorchBackend:
         int8 = settings.quantization == "int8"
         if int8:
             supported_form()  # says no before a gigabyte has been read
+        available, own = available_bytes(), own_bytes()
         with torch.inference_mode():
             weights = pack(StoredWeights(self._model_dir, config, dtype, progress), config, int8)
-            group = self._plan_cache(config, dtype, limit)
+            group = self._plan_cache(config, dtype, limit, available, max(0, own_bytes() - own))
             max_model_len = settings.max_model_len or min(limit, group.num_blocks * settings.block_size)
             self._decoder = Decoder(config, weights, max_model_len, settings.block_size, dtype)
             self._cache = PagedKVCache(
@@ -108,13 +111,20 @@ class TorchBackend:
             kv_groups=(group,),
         )
 
-    def _plan_cache(self, config: ModelConfig, dtype: torch.dtype, limit: int) -> KVGroup:
+    def _plan_cache(self, config: ModelConfig, dtype: torch.dtype, limit: int, available: int, weights: int) -> KVGroup:
+        """`available` before the weights took `weights`, both in bytes."""
         settings = self._settings
         bytes_per_block = 2 * config.num_layers * config.kv_size * dtype.itemsize * settings.block_size
         longest = settings.max_model_len or limit
         useful = settings.max_rows * -(-longest // settings.block_size)
         num_blocks = choose_num_blocks(
-            settings.num_blocks, settings.memory_fraction, available_bytes(), bytes_per_block, useful
+            settings.num_blocks,
+            settings.memory_fraction,
+            available,
+            bytes_per_block,
+            useful,
+            weights=weights,
+            promised=settings.promised_bytes,
         )
         if settings.max_model_len is not None:
             check_sequence_fits(num_blocks, settings.block_size, settings.max_model_len, bytes_per_block)

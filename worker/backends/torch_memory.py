@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from worker.backend import BackendError
+from service.memory import own_bytes
+from worker.backend import BackendError, BackendInfo
 
 _GIB = 1024.0**3
 
@@ -34,27 +35,45 @@ def choose_num_blocks(
     available: int,
     bytes_per_block: int,
     most_useful: int,
+    *,
+    weights: int = 0,
+    promised: int = 0,
 ) -> int:
-    """The number of blocks to allocate: as set, else what the fraction of `available` bytes holds, at most `most_useful`.
+    """The number of blocks to allocate: as set, else what the fraction holds besides the weights, at most `most_useful`.
 
+    All in bytes. The fraction is of what was `available` before the weights were loaded, without what is `promised` to other workers:
+    so workers that start together, each with its part of the fraction, promise no more than all of it, whoever looks first.
     Raises BackendError where not even one block fits, or where what was set does not.
     """
+    left = max(0, available - promised)
+    besides = "".join(
+        f", {size / _GIB:.2f} GiB {what}"
+        for size, what in ((promised, "are promised to other workers"), (weights, "hold the weights"))
+        if size
+    )
     if num_blocks is not None:
         need = num_blocks * bytes_per_block
-        if need > available:
+        if need > left - weights:
             raise BackendError(
                 f"out of memory: {num_blocks} KV cache blocks of {bytes_per_block / 2**20:.2f} MiB need "
-                f"{need / _GIB:.2f} GiB, {available / _GIB:.2f} GiB are available; lower num_blocks"
+                f"{need / _GIB:.2f} GiB, {available / _GIB:.2f} GiB are available{besides}; lower num_blocks"
             )
         return num_blocks
-    budget = int(available * memory_fraction)
-    fitting = budget // bytes_per_block
+    fitting = (int(left * memory_fraction) - weights) // bytes_per_block
     if fitting < 1:
         raise BackendError(
-            f"out of memory: {memory_fraction:g} of the {available / _GIB:.2f} GiB available is less than one KV cache block "
-            f"of {bytes_per_block / 2**20:.2f} MiB; raise memory_fraction or free memory"
+            f"out of memory: {memory_fraction:g} of the {available / _GIB:.2f} GiB available{besides}, leaves less than one KV cache "
+            f"block of {bytes_per_block / 2**20:.2f} MiB; raise memory_fraction or free memory"
         )
     return min(fitting, most_useful)
+
+
+def may_reach_bytes(info: BackendInfo) -> int:
+    """What this process will hold once its KV cache is full: the cache's pages come as they are written. 0 for other backends, which
+    hold all that they ever will."""
+    if info.name != "torch":
+        return 0
+    return own_bytes() + sum(group.num_blocks * group.bytes_per_block for group in info.kv_groups)
 
 
 def check_sequence_fits(num_blocks: int, block_size: int, max_model_len: int, bytes_per_block: int) -> None:

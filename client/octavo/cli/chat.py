@@ -64,7 +64,10 @@ def chat(
             conversation.system = system if system is not None else conversation.system
         if message is not None:
             conversation.ask(message)
-        elif sys.stdin.isatty():
+            return
+        # Before anything is typed: is a router there, and has it such a model?
+        client.tokenize("?", model=str(conversation.options.get("model") or ""))
+        if sys.stdin.isatty():
             with _line_editing(history):
                 converse(conversation, interactive=True)
         else:

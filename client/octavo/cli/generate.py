@@ -156,15 +156,16 @@ def models(
     with options.open_client(address, token_file, tls, tls_ca) as client:
         found = client.list_models()
     if as_json:
-        fields = ("name", "digest", "max_model_len", "vocab_size", "workers", "ready")
+        fields = ("name", "digest", "max_model_len", "vocab_size", "workers", "ready", "quantization")
         print(json.dumps([{field: getattr(model, field) for field in fields} for model in found], indent=2))
         return
-    table = Table("model", "context", "vocabulary", "workers", "ready", "digest")
+    table = Table("model", "context", "vocabulary", "quantization", "workers", "ready", "digest")
     for model in found:
         table.add_row(
             model.name,
             f"{model.max_model_len:,}",
             f"{model.vocab_size:,}",
+            model.quantization or "none",
             str(model.workers),
             "yes" if model.ready else "no",
             model.digest[:12],

@@ -40,7 +40,7 @@ def workers(
         table.add_row(
             status.name,
             status.model,
-            status.backend,
+            " ".join(filter(None, (status.backend, status.quantization))),
             status.address,
             _state(status),
             f"{status.running}/{status.max_rows}",

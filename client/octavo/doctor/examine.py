@@ -64,7 +64,7 @@ def examine(wishes: Wishes, probes: Probes) -> list[Section]:
         Section("GPU", tuple(_gpu(wishes, probes, gpus, config))),
         Section("network", tuple(_network(wishes, probes))),
         Section("model", tuple(judged)),
-        Section("cluster", tuple(_cluster(wishes, probes))),
+        Section("cluster", tuple(_cluster(wishes, probes, facts))),
     ]
     if wishes.checkout is None:
         found = (
@@ -156,7 +156,7 @@ def _model(wishes: Wishes, probes: Probes, facts: host.Host, gpus: gpu.Gpus) -> 
     return findings, config
 
 
-def _cluster(wishes: Wishes, probes: Probes) -> list[Finding]:
+def _cluster(wishes: Wishes, probes: Probes, facts: host.Host) -> list[Finding]:
     try:
         findings = cluster.check_cluster(probes.ask())
     except ConnectionProblem as error:
@@ -165,10 +165,11 @@ def _cluster(wishes: Wishes, probes: Probes) -> list[Finding]:
     if wishes.checkout is None:
         return findings
     try:
-        versions: list[Finding] = probes.module("deploy.doctor").check_versions()
+        local = probes.module("deploy.doctor")
+        own: list[Finding] = [*local.check_versions(), *local.check_promises(facts.memory_available)]
     except ModuleNotFoundError as error:
-        versions = [_missing(wishes, "versions", error)]
-    return findings + versions
+        own = [_missing(wishes, "versions and promised memory", error)]
+    return findings + own
 
 
 def _missing(wishes: Wishes, check: str, error: ModuleNotFoundError) -> Finding:

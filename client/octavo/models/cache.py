@@ -7,6 +7,7 @@ lock is a dead builder's and may be removed, and a directory under its final nam
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import os
 import re
@@ -47,8 +48,12 @@ def entry_path(model: str, cache: Path) -> Path:
         return cache / "models" / PACKAGED[model].entry_name
     if is_repo_id(model):
         return cache / "models" / model.replace("/", "--")
-    known = ", ".join(sorted(PACKAGED))
-    raise ModelNotFoundError(f"{model!r} is neither a directory, an alias ({known}) nor of the form ORG/NAME")
+    known = sorted(PACKAGED)
+    meant = difflib.get_close_matches(model, [*known, "mock"], 1)
+    raise ModelNotFoundError(
+        f"{model!r} is neither a directory, an alias ({', '.join(known)}), of the form ORG/NAME, nor mock"
+        + "".join(f"; did you mean {name}?" for name in meant)
+    )
 
 
 def resolve(model: str, cache: Path | None = None) -> Path:

@@ -403,20 +403,22 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "digest", "max_model_len", "vocab_size", "workers", "ready")
+    __slots__ = ("name", "digest", "max_model_len", "vocab_size", "workers", "ready", "quantization")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     max_model_len: int
     vocab_size: int
     workers: int
     ready: bool
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., workers: _Optional[int] = ..., ready: _Optional[bool] = ...) -> None: ...
+    quantization: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., workers: _Optional[int] = ..., ready: _Optional[bool] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class GetModelAssetsRequest(_message.Message):
     __slots__ = ("model",)

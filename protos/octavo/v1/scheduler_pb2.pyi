@@ -184,18 +184,20 @@ class ModelList(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ServedModel, _Mapping]]] = ...) -> None: ...
 
 class ServedModel(_message.Message):
-    __slots__ = ("name", "digest", "max_model_len", "vocab_size", "workers")
+    __slots__ = ("name", "digest", "max_model_len", "vocab_size", "workers", "quantization")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: bytes
     max_model_len: int
     vocab_size: int
     workers: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., workers: _Optional[int] = ...) -> None: ...
+    quantization: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., workers: _Optional[int] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class Admitted(_message.Message):
     __slots__ = ("handle", "cached_tokens", "digest", "queue_ms")
@@ -296,7 +298,7 @@ class EnlistRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., heartbeat: _Optional[_Union[WorkerHeartbeat, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., asset: _Optional[_Union[_common_pb2.AssetChunk, _Mapping]] = ..., assets_end: _Optional[_Union[AssetsEnd, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("incarnation", "protocol", "model", "model_digest", "tokenizer_digest", "numerics_digest", "hash_version", "vocab_size", "max_model_len", "kv_groups", "max_rows", "max_num_batched_tokens", "capabilities", "group", "name", "backend", "kv_dtype", "address")
+    __slots__ = ("incarnation", "protocol", "model", "model_digest", "tokenizer_digest", "numerics_digest", "hash_version", "vocab_size", "max_model_len", "kv_groups", "max_rows", "max_num_batched_tokens", "capabilities", "group", "name", "backend", "kv_dtype", "address", "quantization")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -315,6 +317,7 @@ class WorkerHello(_message.Message):
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     protocol: int
     model: str
@@ -333,7 +336,8 @@ class WorkerHello(_message.Message):
     backend: str
     kv_dtype: str
     address: str
-    def __init__(self, incarnation: _Optional[int] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., tokenizer_digest: _Optional[bytes] = ..., numerics_digest: _Optional[bytes] = ..., hash_version: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., kv_groups: _Optional[_Iterable[_Union[KvGroup, _Mapping]]] = ..., max_rows: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., group: _Optional[_Union[ParallelGroup, _Mapping]] = ..., name: _Optional[str] = ..., backend: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+    quantization: str
+    def __init__(self, incarnation: _Optional[int] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., tokenizer_digest: _Optional[bytes] = ..., numerics_digest: _Optional[bytes] = ..., hash_version: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., kv_groups: _Optional[_Iterable[_Union[KvGroup, _Mapping]]] = ..., max_rows: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., group: _Optional[_Union[ParallelGroup, _Mapping]] = ..., name: _Optional[str] = ..., backend: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., address: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class KvGroup(_message.Message):
     __slots__ = ("id", "block_size", "num_blocks", "bytes_per_block", "window")
@@ -448,7 +452,7 @@ class ListWorkersResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("incarnation", "name", "model", "model_digest", "backend", "address", "epoch", "draining", "running", "max_rows", "blocks_total", "blocks_used", "blocks_cached", "last_step", "plans_in_flight")
+    __slots__ = ("incarnation", "name", "model", "model_digest", "backend", "address", "epoch", "draining", "running", "max_rows", "blocks_total", "blocks_used", "blocks_cached", "last_step", "plans_in_flight", "quantization")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -464,6 +468,7 @@ class WorkerStatus(_message.Message):
     BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     PLANS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     name: str
     model: str
@@ -479,7 +484,8 @@ class WorkerStatus(_message.Message):
     blocks_cached: int
     last_step: int
     plans_in_flight: int
-    def __init__(self, incarnation: _Optional[int] = ..., name: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., backend: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., draining: _Optional[bool] = ..., running: _Optional[int] = ..., max_rows: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., last_step: _Optional[int] = ..., plans_in_flight: _Optional[int] = ...) -> None: ...
+    quantization: str
+    def __init__(self, incarnation: _Optional[int] = ..., name: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., backend: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., draining: _Optional[bool] = ..., running: _Optional[int] = ..., max_rows: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., last_step: _Optional[int] = ..., plans_in_flight: _Optional[int] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class DrainWorkerRequest(_message.Message):
     __slots__ = ("incarnation",)

@@ -1,0 +1,70 @@
+"""A service whose address is taken says so in one sentence, which names the flag, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.environment import ROOT
+
+
+@pytest.fixture(scope="module")
+def taken() -> Iterator[str]:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen(1)
+        yield f"127.0.0.1:{holder.getsockname()[1]}"
+
+
+def end_of(service: str, *flags: str) -> tuple[int, list[str]]:
+    """Exit code, and the lines written that are no ordinary log."""
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "protos", ROOT / "client"))
+    done = subprocess.run(
+        [sys.executable, "-m", service, "--scheduler" if service != "scheduler" else "--peer", "127.0.0.1:1", *flags],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("service", "more"),
+    [
+        ("router", ("--http-listen", "none")),
+        ("scheduler", ()),
+        ("worker", ("--model", "mock")),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--listen", "--metrics"])
+def test_a_taken_port_is_one_sentence(taken: str, service: str, more: tuple[str, ...], flag: str) -> None:
+    code, lines = end_of(service, flag, taken, *(() if flag == "--listen" else ("--listen", "127.0.0.1:0")), *more)
+    lines = [line for line in lines if " I " not in line]  # a worker tells how it loads
+    assert (code, lines) == (2, [f"{service}: {flag} {taken}: Address already in use"])
+
+
+def test_a_taken_http_port_is_one_sentence(taken: str) -> None:
+    code, lines = end_of("router", "--listen", "127.0.0.1:0", "--http-listen", taken)
+    assert (code, lines) == (2, [f"router: --http-listen {taken}: Address already in use"])
+
+
+def test_a_host_that_is_not_ours_and_a_socket_without_a_folder(tmp_path: Path) -> None:
+    code, lines = end_of("scheduler", "--listen", "localhost.invalid:0", "--cluster-token-file", str(_token(tmp_path)))
+    assert code == 2 and len(lines) == 1 and "--listen localhost.invalid:0: " in lines[0] and "Errno" not in lines[0]
+    code, lines = end_of("scheduler", "--listen", f"unix:{tmp_path}/none/s")
+    assert code == 2 and "its folder must exist" in lines[-1]
+
+
+def _token(folder: Path) -> Path:
+    path = folder / "token"
+    path.write_text("a" * 40)
+    path.chmod(0o600)
+    return path
