@@ -134,7 +134,7 @@ def check_promises(available: int | None) -> list[Finding]:
         f"The workers here may still take {size_of(promised)} for their KV caches; {size_of(available)} are available"
     )
     if promised > available:
-        remedy = "Let them share: make down, then make up WORKERS=n. Or leave room: OCTAVO_MEMORY_FRACTION=0.4 make up"
+        remedy = "Let them share: make down, then make up WORKERS=n. Or leave room: OCTAVO_MEMORY_FRACTION=0.3 make up"
         return [problem("promised memory", f"{found}: they could run out of memory.", remedy)]
     return [ok("promised memory", found)]
 

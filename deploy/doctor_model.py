@@ -17,7 +17,7 @@ from octavo.doctor.gpu import Gpu
 from deploy.environment import ROOT
 from kernels.shapes import KernelShape, ShapeError, decode_split
 from worker.backend import BackendError
-from worker.backends.cuda_memory import MemoryPlan
+from worker.backends.cuda_memory import GPU_FRACTION, MemoryPlan
 from worker.backends.torch_memory import choose_num_blocks
 from worker.checkpoint.config import ModelConfig, load_config
 from worker.checkpoint.errors import CheckpointError
@@ -60,7 +60,7 @@ def _fit_cpu(config: ModelConfig, stored: int, available: int, needed: bool) -> 
     size = _block_bytes(config, _ITEM_BYTES[config.dtype])
     useful = _DEFAULTS.max_rows * -(-config.max_position_embeddings // _DEFAULTS.block_size)
     try:
-        blocks = choose_num_blocks(None, _DEFAULTS.memory_fraction, available, size, useful, weights=stored)
+        blocks = choose_num_blocks(None, None, available, size, useful, weights=stored)
     except BackendError:
         blocks = 0
     if not blocks:
@@ -75,7 +75,7 @@ def _fit_gpu(config: ModelConfig, stored: int, gpu: Gpu) -> Finding:
     check = f"fits into GPU {gpu.index}"
     plan = MemoryPlan(
         free=gpu.memory_free,
-        fraction=_DEFAULTS.memory_fraction,
+        fraction=GPU_FRACTION,
         weights=stored * 2 // _ITEM_BYTES[config.dtype],
         workspace=_workspace(config),
         bytes_per_block=_block_bytes(config, 2),

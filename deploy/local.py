@@ -127,7 +127,7 @@ def add_worker(wanted: Wanted, timeout: float) -> int:
     except BaseException as error:  # also Ctrl-C: the cluster stays as it was
         supervisor.remove(name)
         if isinstance(error, ClusterError) and "out of memory" in str(error) and promised:
-            hint = f"To share the memory: make down, then make up WORKERS={number}. Or leave room: OCTAVO_MEMORY_FRACTION=0.4 make up"
+            hint = f"To share the memory: make down, then make up WORKERS={number}. Or leave room: OCTAVO_MEMORY_FRACTION=0.3 make up"
             raise ClusterError(f"{error}\n{hint}") from None
         raise
     ready = describe([command], model)

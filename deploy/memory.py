@@ -1,6 +1,6 @@
 """How local workers share a machine's memory: the pages of a KV cache on the CPU come as they are written, so each is a promise.
 
-Workers that start together get an equal part of --memory-fraction each; one that is added later gets its fraction of what those that
+Workers that start together get an equal part of --memory-fraction, or of MOST, each; one that is added later takes of what those that
 run have not been promised.
 """
 
@@ -12,8 +12,7 @@ from pathlib import Path
 
 from deploy.readiness import read_ready
 from service.memory import own_bytes
-
-FRACTION = 0.9  # the worker's own default
+from worker.backends.torch_memory import MOST
 
 
 def fraction_of_each(workers: int, gpus: Sequence[str], environ: Mapping[str, str] = os.environ) -> float | None:
@@ -21,7 +20,7 @@ def fraction_of_each(workers: int, gpus: Sequence[str], environ: Mapping[str, st
     sharing = -(-workers // len(gpus)) if gpus else workers
     if sharing == 1:
         return None
-    whole = float(environ.get("OCTAVO_MEMORY_FRACTION") or FRACTION)
+    whole = float(environ.get("OCTAVO_MEMORY_FRACTION") or 0) or MOST
     return int(whole / sharing * 1e4) / 1e4  # never up: the sum must not be more than the whole
 
 

@@ -25,7 +25,10 @@ class WorkerSettings(CommonSettings):
     max_model_len: int = flag("context in tokens, prompt and output together (0: the model's own)", 0)
     max_rows: int = flag("requests that run at once", 256)
     max_num_batched_tokens: int = flag("tokens of a step at most (0: 512 on CPU, 8192 on GPU and mock)", 0)
-    memory_fraction: float = flag("share of the device's free memory for weights and KV cache", 0.9)
+    memory_fraction: float = flag(
+        "share of the device's free memory for weights and KV cache (0: 0.9 on a GPU; on a CPU the weights and half of the rest)",
+        0.0,
+    )
     promised_bytes: int = flag(
         "torch backend: bytes of the free memory that other workers may still take; --memory-fraction is of the rest", 0
     )
@@ -57,8 +60,8 @@ class WorkerSettings(CommonSettings):
             raise SettingsError("--max-rows and --block-size must be at least 1")
         if self.hang_seconds <= 0 or self.hang_exit_seconds < 0:
             raise SettingsError("--hang-seconds must be above 0 and --hang-exit-seconds not negative")
-        if not 0.0 < self.memory_fraction <= 1.0:
-            raise SettingsError("--memory-fraction must be above 0 and at most 1")
+        if not 0.0 <= self.memory_fraction <= 1.0:
+            raise SettingsError("--memory-fraction must be at least 0 and at most 1")
         if self.mock_vocab_size < 300:
             raise SettingsError("--mock-vocab-size must be at least 300")
         if not self.scheduler and self.redis is None:

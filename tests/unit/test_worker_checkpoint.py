@@ -242,6 +242,11 @@ def test_a_config_that_disagrees_with_the_tensors_names_both(tmp_path: Path) -> 
 def test_out_of_memory_is_a_sentence_with_numbers() -> None:
     gib = 2**30
     assert choose_num_blocks(None, 0.5, 4 * gib, gib, 100) == 2
+    # Nothing said: half of what the weights leave, but a model that takes most of the memory may have what is left to MOST.
+    assert choose_num_blocks(None, None, 21 * gib, gib, 100, weights=1 * gib) == 10
+    assert choose_num_blocks(None, None, 20 * gib, gib, 100, weights=17 * gib) == 1
+    with pytest.raises(BackendError, match=r"0\.9 of the 20\.00 GiB available"):
+        choose_num_blocks(None, None, 20 * gib, gib, 100, weights=18 * gib)
     assert choose_num_blocks(None, 1.0, 4 * gib, gib, 3) == 3
     with pytest.raises(
         BackendError, match=r"9 KV cache blocks of 1024\.00 MiB need 9\.00 GiB, 4\.00 GiB are available"

@@ -10,6 +10,9 @@ _MIB = 1 << 20
 GRAPHS_BYTES = 512 * _MIB
 """Set aside for CUDA graphs and the libraries' own workspaces, which are allocated after the KV cache."""
 
+GPU_FRACTION = 0.9
+"""Of the free memory of a GPU, where nothing is said."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from worker.backend import BackendError
+from worker.backends.cuda_memory import GPU_FRACTION
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,7 +23,7 @@ class CudaSettings:
     max_num_batched_tokens: int = 8192
     block_size: int = 16
     num_blocks: int | None = None
-    memory_fraction: float = 0.9  # of the memory that is free at the start
+    memory_fraction: float = GPU_FRACTION  # of the memory that is free at the start
     device: int = 0
     capture_at_start: bool = False  # capture every bucket's graphs in warm_up; else each at its first use
     graphs: bool = True

@@ -164,7 +164,7 @@ def _torch_backend(settings: WorkerSettings, model_dir: Path) -> Backend:
         max_num_batched_tokens=settings.max_num_batched_tokens or max(512, settings.max_rows),
         block_size=settings.block_size,
         num_blocks=settings.num_blocks or None,
-        memory_fraction=settings.memory_fraction,
+        memory_fraction=settings.memory_fraction or None,
         promised_bytes=settings.promised_bytes,
         threads=settings.threads or None,
     )
@@ -173,6 +173,7 @@ def _torch_backend(settings: WorkerSettings, model_dir: Path) -> Backend:
 
 def _cuda_backend(settings: WorkerSettings, model_dir: Path) -> Backend:
     from worker.backends.cuda_backend import CudaBackend
+    from worker.backends.cuda_memory import GPU_FRACTION
     from worker.backends.cuda_settings import CudaSettings
 
     cuda_settings = CudaSettings(
@@ -182,7 +183,7 @@ def _cuda_backend(settings: WorkerSettings, model_dir: Path) -> Backend:
         max_num_batched_tokens=settings.max_num_batched_tokens or 8_192,
         block_size=settings.block_size,
         num_blocks=settings.num_blocks or None,
-        memory_fraction=settings.memory_fraction,
+        memory_fraction=settings.memory_fraction or GPU_FRACTION,
         capture_at_start=settings.capture_at_start,
         shared_prefix=settings.shared_prefix,
     )

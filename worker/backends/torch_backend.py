@@ -45,7 +45,9 @@ class TorchSettings:
     max_num_batched_tokens: int = 512
     block_size: int = 16
     num_blocks: int | None = None
-    memory_fraction: float = 0.5  # of the memory available before anything is loaded, for weights and KV cache
+    memory_fraction: float | None = (
+        None  # of the memory available before anything is loaded; None: torch_memory.py says
+    )
     promised_bytes: int = 0  # of the memory available that other processes may still take
     threads: int | None = None
     poison: bool = False  # tests: unwritten cache is NaN
@@ -59,7 +61,7 @@ class TorchSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BackendError(f"{name}: must be at least 1, not {value}")
-        if not 0 < self.memory_fraction <= 1:
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise BackendError(f"memory_fraction: must be above 0 and at most 1, not {self.memory_fraction}")
 
 

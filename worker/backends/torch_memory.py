@@ -7,6 +7,7 @@ from pathlib import Path
 from service.memory import own_bytes
 from worker.backend import BackendError, BackendInfo
 
+MOST = 0.9  # of the memory for weights and KV cache where nothing is said
 _GIB = 1024.0**3
 
 
@@ -31,7 +32,7 @@ def _meminfo_available(path: Path) -> int:
 
 def choose_num_blocks(
     num_blocks: int | None,
-    memory_fraction: float,
+    memory_fraction: float | None,
     available: int,
     bytes_per_block: int,
     most_useful: int,
@@ -41,7 +42,8 @@ def choose_num_blocks(
 ) -> int:
     """The number of blocks to allocate: as set, else what the fraction holds besides the weights, at most `most_useful`.
 
-    All in bytes. The fraction is of what was `available` before the weights were loaded, without what is `promised` to other workers:
+    All in bytes. Without a fraction half of what the weights leave, so that others find room, and never more than MOST of all. The
+    fraction is of what was `available` before the weights were loaded, without what is `promised` to other workers:
     so workers that start together, each with its part of the fraction, promise no more than all of it, whoever looks first.
     Raises BackendError where not even one block fits, or where what was set does not.
     """
@@ -59,11 +61,14 @@ def choose_num_blocks(
                 f"{need / _GIB:.2f} GiB, {available / _GIB:.2f} GiB are available{besides}; lower num_blocks"
             )
         return num_blocks
-    fitting = (int(left * memory_fraction) - weights) // bytes_per_block
+    room = int(left * (memory_fraction or MOST)) - weights
+    if memory_fraction is None:
+        room = min(room, (left - weights) // 2)
+    fitting = room // bytes_per_block
     if fitting < 1:
         raise BackendError(
-            f"out of memory: {memory_fraction:g} of the {available / _GIB:.2f} GiB available{besides}, leaves less than one KV cache "
-            f"block of {bytes_per_block / 2**20:.2f} MiB; raise memory_fraction or free memory"
+            f"out of memory: {memory_fraction or MOST:g} of the {available / _GIB:.2f} GiB available{besides}, leaves less than one "
+            f"KV cache block of {bytes_per_block / 2**20:.2f} MiB; raise memory_fraction or free memory"
         )
     return min(fitting, most_useful)
 
