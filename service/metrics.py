@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 import threading
@@ -84,7 +85,7 @@ class Metrics:
         try:
             self._server = _Server(host, port)
         except OSError as error:
-            raise SettingsError(f"--metrics {listen}: {error}") from None
+            raise SettingsError(f"--metrics {listen}: {os.strerror(error.errno) if error.errno else error}") from None
         self._server.set_app(make_wsgi_app(self.registry))
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
         self.address = f"{host}:{self._server.server_port}"

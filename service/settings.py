@@ -31,6 +31,10 @@ class CommonSettings:
 
     listen: str = flag("address to serve gRPC on, HOST:PORT (port 0: any free one) or unix:PATH", "127.0.0.1:0")
     metrics: str = flag("address to serve Prometheus /metrics on, HOST:PORT (port 0: any free one)", "127.0.0.1:0")
+    metrics_open: bool = flag(
+        "serve /metrics on an address that other machines reach: they need no key, so the network has to be private",
+        False,
+    )
     advertise: str | None = flag("address under which others reach --listen, if it differs", None)
     redis: str | None = flag("Redis URL for discovery; without it addresses come from flags", None)
     ready_file: Path | None = flag("JSON file written once the service is ready, removed at exit", None)
@@ -58,6 +62,11 @@ class CommonSettings:
             raise SettingsError("--stall-seconds and --stall-exit-seconds must not be negative")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("--tls-cert and --tls-key belong together")
+        if not self.metrics_open and not is_loopback(self.metrics):
+            raise SettingsError(
+                f"--metrics {self.metrics} is reachable from other machines, and nobody is asked for a key there: bind 127.0.0.1, or"
+                " set --metrics-open true where the network is private"
+            )
 
 
 def parse(
