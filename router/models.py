@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from octavo.v1 import scheduler_pb2
 
-from service.errors import OctavoError, Reason
+from service.errors import FieldViolation, OctavoError, Reason
 
 _MAX_WORKERS = 1 << 20  # of one scheduler
 
@@ -105,7 +105,8 @@ class ModelDirectory:
         found = found or [model for model in self._lingering() if name in ("", model.name)]
         if not name and len({model.name for model in found}) > 1:
             names = ", ".join(sorted({model.name for model in found}))
-            raise OctavoError(Reason.INVALID_ARGUMENT, f"model: must be one of {names}")
+            wrong = f"must be one of {names}"
+            raise OctavoError(Reason.INVALID_ARGUMENT, f"model: {wrong}", violations=[FieldViolation("model", wrong)])
         if found:
             return max(found, key=lambda model: model.workers)
         if not name or name in self._names_seen or not self._names_seen:

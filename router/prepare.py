@@ -113,11 +113,14 @@ class Preparation:
         limits = ModelLimits(model.max_model_len, model.vocab_size)
         accepted = wall if ticket is None else ticket.arrival_ms / 1e3
         shown = ""
-        if message.WhichOneof("input") == "chat":
+        kind = message.WhichOneof("input")
+        if kind == "chat":
             shown, prompt = await self.tokenize_chat(message.chat, assets, limits, accepted, limits.max_model_len)
         else:
             prompt = await self.tokenize(message, assets, limits, accepted)
-        check_prompt(prompt, limits, given=message.WhichOneof("input") == "token_ids")
+        check_prompt(
+            prompt, limits, given=kind == "token_ids", field="chat.messages" if kind == "chat" else kind or "input"
+        )
         column = pack(prompt, np.int32)
         manner, grammar, asked_by = await self._reading(message, assets, shown)
         hashes = hashlib.sha256(column).digest(), grammar_hash(grammar)

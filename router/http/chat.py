@@ -81,7 +81,7 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
 
 def _take_max_tokens(fields: Fields, params: inference_pb2.SamplingParams) -> str:
     """The newer name goes before the older one. Returns the one that was used."""
-    older, newer = fields.integer("max_tokens"), fields.integer("max_completion_tokens")
+    older, newer = fields.integer("max_tokens", 1), fields.integer("max_completion_tokens", 1)
     if older is not None and newer is not None and older != newer:
         raise invalid("max_tokens", "must not differ from max_completion_tokens")
     limit = older if newer is None else newer

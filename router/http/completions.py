@@ -38,8 +38,8 @@ def read_completions(body: dict[str, Any], options: Options) -> Ask:
     stream, include_usage = take_streaming(fields)
     params = common.sampling
     take_sampling(fields, params)
-    _take_max_tokens(fields, params)
     echo = bool(fields.flag("echo"))
+    _take_max_tokens(fields, params, 0 if echo else 1)
     if (logprobs := fields.integer("logprobs")) is not None:
         params.logprobs = logprobs
         if echo:
@@ -91,8 +91,8 @@ def read_completions(body: dict[str, Any], options: Options) -> Ask:
     return ask
 
 
-def _take_max_tokens(fields: Fields, params: inference_pb2.SamplingParams) -> None:
-    limit = fields.integer("max_tokens")
+def _take_max_tokens(fields: Fields, params: inference_pb2.SamplingParams, least: int) -> None:
+    limit = fields.integer("max_tokens", least)
     params.max_tokens = DEFAULT_MAX_TOKENS if limit is None else limit
 
 

@@ -40,7 +40,7 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
     room = Room()
     _take_input(fields, request.chat, room)
     take_template(fields, request.chat, room)
-    if (limit := fields.integer("max_output_tokens")) is not None:
+    if (limit := fields.integer("max_output_tokens", 1)) is not None:
         request.sampling.max_tokens = limit
     text = fields.object("text")
     grammar = ""
