@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo.v1 import inference_pb2
 
-from router.http.ask import Ask, Options, check_grace, take_keep_last, take_streaming
+from router.http.ask import Ask, Options, Streaming, check_grace, take_keep_last
 from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields
 from router.http.grammar import take_grammar
@@ -25,6 +25,7 @@ from router.http.jsontext import (
 )
 from router.http.messages import take_chat, take_effort
 from router.http.sampling import take_request, take_sampling
+from router.http.tally import Tally
 from router.http.told import Told
 from router.http.tools import take_tools
 from router.speech.manner import PLAIN
@@ -38,24 +39,25 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
     """The request. Raises HttpError for what is wrong with it."""
     fields = Fields(body)
     request = inference_pb2.GenerateRequest()
-    stream, include_usage = take_streaming(fields)
+    streaming = Streaming.take(fields)
     take_tools(fields, request.chat, take_chat(fields, request.chat))
     effort = take_effort(fields, request.chat)
     take_sampling(fields, request.sampling)
     limit = _take_max_tokens(fields, request.sampling)
     _take_logprobs(fields, request.sampling)
-    if stream and request.sampling.HasField("prompt_logprobs"):
+    if streaming.stream and request.sampling.HasField("prompt_logprobs"):
         raise invalid("prompt_logprobs", "can't be combined with stream")
     keep_last = take_keep_last(fields)
     if keep_last is not None and request.chat.tools:
         raise invalid("truncate_prompt_tokens", "can't be combined with tools")
     include_reasoning = fields.flag("include_reasoning")
-    fields.refuse(("echo", "best_of"))
+    fields.only("echo", False)
+    fields.only("best_of", request.sampling.n if request.sampling.HasField("n") else 1)
     grammar = take_grammar(fields, request.grammar)
     take_request(fields, request)
     fields.finish()
     options.apply(request)
-    check_grace(request, stream)
+    check_grace(request, streaming)
     names = Names(
         (
             ("sampling.max_tokens", limit),
@@ -70,8 +72,9 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
     return Ask(
         requests=[request],
         names=names,
-        stream=stream,
-        include_usage=include_usage,
+        stream=streaming.stream,
+        include_usage=streaming.include_usage,
+        usage_in_chunks=streaming.usage_in_chunks,
         timeout=options.timeout,
         keep_last=keep_last,
         include_reasoning=include_reasoning is not False,
@@ -113,6 +116,7 @@ class ChatView:
         self._include_usage = ask.include_usage
         self._created = int(time.time())
         self._head = b""
+        self._tally = Tally() if ask.usage_in_chunks else None
         self._tail = b'],"usage":null}\n\n' if ask.include_usage else b"]}\n\n"
         self._plain_tail = _OPEN[:-1] + self._tail
         self._usages: dict[int, inference_pb2.Usage] = {}
@@ -147,21 +151,26 @@ class ChatView:
         self._request_id = one.request_id
         opening = dumps(self._opening(one.request_id, one.model, one.digest, "chat.completion.chunk"))
         self._head = f'data: {opening[:-1]},"choices":[{{"index":'.encode()
-        role = b',"delta":{"role":"assistant","content":""' + self._plain_tail
-        return [b"%s%d%s" % (self._head, index, role) for index in range(self._n)]
+        if self._tally is not None:
+            self._tally.begin(started)
+        role = b',"delta":{"role":"assistant","content":""'
+        return [b"%s%d%s%s" % (self._head, index, role, self._plain_end(index)) for index in range(self._n)]
 
     def delta(self, prompt: int, delta: inference_pb2.Delta) -> bytes:
         """More text, as an event; nothing where there is none."""
+        if self._tally is not None:
+            self._tally.add(prompt, delta)
         if self._ask.manner is not PLAIN:
             return self._taken_apart(delta)
         if self._logprobs:
             shown = dumps(chat_logprobs(delta.logprobs))
             text = f'{delta.index},"delta":{{"content":{quoted(delta.text)}}},"logprobs":{shown},"finish_reason":null}}'
-            return self._head + text.encode() + self._tail
+            return self._head + text.encode() + self._end(delta.index)
         text = delta.text
         if not text:
             return b""
-        return b'%s%d,"delta":{"content":%s%s' % (self._head, delta.index, quoted(text).encode(), self._plain_tail)
+        end = self._plain_end(delta.index)
+        return b'%s%d,"delta":{"content":%s%s' % (self._head, delta.index, quoted(text).encode(), end)
 
     def finished(self, prompt: int, finished: inference_pb2.Finished) -> bytes:
         """The end of a choice, as an event."""
@@ -171,7 +180,7 @@ class ChatView:
             f'{finished.index},"delta":{last},"logprobs":null,"finish_reason":{quoted(self._finish_reason(finished))},'
             f'"stop_reason":{dumps(stop_reason(finished))}}}'
         )
-        return self._head + text.encode() + self._tail
+        return self._head + text.encode() + self._end(finished.index)
 
     def stand_at(self, told: Mapping[int, tuple[str, bool]]) -> None:
         """The client comes again, with so much of each output's text."""
@@ -190,6 +199,14 @@ class ChatView:
         total = dumps(usage(self._usages.values(), (self._usages[0],)))
         head = self._head[: self._head.rindex(b'{"index"')]
         return [b'%s],"usage":%s}\n\n' % (head, total.encode()), DONE]
+
+    def _end(self, index: int) -> bytes:
+        """What ends an event of this choice."""
+        return self._tail if self._tally is None else b'],"usage":%s}\n\n' % self._tally.usage(0, index)
+
+    def _plain_end(self, index: int) -> bytes:
+        """The same after text without log-probabilities."""
+        return self._plain_tail if self._tally is None else _OPEN[:-1] + self._end(index)
 
     def _telling(self, index: int) -> Told:
         told = self._told.get(index)
@@ -211,7 +228,7 @@ class ChatView:
             return b""
         shown = dumps(chat_logprobs(delta.logprobs)) if self._logprobs else "null"
         text = f'{delta.index},"delta":{dumps(told)},"logprobs":{shown},"finish_reason":null}}'
-        return self._head + text.encode() + self._tail
+        return self._head + text.encode() + self._end(delta.index)
 
     def _finish_reason(self, ended: inference_pb2.Output | inference_pb2.Finished) -> str:
         """As OpenAI has it: calls that were asked for by name are no reason."""

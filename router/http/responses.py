@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo.v1 import common_pb2, inference_pb2
 
-from router.http.ask import Ask, Options, check_grace, take_keep_last
+from router.http.ask import Ask, Options, Streaming, check_grace, take_keep_last
 from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields
 from router.http.grammar import take_grammar
@@ -64,7 +64,7 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
     take_request(fields, request)
     fields.finish()
     options.apply(request)
-    check_grace(request, stream)
+    check_grace(request, Streaming(stream))
     names = Names(
         (
             ("sampling.max_tokens", "max_output_tokens"),
