@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from router import chat as chats
 from router.detokenize import TokenTable, UnsupportedDecoder, build_table
-from router.speech.dialect import Dialect, find_dialect
+from router.speech.dialect import THINK, THOUGHT, Dialect, find_dialect
 from router.template import SPECIAL_TOKENS, ChatTemplate, TemplateFailure
 from service.errors import FieldViolation, OctavoError, Reason
 from service.grammar import eos_token_ids
@@ -64,6 +64,9 @@ class ModelAssets:
             plain = _tokenizer(files["tokenizer.json"])
             plain.encode_special_tokens = True
             table = build_table(tokenizer, dialect.marks)
+            opening, closing = tokenizer.token_to_id(THINK), tokenizer.token_to_id(THOUGHT)
+            if dialect.thinks and opening is not None and closing is not None:
+                dialect = replace(dialect, thought_tokens=(opening, closing))
         except UnsupportedDecoder as error:
             raise AssetError(str(error)) from None
         except BaseException as error:

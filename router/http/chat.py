@@ -28,7 +28,7 @@ from router.http.sampling import take_request, take_sampling
 from router.http.tally import Tally
 from router.http.told import Told
 from router.http.tools import take_tools
-from router.speech.manner import PLAIN
+from router.speech.manner import PLAIN, Thought
 from router.validate import MAX_LOGPROBS
 
 DONE = b"data: [DONE]\n\n"
@@ -120,6 +120,7 @@ class ChatView:
         self._tail = b'],"usage":null}\n\n' if ask.include_usage else b"]}\n\n"
         self._plain_tail = _OPEN[:-1] + self._tail
         self._usages: dict[int, inference_pb2.Usage] = {}
+        self._thoughts: dict[int, int | None] = {}  # tokens of reasoning
 
     def answer(self, answers: list[inference_pb2.CompleteResponse]) -> bytes:
         """The whole."""
@@ -139,7 +140,9 @@ class ChatView:
         whole: dict[str, Any] = {
             **self._opening(answer.request_id, answer.model, answer.digest, "chat.completion"),
             "choices": choices,
-            "usage": usage((output.usage for output in outputs), (outputs[0].usage,)),
+            "usage": usage(
+                (output.usage for output in outputs), (outputs[0].usage,), [self._thought(one) for one in outputs]
+            ),
         }
         if outputs[0].prompt_logprobs:
             whole["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs)
@@ -176,6 +179,7 @@ class ChatView:
         """The end of a choice, as an event."""
         self._usages[finished.index] = finished.usage
         last = "{}" if self._ask.manner is PLAIN else dumps(self._telling(finished.index).finish())
+        self._thoughts[finished.index] = self._thought(finished)
         text = (
             f'{finished.index},"delta":{last},"logprobs":null,"finish_reason":{quoted(self._finish_reason(finished))},'
             f'"stop_reason":{dumps(stop_reason(finished))}}}'
@@ -186,7 +190,7 @@ class ChatView:
         """The client comes again, with so much of each output's text."""
         self._told.clear()
         for index, (text, _) in told.items():
-            self._telling(index).feed(text)
+            self._telling(index).feed(text, None if text else ())
 
     def fail(self, problem: Problem) -> bytes:
         """The last event where it goes wrong: no [DONE] follows."""
@@ -196,7 +200,7 @@ class ChatView:
         """The last events."""
         if not self._include_usage:
             return [DONE]
-        total = dumps(usage(self._usages.values(), (self._usages[0],)))
+        total = dumps(usage(self._usages.values(), (self._usages[0],), self._thoughts.values()))
         head = self._head[: self._head.rindex(b'{"index"')]
         return [b'%s],"usage":%s}\n\n' % (head, total.encode()), DONE]
 
@@ -219,16 +223,20 @@ class ChatView:
     def _message(self, output: inference_pb2.Output) -> dict[str, Any]:
         if self._ask.manner is PLAIN:
             return {"content": output.text}
-        return self._telling(output.index).message(output.text)
+        return self._telling(output.index).message(output.text, output.token_ids)
 
     def _taken_apart(self, delta: inference_pb2.Delta) -> bytes:
         """All that the text tells in one event, so that a client has seen it or has not."""
-        told = self._telling(delta.index).feed(delta.text)
+        told = self._telling(delta.index).feed(delta.text, delta.token_ids)
         if not told and not self._logprobs:
             return b""
         shown = dumps(chat_logprobs(delta.logprobs)) if self._logprobs else "null"
         text = f'{delta.index},"delta":{dumps(told)},"logprobs":{shown},"finish_reason":null}}'
         return self._head + text.encode() + self._end(delta.index)
+
+    def _thought(self, ended: inference_pb2.Output | inference_pb2.Finished) -> int | None:
+        """Tokens of reasoning, once the output was told; None where nobody knows, or where the model marks none."""
+        return None if self._ask.manner.thought is Thought.NONE else self._telling(ended.index).reasoning_tokens(ended)
 
     def _finish_reason(self, ended: inference_pb2.Output | inference_pb2.Finished) -> str:
         """As OpenAI has it: calls that were asked for by name are no reason."""

@@ -32,7 +32,7 @@ def manner_of(
     enforced = mode in (_Choice.MODE_REQUIRED, _Choice.MODE_NAMED)
     if enforced and not chat.tools:
         raise _invalid("chat.tool_choice", "needs tools")
-    plain = PLAIN if thought is Thought.NONE else Manner(thought=thought)
+    plain = PLAIN if thought is Thought.NONE else Manner(thought=thought, thought_tokens=dialect.thought_tokens)
     if not chat.tools or mode == _Choice.MODE_NONE or (dialect.calls is None and mode == _Choice.MODE_UNSPECIFIED):
         return plain
     if dialect.calls is None:
@@ -53,7 +53,7 @@ def manner_of(
     strict = any(function.get("strict") is True for function in functions.values())
     held = strict or not _several(chat)
     first = enforced or (given is not None and (held or mode == _Choice.MODE_AUTO))
-    return Manner(dialect.calls, frozenset(functions), held or first, thought, first)
+    return Manner(dialect.calls, frozenset(functions), held or first, thought, first, dialect.thought_tokens)
 
 
 def grammar_of(

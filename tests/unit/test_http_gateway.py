@@ -662,6 +662,10 @@ def test_a_response_is_answered_whole_and_in_events() -> None:
                 "cached_tokens": 0
             }
             assert whole["temperature"] == 0.5 and whole["instructions"] == "be brief"
+            assert whole["usage"]["output_tokens_details"] == {"reasoning_tokens": 0}
+            sent = {"parallel_tool_calls": True, "tool_choice": "auto"}
+            echoed = (await at.ask("POST", "/v1/responses", body | sent)).json()
+            assert {name: echoed[name] for name in sent} == sent
             turns = [
                 {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
                 # as it came
