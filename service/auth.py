@@ -15,7 +15,7 @@ import grpc
 
 from service.errors import OctavoError, Reason, abort
 from service.keys import Authenticator, Caller, Role
-from service.settings import CommonSettings, SettingsError, is_loopback
+from service.settings import CommonSettings, SettingsError, is_loopback, unreadable
 
 _OPEN_PREFIXES = ("/grpc.health.v1.Health/",)
 # What a client's key opens; everything else is for admins, also what is added later and forgotten here.
@@ -30,8 +30,8 @@ def read_token(path: Path | None) -> str | None:
         return None
     try:
         token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--cluster-token-file {path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable("--cluster-token-file", path, error) from None
     if len(token) < 16:
         raise SettingsError(f"--cluster-token-file {path}: a token of at least 16 characters belongs there")
     return token
@@ -52,7 +52,7 @@ def check_binding(
     listen = settings.listen if listen is None else listen
     if token is not None or has_keys or is_loopback(listen):
         return
-    needed = "--cluster-token-file, or --api-keys at a router"
+    needed = "--cluster-token-file, or at a router --api-keys or OCTAVO_API_KEY_LIST"
     if settings.tls_cert is None:
         raise SettingsError(f"{flag} {listen} is reachable from other machines: set {needed}; or bind 127.0.0.1")
     raise SettingsError(f"{flag} {listen} with TLS alone would let anyone in: set {needed}")
