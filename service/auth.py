@@ -65,10 +65,12 @@ def credentials(token: str | None) -> tuple[tuple[str, str], ...]:
 
 def caller_of(authenticator: Authenticator, metadata: Metadata | None) -> Caller | None:
     """Who calls, by the metadata of the call."""
+    return authenticator.identify(_authorization(metadata))
+
+
+def _authorization(metadata: Metadata | None) -> str | None:
     value = next((value for key, value in metadata or () if key == "authorization"), None)
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    return authenticator.identify(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def may_call(role: Role, method: str) -> bool:
@@ -91,11 +93,11 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith(_OPEN_PREFIXES):
             return handler
-        caller = caller_of(self._authenticator, handler_call_details.invocation_metadata)
+        authorization = _authorization(handler_call_details.invocation_metadata)
+        caller = self._authenticator.identify(authorization)
         if caller is None:
-            what = "the cluster token" if self._authenticator.keys is None else "an API key"
-            error = OctavoError(Reason.UNAUTHENTICATED, f"this method needs {what} (authorization: Bearer …)")
-            return _refuse(handler, error)
+            why = self._authenticator.refusal(authorization)
+            return _refuse(handler, OctavoError(Reason.UNAUTHENTICATED, why))
         if not may_call(caller.role, method):
             return _refuse(handler, OctavoError(Reason.PERMISSION_DENIED, "this method is for admins"))
         return handler

@@ -107,12 +107,25 @@ class Authenticator:
         """The caller that shows this header, or None if it isn't known. The cluster token makes an admin of tenant "default"."""
         if self.is_open:
             return Caller(DEFAULT_TENANT, Role.ADMIN)
-        scheme, _, secret = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not secret:
+        secret = _shown(authorization)
+        if secret is None:
             return None
         if self._token is not None and hmac.compare_digest(secret.encode(), self._token):
             return Caller(DEFAULT_TENANT, Role.ADMIN)
         return None if self.keys is None else self.keys.find(secret)
+
+    def refusal(self, authorization: str | None) -> str:
+        """Why `identify` knows nobody by this header, in one sentence."""
+        what, wanted = ("key", "an API key") if self.keys is not None else ("token", "the cluster token")
+        if _shown(authorization) is None:
+            return f"no {what} was given: {wanted} is needed, as authorization: Bearer {what.upper()}"
+        return f"this {what} is not known: {wanted} of this server is needed, as authorization: Bearer {what.upper()}"
+
+
+def _shown(authorization: str | None) -> str | None:
+    """The secret in such a header."""
+    scheme, _, secret = (authorization or "").partition(" ")
+    return secret if scheme.lower() == "bearer" and secret else None
 
 
 def _digest(key: str) -> bytes:

@@ -243,14 +243,17 @@ def test_keys_open_the_routes_and_deny_is_the_default() -> None:
                 ("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("GET", "/version"),
                 ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/metrics"), ("GET", "/nope"), ("PUT", CHAT), ("GET", CHAT),
             ):  # fmt: skip
-                for headers in (
-                    {},
-                    {"authorization": "Bearer wrong-key-0123456789"},
-                    {"authorization": "key-of-somebody-0123"},
+                for headers, why in (
+                    ({}, "no key was given: "),
+                    ({"authorization": "Bearer wrong-key-0123456789"}, "this key is not known: "),
+                    ({"authorization": "key-of-somebody-0123"}, "no key was given: "),
                 ):
                     reply = await at.ask(method, path, {"messages": HELLO}, **headers)
                     assert (reply.status, reply.error["code"]) == (401, "invalid_api_key"), path
                     assert reply.headers["www-authenticate"] == "Bearer"
+                    assert (
+                        reply.error["message"].startswith(why) and "authorization: Bearer KEY" in reply.error["message"]
+                    )
             mine = {"authorization": "Bearer key-of-somebody-0123"}
             assert (await at.ask("POST", CHAT, {"messages": HELLO}, **mine)).status == 200
             assert scheduler.submits()[0].tenant == "team-a"

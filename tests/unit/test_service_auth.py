@@ -136,6 +136,18 @@ def test_who_shows_what() -> None:
     assert Authenticator().identify(None) == Caller("default", Role.ADMIN)
 
 
+def test_a_missing_secret_and_a_wrong_one_are_told_apart() -> None:
+    for authenticator, what, wanted in (
+        (Authenticator(None, ApiKeys.parse(FILE)), "key", "an API key"),
+        (Authenticator(TOKEN, ApiKeys.parse(FILE)), "key", "an API key"),
+        (Authenticator(TOKEN), "token", "the cluster token"),
+    ):
+        for nothing in (None, "", "Bearer", "Bearer ", ALICE, f"Basic {ALICE}"):
+            assert authenticator.refusal(nothing).startswith(f"no {what} was given: {wanted} is needed")
+        text = authenticator.refusal("Bearer guess")
+        assert text.startswith(f"this {what} is not known: {wanted} of this server") and "guess" not in text
+
+
 def test_off_loopback_keys_are_as_good_as_a_token() -> None:
     outside = CommonSettings(listen="0.0.0.0:0")
     with pytest.raises(SettingsError, match="--api-keys"):

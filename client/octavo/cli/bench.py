@@ -62,7 +62,14 @@ def bench(
     ] = 10_000,
     address: options.Address = None,
     scheduler: options.Scheduler = None,
-    token_file: options.TokenFile = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the API key or the cluster token. Default: the key $OCTAVO_API_KEY, then $OCTAVO_CLUSTER_TOKEN_FILE; with"
+            " --openai the key $OPENAI_API_KEY, then $OCTAVO_API_KEY.",
+            rich_help_panel="Connection",
+        ),
+    ] = None,
     tls: options.Tls = False,
     tls_ca: options.TlsCa = None,
 ) -> None:
@@ -111,9 +118,10 @@ def bench(
 
 
 def _other_server(url: str, token_file: Path | None, tls_ca: Path | None) -> Connection:
-    """The key comes from the file or $OPENAI_API_KEY: our own cluster's is nobody else's business."""
+    """The key comes from the file, else from $OPENAI_API_KEY, else from $OCTAVO_API_KEY: the server may be our own."""
+    found = os.environ.get("OPENAI_API_KEY") or os.environ.get("OCTAVO_API_KEY")
     try:
-        token = token_file.read_text().strip() if token_file else os.environ.get("OPENAI_API_KEY")
+        token = token_file.read_text().strip() if token_file else found
         return Connection((url,), token=token or None, tls_ca=None if tls_ca is None else tls_ca.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise CommandProblem(str(error)) from None
