@@ -15,6 +15,8 @@ from octavo.v1 import scheduler_pb2
 from service.errors import FieldViolation, OctavoError, Reason
 
 _MAX_WORKERS = 1 << 20  # of one scheduler
+_MAX_SHOWN = 16  # names in an error
+_MAX_NAME = 200  # characters of a client's text in one
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,14 @@ def checked(served: Iterable[scheduler_pb2.ServedModel]) -> tuple[scheduler_pb2.
         if not model.name or len(model.digest) != 32 or not sizes_fit or model.workers > _MAX_WORKERS:
             raise OctavoError(Reason.PROTOCOL_VIOLATION, f"a served model {model.name[:80]!r} that can't be")
     return models
+
+
+def unknown_model(name: str, served: Iterable[str]) -> OctavoError:
+    """MODEL_UNKNOWN, with the names of those that are served."""
+    names = sorted(set(served))
+    shown = ", ".join(names[:_MAX_SHOWN]) + (", …" if len(names) > _MAX_SHOWN else "")
+    what = f"served {'is' if len(names) == 1 else 'are'} {shown}" if names else "none is served at present"
+    return OctavoError(Reason.MODEL_UNKNOWN, f"no model named {name[:_MAX_NAME]!r}: {what}")
 
 
 class ModelDirectory:
@@ -113,7 +123,7 @@ class ModelDirectory:
             raise OctavoError(
                 Reason.NO_WORKER, f"no worker serves {name or 'any model'} at present", retry_after_ms=1_000
             )
-        raise OctavoError(Reason.MODEL_UNKNOWN, f"no model named {name!r}")
+        raise unknown_model(name, (model.name for model in self.all()))
 
     def _lingering(self) -> list[KnownModel]:
         return [self._gone[key][0] for key in sorted(self._gone)]

@@ -14,7 +14,8 @@ from router.http.jsontext import dumps, dumps_long
 from router.http.messages import take_chat
 from router.http.tools import take_tools
 from router.inference import Inference
-from service.errors import OctavoError, Reason
+from router.models import unknown_model
+from service.errors import OctavoError
 
 _OF_CHATS = Names((("chat.template_args", "chat_template_kwargs"), ("chat.", ""), ("input", "messages")))
 _OF_TEXTS = Names((("text", "prompt"), ("input", "prompt"), ("token_ids", "tokens")))
@@ -30,10 +31,11 @@ def model_list(inference: Inference) -> dict[str, Any]:
 
 def one_model(inference: Inference, name: str) -> dict[str, Any]:
     """The model of this name. Raises MODEL_UNKNOWN."""
-    for model in inference.texts.list_models().models:
+    models = inference.texts.list_models().models
+    for model in models:
         if model.name == name:
             return _shown(model)
-    raise OctavoError(Reason.MODEL_UNKNOWN, f"no model named {name[:200]!r}")
+    raise unknown_model(name, (model.name for model in models))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from octavo.v1 import common_pb2, inference_pb2
 from router.http.ask import Ask, Options, Streaming, check_grace, take_keep_last
 from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields
-from router.http.grammar import take_grammar
+from router.http.grammar import take_format, take_grammar
 from router.http.jsontext import dumps, dumps_long
 from router.http.messages import Room, take_message, take_template
 from router.http.sampling import take_request, take_sampling
@@ -45,8 +45,7 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
     text = fields.object("text")
     grammar = ""
     if text is not None:
-        shape = Fields({"response_format": text.take("format")})
-        grammar = take_grammar(shape, request.grammar)
+        grammar = "text.format" if take_format(text, "format", request.grammar, flat=True) else ""
         text.refuse(("verbosity",))
         text.finish()
     extra = take_grammar(fields, request.grammar) if not grammar else ""

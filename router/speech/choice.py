@@ -20,10 +20,14 @@ _Choice = inference_pb2.ToolChoice
 
 
 def manner_of(
-    chat: inference_pb2.Chat, dialect: Dialect, prompt: str, given: common_pb2.Grammar | None = None
+    chat: inference_pb2.Chat,
+    dialect: Dialect,
+    prompt: str,
+    given: common_pb2.Grammar | None = None,
+    model: str = "",
 ) -> Manner:
-    """How the answer to `chat`, rendered as `prompt`, is to be read; `given`: the grammar of the request. Raises INVALID_ARGUMENT and
-    UNSUPPORTED.
+    """How the answer to `chat`, rendered as `prompt`, is to be read; `given`: the grammar of the request; `model`: its name, for the
+    error. Raises INVALID_ARGUMENT and UNSUPPORTED.
     """
     thought = _thought(chat, prompt) if dialect.thinks else Thought.NONE
     mode = chat.tool_choice.mode
@@ -36,7 +40,8 @@ def manner_of(
     if not chat.tools or mode == _Choice.MODE_NONE or (dialect.calls is None and mode == _Choice.MODE_UNSPECIFIED):
         return plain
     if dialect.calls is None:
-        description = "the model's chat template shows no calls in a form that this server knows"
+        name = f"model {model[:64]}" if model else "model"
+        description = f"the {name} cannot call tools: its chat template shows no calls in a form that this server knows"
         raise OctavoError(
             Reason.UNSUPPORTED,
             f"chat.tools: {description}",

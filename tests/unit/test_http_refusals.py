@@ -169,3 +169,51 @@ def test_an_output_that_does_not_fit_is_named_and_no_prompt_that_does(path: str,
 
 def test_tokens_are_needed_where_text_is_made_of_them() -> None:
     assert refusal("/detokenize", {})["param"] == "tokens"
+
+
+def test_a_schema_that_is_missing_is_named() -> None:
+    for given in (
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": None},
+        {"type": "json_schema", "schema": {}},
+    ):
+        error = refusal(CHAT, {"messages": HELLO, "response_format": given})
+        assert (error["param"], error["message"]) == (
+            "response_format.json_schema",
+            "response_format.json_schema: is missing",
+        )
+    nameless = {"type": "json_schema", "json_schema": {"name": "n"}}
+    assert (
+        refusal(CHAT, {"messages": HELLO, "response_format": nameless})["param"] == "response_format.json_schema.schema"
+    )
+    flat = {"type": "json_schema", "name": "n"}
+    assert refusal(RESPONSES, {"input": "hello", "text": {"format": flat}})["param"] == "text.format.schema"
+
+
+def test_a_model_that_is_not_there_is_told_with_those_that_are() -> None:
+    async def main() -> None:
+        async with door(say_text) as (scheduler, at):
+            for served_are in ("served is tiny", "served are other, tiny"):
+                replies = [
+                    await at.ask("POST", CHAT, {"messages": HELLO, "model": "smolm2"}),
+                    await at.ask("POST", "/detokenize", {"tokens": [5], "model": "smolm2"}),
+                    await at.ask("GET", "/v1/models/smolm2"),
+                ]
+                for reply in replies:
+                    wanted = (404, "model", "model_not_found")
+                    assert (reply.status, reply.error["param"], reply.error["code"]) == wanted
+                    assert reply.error["message"] == f"no model named 'smolm2': {served_are}"
+                scheduler.models = [served(), served("other", bytes(32))]
+                scheduler.break_streams()
+                await eventually(lambda: len(at.router.session.models.all()) == 2)
+
+    asyncio.run(main())
+
+
+def test_a_model_that_can_not_call_tools_is_named() -> None:
+    tool = {"type": "function", "function": {"name": "now"}}
+    error = refusal(CHAT, {"messages": HELLO, "tools": [tool]})
+    wanted = (
+        "tools: the model tiny cannot call tools: its chat template shows no calls in a form that this server knows"
+    )
+    assert (error["param"], error["code"], error["message"]) == ("tools", "unsupported_parameter", wanted)
