@@ -178,9 +178,6 @@ def check_chat(chat: inference_pb2.Chat, wrong: Violations) -> None:
     for index, message in enumerate(chat.messages):
         path = f"chat.messages[{index}]"
         wrong.require(message.role in _ROLES, f"{path}.role", f"must be one of {', '.join(sorted(_ROLES))}")
-        # A model's own turn may be calls or thoughts alone.
-        said = message.content or (message.role == "assistant" and (message.tool_calls or message.reasoning))
-        wrong.require(bool(said), f"{path}.content", "is missing")
         for number, part in enumerate(message.content):
             wrong.require(part.WhichOneof("part") is not None, f"{path}.content[{number}]", "must be of a known kind")
     for name, instead in SET_ELSEWHERE.items():

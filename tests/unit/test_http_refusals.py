@@ -74,6 +74,8 @@ def test_what_the_server_sets_itself_is_no_template_argument() -> None:
 def test_a_message_without_content_is_none(message: Any, path: str) -> None:
     error = refusal(CHAT, {"messages": [message, *HELLO]})
     assert (error["param"], error["message"]) == (path, f"{path}: is missing")
+    assert refusal("/tokenize", {"messages": [message]})["param"] == path
+    assert refusal(RESPONSES, {"input": [message]})["param"] == path.replace("messages", "input")
 
 
 def test_a_turn_of_the_model_may_be_calls_or_thoughts_alone() -> None:
