@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 
 from router import chat as chats
 from router.detokenize import TokenTable, UnsupportedDecoder, build_table
-from router.speech.dialect import Dialect, find_dialect
-from router.template import ChatTemplate, TemplateFailure
-from service.errors import OctavoError, Reason
+from router.speech.dialect import THINK, THOUGHT, Dialect, find_dialect
+from router.template import SPECIAL_TOKENS, ChatTemplate, TemplateFailure
+from service.errors import FieldViolation, OctavoError, Reason
 from service.grammar import eos_token_ids
 
 log = logging.getLogger("octavo.router.assets")
@@ -26,7 +26,6 @@ log = logging.getLogger("octavo.router.assets")
 Files = Mapping[str, bytes]
 _KEEP_UNSERVED = 4
 _LONG_TEXT = 8_192  # characters
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class AssetError(Exception):
@@ -65,6 +64,9 @@ class ModelAssets:
             plain = _tokenizer(files["tokenizer.json"])
             plain.encode_special_tokens = True
             table = build_table(tokenizer, dialect.marks)
+            opening, closing = tokenizer.token_to_id(THINK), tokenizer.token_to_id(THOUGHT)
+            if dialect.thinks and opening is not None and closing is not None:
+                dialect = replace(dialect, thought_tokens=(opening, closing))
         except UnsupportedDecoder as error:
             raise AssetError(str(error)) from None
         except BaseException as error:
@@ -97,7 +99,7 @@ class ModelAssets:
         tools = chats.tools(chat)
         template = self._template_for(tools)
         if template is None:
-            raise OctavoError(Reason.INVALID_ARGUMENT, self.template_problem)
+            raise _refused(self.template_problem)
         try:
             return template.render(
                 chats.messages(chat),
@@ -108,7 +110,7 @@ class ModelAssets:
                 now=now,
             )
         except TemplateFailure as error:
-            raise OctavoError(Reason.INVALID_ARGUMENT, str(error)) from None
+            raise _refused(str(error)) from None
 
     def takes(self, variable: str, chat: inference_pb2.Chat) -> bool:
         """Whether the template of this conversation looks this variable up."""
@@ -198,6 +200,12 @@ def _log_failure(task: asyncio.Task[ModelAssets]) -> None:
         log.warning("a model's assets can't be loaded: %s", task.exception())
 
 
+def _refused(why: str) -> OctavoError:
+    """A conversation that no prompt can be made of."""
+    field = "chat.messages"
+    return OctavoError(Reason.INVALID_ARGUMENT, f"{field}: {why}", violations=[FieldViolation(field, why)])
+
+
 def is_tokenizer_error(error: BaseException) -> bool:
     """Whether the Rust library may have raised it: bare Exception for every kind of bad file, and its panics are no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
@@ -249,7 +257,7 @@ def _token_text(value: Any) -> str | None:
 
 def _templates(files: Files, tokenizer_config: dict[str, Any]) -> tuple[ChatTemplate | None, ChatTemplate | None, str]:
     """Default template, template for tools, and why there is none. A file of its own goes before the key, as in transformers."""
-    special = {name: text for name in _SPECIAL if (text := _token_text(tokenizer_config.get(name))) is not None}
+    special = {name: text for name in SPECIAL_TOKENS if (text := _token_text(tokenizer_config.get(name))) is not None}
     sources: dict[str, str] = {}
     found = tokenizer_config.get("chat_template")
     if isinstance(found, str):

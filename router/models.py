@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from octavo.v1 import scheduler_pb2
 
-from service.errors import OctavoError, Reason
+from service.errors import FieldViolation, OctavoError, Reason
 
 _MAX_WORKERS = 1 << 20  # of one scheduler
+_MAX_SHOWN = 16  # names in an error
+_MAX_NAME = 200  # characters of a client's text in one
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,14 @@ def checked(served: Iterable[scheduler_pb2.ServedModel]) -> tuple[scheduler_pb2.
         if not model.name or len(model.digest) != 32 or not sizes_fit or model.workers > _MAX_WORKERS:
             raise OctavoError(Reason.PROTOCOL_VIOLATION, f"a served model {model.name[:80]!r} that can't be")
     return models
+
+
+def unknown_model(name: str, served: Iterable[str]) -> OctavoError:
+    """MODEL_UNKNOWN, with the names of those that are served."""
+    names = sorted(set(served))
+    shown = ", ".join(names[:_MAX_SHOWN]) + (", …" if len(names) > _MAX_SHOWN else "")
+    what = f"served {'is' if len(names) == 1 else 'are'} {shown}" if names else "none is served at present"
+    return OctavoError(Reason.MODEL_UNKNOWN, f"no model named {name[:_MAX_NAME]!r}: {what}")
 
 
 class ModelDirectory:
@@ -107,14 +117,15 @@ class ModelDirectory:
         found = found or [model for model in self._lingering() if name in ("", model.name)]
         if not name and len({model.name for model in found}) > 1:
             names = ", ".join(sorted({model.name for model in found}))
-            raise OctavoError(Reason.INVALID_ARGUMENT, f"model: must be one of {names}")
+            wrong = f"must be one of {names}"
+            raise OctavoError(Reason.INVALID_ARGUMENT, f"model: {wrong}", violations=[FieldViolation("model", wrong)])
         if found:
             return max(found, key=lambda model: model.workers)
         if not name or name in self._names_seen or not self._names_seen:
             raise OctavoError(
                 Reason.NO_WORKER, f"no worker serves {name or 'any model'} at present", retry_after_ms=1_000
             )
-        raise OctavoError(Reason.MODEL_UNKNOWN, f"no model named {name!r}")
+        raise unknown_model(name, (model.name for model in self.all()))
 
     def _lingering(self) -> list[KnownModel]:
         return [self._gone[key][0] for key in sorted(self._gone)]

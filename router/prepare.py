@@ -113,13 +113,16 @@ class Preparation:
         limits = ModelLimits(model.max_model_len, model.vocab_size)
         accepted = wall if ticket is None else ticket.arrival_ms / 1e3
         shown = ""
-        if message.WhichOneof("input") == "chat":
+        kind = message.WhichOneof("input")
+        if kind == "chat":
             shown, prompt = await self.tokenize_chat(message.chat, assets, limits, accepted, limits.max_model_len)
         else:
             prompt = await self.tokenize(message, assets, limits, accepted)
-        check_prompt(prompt, limits, given=message.WhichOneof("input") == "token_ids")
+        check_prompt(
+            prompt, limits, given=kind == "token_ids", field="chat.messages" if kind == "chat" else kind or "input"
+        )
         column = pack(prompt, np.int32)
-        manner, grammar, asked_by = await self._reading(message, assets, shown)
+        manner, grammar, asked_by = await self._reading(message, model.name, assets, shown)
         hashes = hashlib.sha256(column).digest(), grammar_hash(grammar)
         if ticket is not None and ticket.prompt_hash != hashes[0]:
             raise invalid("the ticket belongs to a request with another prompt")
@@ -177,7 +180,7 @@ class Preparation:
         )
 
     async def _reading(
-        self, message: inference_pb2.GenerateRequest, assets: ModelAssets, shown: str
+        self, message: inference_pb2.GenerateRequest, name: str, assets: ModelAssets, shown: str
     ) -> tuple[Manner, common_pb2.Grammar | None, str]:
         """How the outputs are to be read, the grammar that holds them, and the field that asked for it. Tools may be a megabyte: they
         are looked at in a thread.
@@ -185,7 +188,7 @@ class Preparation:
         given = message.grammar if message.HasField("grammar") else None
 
         def work() -> tuple[Manner, common_pb2.Grammar | None, str]:
-            manner = manner_of(message.chat, assets.dialect, shown, given) if shown else PLAIN
+            manner = manner_of(message.chat, assets.dialect, shown, given, name) if shown else PLAIN
             return manner, *grammar_of(message.chat, manner, given)
 
         return await self._pool.run(message.chat.ByteSize(), work) if message.chat.tools else work()

@@ -12,9 +12,9 @@ from octavo.v1 import common_pb2, inference_pb2
 from router.assets import ModelAssets
 from router.output import FinishRules
 from router.stop import StopStrings
-from router.validate import Violations
+from router.validate import Violations, fail
 from service.columns import pack
-from service.errors import OctavoError, Reason
+from service.errors import FieldViolation, OctavoError, Reason
 
 MAX_PROMPT_LOGPROBS = 131_072  # of all positions together: about 4 MiB of the one message that holds them
 _MASK64 = (1 << 64) - 1
@@ -38,11 +38,17 @@ class Resolved:
     skip_special_tokens: bool
 
 
-def check_prompt(prompt_token_ids: Sequence[int], limits: ModelLimits, *, given: bool) -> None:
-    """Raises PROMPT_TOO_LONG, or INVALID_ARGUMENT for an empty prompt and for `given` ids that the model doesn't have."""
+def check_prompt(prompt_token_ids: Sequence[int], limits: ModelLimits, *, given: bool, field: str = "text") -> None:
+    """Raises PROMPT_TOO_LONG, or INVALID_ARGUMENT for an empty prompt, which is that of `field`, and for `given` ids that the model
+    doesn't have.
+    """
     if not prompt_token_ids:
-        raise OctavoError(Reason.INVALID_ARGUMENT, "the prompt has no tokens")
-    check_length(len(prompt_token_ids), 1, limits)
+        fail([FieldViolation(field, "the prompt has no tokens")])
+    if len(prompt_token_ids) >= limits.max_model_len:
+        raise OctavoError(
+            Reason.PROMPT_TOO_LONG,
+            f"{len(prompt_token_ids)} prompt tokens and an output exceed the model's context of {limits.max_model_len} tokens",
+        )
     if not given:
         return
     check_vocabulary("token_ids.ids", prompt_token_ids, limits.vocab_size)
@@ -58,14 +64,15 @@ def check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> N
         wrong.raise_if_any()
 
 
-def check_length(num_prompt_tokens: int, max_tokens: int, limits: ModelLimits) -> None:
-    """Raises PROMPT_TOO_LONG unless both fit the context."""
+def _check_max_tokens(num_prompt_tokens: int, max_tokens: int, limits: ModelLimits) -> None:
+    """Raises PROMPT_TOO_LONG unless so much output fits the context beside the prompt, which does."""
     if num_prompt_tokens + max_tokens > limits.max_model_len:
-        raise OctavoError(
-            Reason.PROMPT_TOO_LONG,
+        field, wrong = (
+            "sampling.max_tokens",
             f"{num_prompt_tokens} prompt tokens and {max_tokens} output tokens exceed the model's context of "
-            f"{limits.max_model_len} tokens",
+            f"{limits.max_model_len} tokens: at most {limits.max_model_len - num_prompt_tokens} fit",
         )
+        raise OctavoError(Reason.PROMPT_TOO_LONG, f"{field}: {wrong}", violations=[FieldViolation(field, wrong)])
 
 
 def resolve(
@@ -83,7 +90,7 @@ def resolve(
     _check_token_ids(params, limits)
     _check_prompt_logprobs(params, num_prompt_tokens)
     max_tokens = params.max_tokens if params.HasField("max_tokens") else limits.max_model_len - num_prompt_tokens
-    check_length(num_prompt_tokens, max_tokens, limits)
+    _check_max_tokens(num_prompt_tokens, max_tokens, limits)
     if params.min_tokens > max_tokens:
         wrong = Violations()
         wrong.add("sampling.min_tokens", f"must not exceed the {max_tokens} tokens that the context leaves")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.settings import CommonSettings, SettingsError, flag, split_address
+from service.settings import CommonSettings, SettingsError, flag, secret, split_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,12 @@ class RouterSettings(CommonSettings):
         8_192,
     )
     api_keys: Path | None = flag(
-        "file with a line KEY TENANT [ROLE] for each API key (# comments); with it every call needs one; read again on SIGHUP",
+        "file with a line KEY TENANT [ROLE] for each API key, of 16 characters at least (# comments); with it every call needs one;"
+        " read again on SIGHUP",
         None,
+    )
+    api_key_list: str | None = secret(
+        "the lines of a file for --api-keys, instead of one, or the same with commas between them"
     )
     ticket_key_file: Path | None = flag(
         "file with the key of resume tickets, shared by all routers; made if it is not there", None
@@ -40,6 +44,8 @@ class RouterSettings(CommonSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.api_keys is not None and self.api_key_list is not None:
+            raise SettingsError("--api-keys and OCTAVO_API_KEY_LIST can't be combined: put all keys into the file")
         if not 0 < self.flush_ms <= 1_000:
             raise SettingsError("--flush-ms must be above 0 and at most 1000")
         if self.max_buffered_tokens < 1 or self.text_threads < 1 or self.patience < 0:

@@ -21,6 +21,7 @@ import jinja2.parser
 
 from router.template_limits import BoundedEnvironment
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _MAX_SOURCE_CHARACTERS = 1 << 20
 

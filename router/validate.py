@@ -6,11 +6,12 @@ Nothing here needs the model; what does is in resolve.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 from octavo.v1 import inference_pb2
 
+from router.template import SPECIAL_TOKENS
 from service.errors import FieldViolation, OctavoError, Reason
 from service.grammar import size_problem
 
@@ -30,6 +31,18 @@ MAX_DETOKENIZE_IDS = 1 << 20
 MAX_KEY_CHARACTERS = 256
 MAX_PRIORITY = 100
 MAX_GRACE_MS = 300_000
+# Variables of a chat template that are set from elsewhere, and where that is.
+SET_ELSEWHERE: Mapping[str, str] = {
+    "messages": "it is the conversation itself",
+    "tools": "use the field tools",
+    "add_generation_prompt": "use the field add_generation_prompt",
+    "continue_final_message": "use the field continue_final_message",
+    "chat_template": "the model's own is used",
+    "documents": "documents are not supported by this server",
+    "tokenize": "the prompt is always made of tokens",
+    "strftime_now": "the server's clock is used",
+    **dict.fromkeys(SPECIAL_TOKENS, "the tokenizer's own is used"),
+}
 _ROLES = frozenset(("system", "user", "assistant", "tool", "developer"))
 
 
@@ -155,7 +168,7 @@ def _check_input(request: inference_pb2.GenerateRequest, wrong: Violations) -> N
 
 
 def check_chat(chat: inference_pb2.Chat, wrong: Violations) -> None:
-    """Roles and counts; what the turns may hold is the template's business."""
+    """Roles and counts, and that the template's variables are set once; what the turns hold is the template's business."""
     wrong.require(len(chat.messages) > 0, "chat.messages", "must not be empty")
     if len(chat.messages) > MAX_MESSAGES:
         wrong.add("chat.messages", f"must have at most {MAX_MESSAGES} entries, has {len(chat.messages)}")
@@ -167,6 +180,9 @@ def check_chat(chat: inference_pb2.Chat, wrong: Violations) -> None:
         wrong.require(message.role in _ROLES, f"{path}.role", f"must be one of {', '.join(sorted(_ROLES))}")
         for number, part in enumerate(message.content):
             wrong.require(part.WhichOneof("part") is not None, f"{path}.content[{number}]", "must be of a known kind")
+    for name, instead in SET_ELSEWHERE.items():
+        if name in chat.template_args.fields:
+            wrong.add(f"chat.template_args.{name}", f"can't be set here: {instead}")
     if chat.continue_final_message and chat.add_generation_prompt:
         wrong.add("chat.continue_final_message", "can't be combined with add_generation_prompt")
 

@@ -15,7 +15,7 @@ import grpc
 
 from service.errors import OctavoError, Reason, abort
 from service.keys import Authenticator, Caller, Role
-from service.settings import CommonSettings, SettingsError, is_loopback
+from service.settings import CommonSettings, SettingsError, is_loopback, unreadable
 
 _OPEN_PREFIXES = ("/grpc.health.v1.Health/",)
 # What a client's key opens; everything else is for admins, also what is added later and forgotten here.
@@ -30,8 +30,8 @@ def read_token(path: Path | None) -> str | None:
         return None
     try:
         token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--cluster-token-file {path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable("--cluster-token-file", path, error) from None
     if len(token) < 16:
         raise SettingsError(f"--cluster-token-file {path}: a token of at least 16 characters belongs there")
     return token
@@ -52,7 +52,7 @@ def check_binding(
     listen = settings.listen if listen is None else listen
     if token is not None or has_keys or is_loopback(listen):
         return
-    needed = "--cluster-token-file, or --api-keys at a router"
+    needed = "--cluster-token-file, or at a router --api-keys or OCTAVO_API_KEY_LIST"
     if settings.tls_cert is None:
         raise SettingsError(f"{flag} {listen} is reachable from other machines: set {needed}; or bind 127.0.0.1")
     raise SettingsError(f"{flag} {listen} with TLS alone would let anyone in: set {needed}")
@@ -65,10 +65,12 @@ def credentials(token: str | None) -> tuple[tuple[str, str], ...]:
 
 def caller_of(authenticator: Authenticator, metadata: Metadata | None) -> Caller | None:
     """Who calls, by the metadata of the call."""
+    return authenticator.identify(_authorization(metadata))
+
+
+def _authorization(metadata: Metadata | None) -> str | None:
     value = next((value for key, value in metadata or () if key == "authorization"), None)
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    return authenticator.identify(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def may_call(role: Role, method: str) -> bool:
@@ -91,11 +93,11 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith(_OPEN_PREFIXES):
             return handler
-        caller = caller_of(self._authenticator, handler_call_details.invocation_metadata)
+        authorization = _authorization(handler_call_details.invocation_metadata)
+        caller = self._authenticator.identify(authorization)
         if caller is None:
-            what = "the cluster token" if self._authenticator.keys is None else "an API key"
-            error = OctavoError(Reason.UNAUTHENTICATED, f"this method needs {what} (authorization: Bearer …)")
-            return _refuse(handler, error)
+            why = self._authenticator.refusal(authorization)
+            return _refuse(handler, OctavoError(Reason.UNAUTHENTICATED, why))
         if not may_call(caller.role, method):
             return _refuse(handler, OctavoError(Reason.PERMISSION_DENIED, "this method is for admins"))
         return handler

@@ -7,6 +7,7 @@ What a grammar can't be held to is refused, never approximated: unknown JSON sch
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -17,6 +18,10 @@ _MAX_PROBLEM_CHARACTERS = 500
 # JSON may have white space anywhere, and a model that has begun with it may never stop. Enough for what people and programs write: a
 # few blanks, or one line's end and an indentation.
 _WHITESPACE = r"(\x20{1,4}|\r?\n[\x20\t]{0,40})"
+
+_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")  # line and column
+_SHOWN = re.compile(r" *\d+ \| .*|[ ^]*")
+_WHY = "error: "
 
 
 def load_tokenizer(tokenizer_json: bytes, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
@@ -45,7 +50,7 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
             raise
         problem = str(error) or type(error).__name__
     if problem:
-        raise GrammarError(_short(problem))
+        raise GrammarError(_reason(problem, grammar.kind))
     return matcher
 
 
@@ -200,6 +205,24 @@ def _limits() -> LLParserLimits:
 def _is_llguidance_error(error: BaseException) -> bool:
     """ValueError and its like for what it refuses; its panics are no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _reason(problem: str, kind: str) -> str:
+    """What llguidance says is wrong, in one line: without the lines of grammar that it shows, with carets under them. Where it is in
+    them is told where the client wrote that grammar.
+    """
+    lines = [line for line in problem.splitlines() if not _SHOWN.fullmatch(line)]
+    found = _PLACE.match(lines[0]) if lines else None
+    where = ""
+    if found is not None:
+        lines[0] = lines[0][found.end() :]
+        where = f"line {found[1]}, column {found[2]}: " if kind == "lark" else ""
+    # Of a regular expression, which is shown once more above it.
+    why = next((line.removeprefix(_WHY) for line in lines if line.startswith(_WHY)), "")
+    if why:
+        return _short(f"{where}invalid regex: {why}")
+    _, inside, rest = " ".join(lines).partition("(in regex): ")
+    return _short(where + (f"invalid regex: {rest}" if inside else " ".join(lines)))
 
 
 def _short(problem: object) -> str:

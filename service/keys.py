@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.settings import SettingsError
+from service.settings import SettingsError, unreadable
 
 DEFAULT_TENANT = "default"
 _MIN_KEY_LENGTH = 16
@@ -60,7 +60,8 @@ class ApiKeys:
             if not _TENANT.fullmatch(tenant):
                 raise ValueError(f"line {number}: a tenant is a name of letters, digits and . _ - (64 at most)")
             if role not in tuple(Role):
-                raise ValueError(f"line {number}: the role {role!r} is none of {', '.join(Role)}")
+                shown = f" {role!r}" if len(role) < _MIN_KEY_LENGTH else ""  # it may be a key in the wrong place
+                raise ValueError(f"line {number}: the role{shown} is none of {', '.join(Role)}")
             digest = _digest(key)
             if digest in callers:
                 raise ValueError(f"line {number}: the key stands in an earlier line, too")
@@ -75,7 +76,15 @@ class ApiKeys:
         try:
             return cls.parse(path.read_text())
         except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-            raise SettingsError(f"--api-keys {path}: {error}") from None
+            raise unreadable("--api-keys", path, error) from None
+
+    @classmethod
+    def listed(cls, text: str) -> ApiKeys:
+        """The keys of OCTAVO_API_KEY_LIST: the lines of such a file, or the same with commas between them. Raises SettingsError."""
+        try:
+            return cls.parse(text.replace(",", "\n"))
+        except ValueError as error:
+            raise SettingsError(f"OCTAVO_API_KEY_LIST: {error}") from None
 
     def find(self, key: str) -> Caller | None:
         """Whose key it is."""
@@ -98,12 +107,25 @@ class Authenticator:
         """The caller that shows this header, or None if it isn't known. The cluster token makes an admin of tenant "default"."""
         if self.is_open:
             return Caller(DEFAULT_TENANT, Role.ADMIN)
-        scheme, _, secret = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not secret:
+        secret = _shown(authorization)
+        if secret is None:
             return None
         if self._token is not None and hmac.compare_digest(secret.encode(), self._token):
             return Caller(DEFAULT_TENANT, Role.ADMIN)
         return None if self.keys is None else self.keys.find(secret)
+
+    def refusal(self, authorization: str | None) -> str:
+        """Why `identify` knows nobody by this header, in one sentence."""
+        what, wanted = ("key", "an API key") if self.keys is not None else ("token", "the cluster token")
+        if _shown(authorization) is None:
+            return f"no {what} was given: {wanted} is needed, as authorization: Bearer {what.upper()}"
+        return f"this {what} is not known: {wanted} of this server is needed, as authorization: Bearer {what.upper()}"
+
+
+def _shown(authorization: str | None) -> str | None:
+    """The secret in such a header."""
+    scheme, _, secret = (authorization or "").partition(" ")
+    return secret if scheme.lower() == "bearer" and secret else None
 
 
 def _digest(key: str) -> bytes:

@@ -15,6 +15,8 @@ from typing import Any, NoReturn, TypeVar
 
 S = TypeVar("S", bound="CommonSettings")
 
+_SHORT_NAME = 16  # characters; no secret of ours is as short
+
 
 class SettingsError(Exception):
     """A setting that can't be used; one sentence that names it."""
@@ -25,12 +27,21 @@ def flag(help_text: str, default: Any, choices: Sequence[str] = ()) -> Any:
     return field(default=default, metadata={"help": help_text, "choices": tuple(choices)})
 
 
+def secret(help_text: str) -> Any:
+    """A text that only its OCTAVO_* variable gives: a command line is seen by everybody on the machine. It is never shown."""
+    return field(default=None, repr=False, metadata={"help": help_text, "choices": (), "secret": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommonSettings:
     """What every service takes."""
 
     listen: str = flag("address to serve gRPC on, HOST:PORT (port 0: any free one) or unix:PATH", "127.0.0.1:0")
     metrics: str = flag("address to serve Prometheus /metrics on, HOST:PORT (port 0: any free one)", "127.0.0.1:0")
+    metrics_open: bool = flag(
+        "serve /metrics on an address that other machines reach: they need no key, so the network has to be private",
+        False,
+    )
     advertise: str | None = flag("address under which others reach --listen, if it differs", None)
     redis: str | None = flag("Redis URL for discovery; without it addresses come from flags", None)
     ready_file: Path | None = flag("JSON file written once the service is ready, removed at exit", None)
@@ -58,6 +69,11 @@ class CommonSettings:
             raise SettingsError("--stall-seconds and --stall-exit-seconds must not be negative")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("--tls-cert and --tls-key belong together")
+        if not self.metrics_open and not is_loopback(self.metrics):
+            raise SettingsError(
+                f"--metrics {self.metrics} is reachable from other machines, and nobody is asked for a key there: bind 127.0.0.1, or"
+                " set --metrics-open true where the network is private"
+            )
 
 
 def parse(
@@ -68,9 +84,14 @@ def parse(
 ) -> S:
     """The settings of a process. Raises SettingsError; `--help` prints and exits."""
     env = os.environ if env is None else env
-    parser = _Parser(prog=f"python -m {prog}", description=cls.__doc__, allow_abbrev=False)
+    secrets = [item for item in dataclasses.fields(cls) if "secret" in item.metadata]
+    epilog = "".join(f"{variable_of(item.name)} in the environment: {item.metadata['help']}. " for item in secrets)
+    description = f"{cls.__doc__} Each flag may also be given as a variable: --log-level as OCTAVO_LOG_LEVEL."
+    parser = _Parser(prog=f"python -m {prog}", description=description, epilog=epilog, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
+        if item in secrets:
+            continue
         parser.add_argument(
             _flag_name(item.name),
             dest=item.name,
@@ -81,9 +102,9 @@ def parse(
     given = vars(parser.parse_args(argv))
     values: dict[str, Any] = {}
     for item in dataclasses.fields(cls):
-        raw = given[item.name]
+        raw = given.get(item.name)
         if raw is None:
-            variable = env.get("OCTAVO_" + item.name.upper())
+            variable = env.get(variable_of(item.name))
             if variable is None or variable == "":
                 continue
             raw = variable.split(",") if _is_tuple(hints[item.name]) else variable
@@ -99,7 +120,37 @@ def exit_on_settings_error(error: SettingsError, prog: str) -> NoReturn:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        _, found, words = message.partition("unrecognized arguments: ")
+        if found:  # a value among them may be a secret
+            flags = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
+            message = f"{found}{' '.join(flags) or 'a value that belongs to no flag'}"
         raise SettingsError(message)
+
+
+def variable_of(name: str) -> str:
+    """The variable of a setting."""
+    return "OCTAVO_" + name.upper()
+
+
+def unreadable(flag_name: str, path: Path, error: OSError | ValueError) -> SettingsError:
+    """Why a file of secrets can't be used, in one sentence. Its name is left out where it may be a secret: somebody gave the thing
+    itself. A file that is there has a name that may be told; so has one whose folder is there, or a short word.
+    """
+    if isinstance(error, OSError):
+        why = os.strerror(error.errno) if error.errno else "it can't be read"
+    elif isinstance(error, UnicodeDecodeError):
+        why = "it can't be decoded as UTF-8"
+    else:
+        why = str(error)
+    try:
+        nameable = path.exists() or (path.parent.is_dir() and (len(path.parts) > 1 or len(str(path)) < _SHORT_NAME))
+    except (OSError, ValueError):  # longer than any name, or with a zero byte
+        nameable = False
+    if nameable and len(str(path).split()) == 1:
+        return SettingsError(f"{flag_name} {path}: {why}")
+    variable = variable_of(flag_name.removeprefix("--").replace("-", "_"))
+    what = "a file, and not what belongs in one"
+    return SettingsError(f"{flag_name} (or {variable}) takes the name of {what}; no file has the name that was given")
 
 
 def _flag_name(name: str) -> str:

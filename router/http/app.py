@@ -198,8 +198,9 @@ class Gateway:
     async def _no_route(self, request: Request, error: Exception) -> Response:
         """404 and 405; to strangers 401, so that they learn nothing of what there is."""
         assert isinstance(error, HTTPException)
-        if self._authenticator.identify(header(request.scope, b"authorization")) is None:
-            return _response(_stranger())
+        authorization = header(request.scope, b"authorization")
+        if self._authenticator.identify(authorization) is None:
+            return _response(_stranger(self._authenticator.refusal(authorization)))
         text = {
             404: f"there is no {request.url.path[:200]}",
             405: f"{request.method} is not for {request.url.path[:200]}",
@@ -236,9 +237,10 @@ class _Endpoint:
     def _caller(self, scope: Scope) -> Caller:
         if self._role is None:
             return _NOBODY
-        caller = self._authenticator.identify(header(scope, b"authorization"))
+        authorization = header(scope, b"authorization")
+        caller = self._authenticator.identify(authorization)
         if caller is None:
-            raise HttpError(_stranger())
+            raise HttpError(_stranger(self._authenticator.refusal(authorization)))
         if self._role is Role.ADMIN and caller.role is not Role.ADMIN:
             raise OctavoError(Reason.PERMISSION_DENIED, "this is for admins")
         return caller
@@ -254,9 +256,8 @@ def _forget(error: BaseException) -> None:
         error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
-def _stranger() -> Problem:
-    text = "a key is needed, and this one is not known: authorization: Bearer KEY"
-    return problem_of(OctavoError(Reason.UNAUTHENTICATED, text), Names())
+def _stranger(why: str) -> Problem:
+    return problem_of(OctavoError(Reason.UNAUTHENTICATED, why), Names())
 
 
 def _response(problem: Problem) -> Response:

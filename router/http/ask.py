@@ -53,6 +53,7 @@ class Ask:
     names: Names
     stream: bool = False
     include_usage: bool = False
+    usage_in_chunks: bool = False  # and in all chunks, as far as it goes
     timeout: float | None = None
     echoes: Sequence[str] = field(default=())  # of each prompt: what the output begins with
     first_tokens: Sequence[str] = field(
@@ -83,19 +84,30 @@ class Ask:
         return sampling.n if sampling.HasField("n") else 1
 
 
-def take_streaming(fields: Fields) -> tuple[bool, bool]:
-    """Whether to stream, and whether with a last chunk of usage."""
-    stream = bool(fields.flag("stream"))
-    options = fields.object("stream_options")
-    if options is None:
-        return stream, False
-    if not stream:
-        raise invalid(fields.path("stream_options"), "is for streams only")
-    include_usage = bool(options.flag("include_usage"))
-    options.only("include_obfuscation", False)
-    options.only("continuous_usage_stats", False)
-    options.finish()
-    return stream, include_usage
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """Whether to stream, whether with a last chunk of usage, and whether with a usage in every chunk."""
+
+    stream: bool
+    include_usage: bool = False
+    usage_in_chunks: bool = False
+
+    @classmethod
+    def take(cls, fields: Fields) -> Streaming:
+        """stream and stream_options."""
+        stream = bool(fields.flag("stream"))
+        options = fields.object("stream_options")
+        if options is None:
+            return cls(stream)
+        if not stream:
+            raise invalid(fields.path("stream_options"), "is for streams only")
+        include_usage = bool(options.flag("include_usage"))
+        usage_in_chunks = bool(options.flag("continuous_usage_stats"))
+        options.only("include_obfuscation", False)
+        options.finish()
+        return cls(
+            stream, include_usage, include_usage and usage_in_chunks
+        )  # vLLM's rule: nothing without include_usage
 
 
 def take_keep_last(fields: Fields) -> int | None:
@@ -106,10 +118,12 @@ def take_keep_last(fields: Fields) -> int | None:
     return keep_last
 
 
-def check_grace(request: inference_pb2.GenerateRequest, stream: bool) -> None:
+def check_grace(request: inference_pb2.GenerateRequest, streaming: Streaming) -> None:
     """Raises a 400 where the request could not be gone on with."""
-    if request.resume_grace_ms and not stream:
+    if request.resume_grace_ms and not streaming.stream:
         raise invalid("resume_grace_ms", "is for streams only")
+    if request.resume_grace_ms and streaming.usage_in_chunks:
+        raise invalid("resume_grace_ms", "can't be combined with stream_options.continuous_usage_stats")
     if request.resume_grace_ms and request.sampling.HasField("logprobs"):
         raise invalid("resume_grace_ms", "can't be combined with logprobs: those that were told are not kept")
 

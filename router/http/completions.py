@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo.v1 import inference_pb2
 
-from router.http.ask import Ask, Options, check_grace, take_keep_last, take_streaming
+from router.http.ask import Ask, Options, Streaming, check_grace, take_keep_last
 from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields, token_ids
 from router.http.grammar import take_grammar
@@ -24,6 +24,7 @@ from router.http.jsontext import (
     usage,
 )
 from router.http.sampling import take_request, take_sampling
+from router.http.tally import Tally
 
 DONE = b"data: [DONE]\n\n"
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -35,11 +36,11 @@ def read_completions(body: dict[str, Any], options: Options) -> Ask:
     """The request; `settle` has to follow. Raises HttpError for what is wrong with it."""
     fields = Fields(body)
     common = inference_pb2.GenerateRequest()
-    stream, include_usage = take_streaming(fields)
+    streaming = Streaming.take(fields)
     params = common.sampling
     take_sampling(fields, params)
-    _take_max_tokens(fields, params)
     echo = bool(fields.flag("echo"))
+    _take_max_tokens(fields, params, 0 if echo else 1)
     if (logprobs := fields.integer("logprobs")) is not None:
         params.logprobs = logprobs
         if echo:
@@ -47,7 +48,7 @@ def read_completions(body: dict[str, Any], options: Options) -> Ask:
     prompt_only = echo and params.max_tokens == 0
     if prompt_only:
         params.max_tokens = 1
-    if stream and (prompt_only or params.HasField("prompt_logprobs")):
+    if streaming.stream and (prompt_only or params.HasField("prompt_logprobs")):
         raise invalid(
             "echo" if echo else "prompt_logprobs",
             "can't be combined with stream where no output or prompt log-probabilities are wanted",
@@ -61,7 +62,7 @@ def read_completions(body: dict[str, Any], options: Options) -> Ask:
     prompts = _take_prompts(fields)
     fields.finish()
     options.apply(common)
-    check_grace(common, stream)
+    check_grace(common, streaming)
     names = Names(
         (
             ("sampling.prompt_logprobs", "logprobs" if echo else "prompt_logprobs"),
@@ -77,8 +78,9 @@ def read_completions(body: dict[str, Any], options: Options) -> Ask:
             _request(common, prompt, index if len(prompts) > 1 else None) for index, prompt in enumerate(prompts)
         ],
         names=names,
-        stream=stream,
-        include_usage=include_usage,
+        stream=streaming.stream,
+        include_usage=streaming.include_usage,
+        usage_in_chunks=streaming.usage_in_chunks,
         timeout=options.timeout,
         prompt_only=prompt_only,
         keep_last=keep_last,
@@ -91,8 +93,8 @@ def read_completions(body: dict[str, Any], options: Options) -> Ask:
     return ask
 
 
-def _take_max_tokens(fields: Fields, params: inference_pb2.SamplingParams) -> None:
-    limit = fields.integer("max_tokens")
+def _take_max_tokens(fields: Fields, params: inference_pb2.SamplingParams, least: int) -> None:
+    limit = fields.integer("max_tokens", least)
     params.max_tokens = DEFAULT_MAX_TOKENS if limit is None else limit
 
 
@@ -145,6 +147,7 @@ class CompletionView:
         self._asked = ask
         self._created = int(time.time())
         self._head = b""
+        self._tally = Tally() if ask.usage_in_chunks else None
         self._tail = b'],"usage":null}\n\n' if ask.include_usage else b"]}\n\n"
         self._usages: dict[tuple[int, int], inference_pb2.Usage] = {}
         self._offsets: dict[int, int] = {}  # characters shown of each choice
@@ -200,6 +203,8 @@ class CompletionView:
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream: the prompts, where they are echoed."""
         first = started[0]
+        if self._tally is not None:
+            self._tally.begin(started)
         opening = dumps(self._opening(first.request_id, first.model, first.digest))
         self._head = f'data: {opening[:-1]},"choices":[{{"index":'.encode()
         return [
@@ -211,6 +216,8 @@ class CompletionView:
 
     def delta(self, prompt: int, delta: inference_pb2.Delta) -> bytes:
         """More text, as an event; nothing where there is none."""
+        if self._tally is not None:
+            self._tally.add(prompt, delta)
         if not self._logprobs:
             return self._event(prompt * self._n + delta.index, delta.text) if delta.text else b""
         choice = prompt * self._n + delta.index
@@ -243,7 +250,8 @@ class CompletionView:
 
     def _event(self, choice: int, text: str, logprobs: str = "null", end: str = "null") -> bytes:
         shown = f'{choice},"text":{quoted(text)},"logprobs":{logprobs},"finish_reason":{end}}}'
-        return self._head + shown.encode() + self._tail
+        tail = self._tail if self._tally is None else b'],"usage":%s}\n\n' % self._tally.usage(*divmod(choice, self._n))
+        return self._head + shown.encode() + tail
 
     def _opening(self, request_id: str, model: str, digest: str) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -89,7 +90,8 @@ class Fields:
         """A member that changes nothing where it has one of these values, and is refused with any other."""
         value = self.take(name)
         if value is not None and not any(value == one and type(value) is type(one) for one in values):
-            raise unsupported(self.path(name), f"only {' and '.join(map(repr, values))} is supported by this server")
+            shown = " and ".join(map(json.dumps, values))
+            raise unsupported(self.path(name), f"only {shown} is supported by this server")
 
     def finish(self) -> None:
         """Raises a 400 for the first member that nobody took."""

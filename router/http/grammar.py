@@ -22,7 +22,10 @@ def take_grammar(fields: Fields, grammar: common_pb2.Grammar) -> str:
     return asked[0] if asked else ""
 
 
-def _response_format(fields: Fields, name: str, grammar: common_pb2.Grammar) -> bool:
+def take_format(fields: Fields, name: str, grammar: common_pb2.Grammar, *, flat: bool = False) -> bool:
+    """A response_format; `flat`: as the responses API has it, without an object of its own for a schema. Returns whether it asks for
+    anything. Raises a 400.
+    """
     given = fields.object(name)
     if given is None:
         return False
@@ -33,7 +36,9 @@ def _response_format(fields: Fields, name: str, grammar: common_pb2.Grammar) -> 
     if kind == "json_object":
         grammar.json_schema = _ANY_OBJECT
     elif kind == "json_schema":
-        inner = given.object("json_schema") or given  # the responses API has its members here
+        inner = given if flat else given.object("json_schema")
+        if inner is None:
+            raise invalid(given.path("json_schema"), "is missing")
         for word in ("name", "description"):
             inner.text(word)
         inner.flag("strict")  # it is always
@@ -122,7 +127,7 @@ def _schema(schema: Any, path: str) -> str:
 
 
 _SOURCES: dict[str, Callable[[Fields, str, common_pb2.Grammar], bool]] = {
-    "response_format": _response_format,
+    "response_format": take_format,
     "structured_outputs": _structured_outputs,
     "guided_json": _json,
     "guided_regex": _regex,

@@ -99,19 +99,31 @@ def stop_reason(finished: inference_pb2.Finished | inference_pb2.Output) -> str 
     return match.text if match.HasField("text") else match.token_id
 
 
-def usage(answers: Iterable[inference_pb2.Usage], firsts: Iterable[inference_pb2.Usage]) -> dict[str, Any]:
-    """`answers`: of all outputs; `firsts`: of the first output of each prompt, since n outputs share one."""
+def usage(
+    answers: Iterable[inference_pb2.Usage],
+    firsts: Iterable[inference_pb2.Usage],
+    thoughts: Iterable[int | None] = (None,),
+) -> dict[str, Any]:
+    """`answers`: of all outputs; `firsts`: of the first output of each prompt, since n outputs share one; `thoughts`: tokens of
+    reasoning of each output, left out where one of them is not known.
+    """
     completion = sum(one.completion_tokens for one in answers)
     prompt = cached = 0
     for one in firsts:
         prompt += one.prompt_tokens
         cached += one.cached_tokens
-    return {
+    whole: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+    reasoning = 0
+    for count in thoughts:
+        if count is None:
+            return whole
+        reasoning += count
+    return whole | {"completion_tokens_details": {"reasoning_tokens": reasoning}}
 
 
 def chat_logprobs(entries: Sequence[inference_pb2.TokenLogprobs]) -> dict[str, Any]:

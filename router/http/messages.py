@@ -125,6 +125,9 @@ def take_message(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
     message.reasoning = fields.text("reasoning") or reasoning or ""
     fields.refuse(("audio", "function_call", "partial", "prefix"))
     fields.finish()
+    # A model's own turn may be calls or thoughts alone.
+    if not message.content and not (message.role == "assistant" and (message.tool_calls or message.reasoning)):
+        raise invalid(fields.path("content"), "is missing")
 
 
 def _text_of(part: Any, path: str) -> str:

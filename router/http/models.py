@@ -14,11 +14,11 @@ from router.http.jsontext import dumps, dumps_long
 from router.http.messages import take_chat
 from router.http.tools import take_tools
 from router.inference import Inference
-from service.errors import OctavoError, Reason
+from router.models import unknown_model
+from service.errors import OctavoError
 
-_NAMES = Names(
-    (("chat.template_args", "chat_template_kwargs"), ("chat.", ""), ("text", "prompt"), ("token_ids", "tokens"))
-)
+_OF_CHATS = Names((("chat.template_args", "chat_template_kwargs"), ("chat.", ""), ("input", "messages")))
+_OF_TEXTS = Names((("text", "prompt"), ("input", "prompt"), ("token_ids", "tokens")))
 _ID_BYTES = 6  # of a token id in an answer
 _SHOWN_BYTES = 40  # of one with its text, in time
 
@@ -31,10 +31,11 @@ def model_list(inference: Inference) -> dict[str, Any]:
 
 def one_model(inference: Inference, name: str) -> dict[str, Any]:
     """The model of this name. Raises MODEL_UNKNOWN."""
-    for model in inference.texts.list_models().models:
+    models = inference.texts.list_models().models
+    for model in models:
         if model.name == name:
             return _shown(model)
-    raise OctavoError(Reason.MODEL_UNKNOWN, f"no model named {name[:200]!r}")
+    raise unknown_model(name, (model.name for model in models))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ async def tokenize(ask: TokenizeAsk, inference: Inference) -> tuple[int, Callabl
         answer = await inference.texts.tokenize(ask.request)
         table = (await inference.texts.model(ask.request.model))[1].table if ask.shown else None
     except OctavoError as error:
-        raise HttpError(problem_of(error, _NAMES)) from None
+        names = _OF_CHATS if ask.request.WhichOneof("input") == "chat" else _OF_TEXTS
+        raise HttpError(problem_of(error, names)) from None
 
     def write() -> bytes:
         ids = list(answer.token_ids)
@@ -84,7 +86,10 @@ def read_detokenize(body: dict[str, Any]) -> inference_pb2.DetokenizeRequest:
     """Token ids to be made text, special tokens included. Raises HttpError for what is wrong with it."""
     fields = Fields(body)
     request = inference_pb2.DetokenizeRequest(model=fields.text("model") or "", skip_special_tokens=False)
-    request.token_ids.extend(fields.integers("tokens") or ())
+    ids = fields.integers("tokens")
+    if ids is None:
+        raise invalid(fields.path("tokens"), "is missing")
+    request.token_ids.extend(ids)
     if (skip := fields.flag("skip_special_tokens")) is not None:
         request.skip_special_tokens = skip
     fields.finish()
@@ -96,7 +101,7 @@ async def detokenize(request: inference_pb2.DetokenizeRequest, inference: Infere
     try:
         answer = await inference.texts.detokenize(request)
     except OctavoError as error:
-        raise HttpError(problem_of(error, _NAMES)) from None
+        raise HttpError(problem_of(error, _OF_TEXTS)) from None
     return answer.ByteSize(), lambda: dumps({"prompt": answer.text}).encode()
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from octavo.v1 import common_pb2, inference_pb2
 
-from router.http.ask import Ask, Options, check_grace, take_keep_last
+from router.http.ask import Ask, Options, Streaming, check_grace, take_keep_last
 from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields
-from router.http.grammar import take_grammar
+from router.http.grammar import take_format, take_grammar
 from router.http.jsontext import dumps, dumps_long
 from router.http.messages import Room, take_message, take_template
 from router.http.sampling import take_request, take_sampling
@@ -40,13 +40,12 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
     room = Room()
     _take_input(fields, request.chat, room)
     take_template(fields, request.chat, room)
-    if (limit := fields.integer("max_output_tokens")) is not None:
+    if (limit := fields.integer("max_output_tokens", 1)) is not None:
         request.sampling.max_tokens = limit
     text = fields.object("text")
     grammar = ""
     if text is not None:
-        shape = Fields({"response_format": text.take("format")})
-        grammar = take_grammar(shape, request.grammar)
+        grammar = "text.format" if take_format(text, "format", request.grammar, flat=True) else ""
         text.refuse(("verbosity",))
         text.finish()
     extra = take_grammar(fields, request.grammar) if not grammar else ""
@@ -64,7 +63,7 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
     take_request(fields, request)
     fields.finish()
     options.apply(request)
-    check_grace(request, stream)
+    check_grace(request, Streaming(stream))
     names = Names(
         (
             ("sampling.max_tokens", "max_output_tokens"),
@@ -102,6 +101,9 @@ class ResponseView:
         self._told: Told | None = None
         self._done_is_due = False
         self._echoed = {name: body.get(name) for name in _ECHOED}
+        # Without tools neither changes anything; they come back as they were sent.
+        self._parallel_tool_calls = bool(body.get("parallel_tool_calls"))
+        self._tool_choice = body.get("tool_choice") or "none"
         self._created = int(time.time())
         self._number = 0
         self._text: list[str] = []
@@ -116,8 +118,8 @@ class ResponseView:
         (output,) = answer.outputs
         self._begin(answer.request_id, answer.model)
         told = self._telling()
-        text = output.text if told is None else told.message(output.text)["content"] or ""
-        return dumps_long(self._whole(text, output.finish_reason, output.usage))
+        text = output.text if told is None else told.message(output.text, output.token_ids)["content"] or ""
+        return dumps_long(self._whole(text, output))
 
     def open(self, started: list[inference_pb2.Started]) -> list[bytes]:
         """The first events of a stream."""
@@ -135,7 +137,7 @@ class ResponseView:
         """More text, as an event; nothing where there is none."""
         told = self._telling()
         if told is not None:
-            return self._further(told.feed(delta.text))
+            return self._further(told.feed(delta.text, delta.token_ids))
         if not delta.text:
             return b""
         kept = delta.text_bytes - len(delta.text.encode())
@@ -169,7 +171,7 @@ class ResponseView:
         end = self._end
         assert end is not None
         text = "".join(self._text)
-        whole = self._whole(text, end.finish_reason, end.usage)
+        whole = self._whole(text, end)
         return [
             *([self._done()] if self._done_is_due else []),
             self._event("response.content_part.done", **self._place(), part=_part(text)),
@@ -183,7 +185,7 @@ class ResponseView:
         self._told = None
         telling = self._telling()
         assert telling is not None
-        self._text = [telling.feed(text).get("content", "")]
+        self._text = [telling.feed(text, None if text else ()).get("content", "")]
         if ended:
             self._text.append(telling.finish().get("content", ""))
         else:
@@ -211,8 +213,8 @@ class ResponseView:
             "incomplete_details": None,
             "model": model,
             "output": [],
-            "parallel_tool_calls": False,
-            "tool_choice": "none",
+            "parallel_tool_calls": self._parallel_tool_calls,
+            "tool_choice": self._tool_choice,
             "tools": [],
             "store": False,
             "previous_response_id": None,
@@ -225,7 +227,10 @@ class ResponseView:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._item["id"], "output_index": 0, "content_index": 0}
 
-    def _whole(self, text: str, reason: int, used: inference_pb2.Usage) -> dict[str, Any]:
+    def _whole(self, text: str, ended: inference_pb2.Output | inference_pb2.Finished) -> dict[str, Any]:
+        reason, used = ended.finish_reason, ended.usage
+        told = self._telling()
+        thought = 0 if told is None else told.reasoning_tokens(ended)
         status = _STATUS.get(reason, "completed")
         item = {
             **self._item,
@@ -242,7 +247,7 @@ class ResponseView:
                 "input_tokens": used.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": used.cached_tokens},
                 "output_tokens": used.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                **({} if thought is None else {"output_tokens_details": {"reasoning_tokens": thought}}),
                 "total_tokens": used.prompt_tokens + used.completion_tokens,
             },
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from octavo.v1 import inference_pb2
 
 from router.http.errors import invalid
@@ -22,12 +24,8 @@ REFUSED = (
     "reasoning",
     "verbosity",
     "moderation",
-    "metadata",
     "logits_processors",
     "truncation_side",
-    "use_beam_search",
-    "length_penalty",
-    "early_stopping",
     "guided_decoding_backend",
     "guided_whitespace_pattern",
     "structural_tag",
@@ -37,13 +35,22 @@ REFUSED = (
     "vllm_xargs",
     "cache_salt",
     "request_id",
-    "return_tokens_as_token_ids",
-    "return_token_ids",
     "logprob_token_ids",
     "prompt_embeds",
     "resume",
     "ticket",
 )
+
+
+# The values of others with which they ask for nothing: clients send them as they stand in their settings.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "metadata": ({},),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0, 1),
+    "early_stopping": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+}
 
 
 def take_sampling(fields: Fields, params: inference_pb2.SamplingParams) -> None:
@@ -94,6 +101,8 @@ def take_request(fields: Fields, request: inference_pb2.GenerateRequest) -> None
     fields.only("store", False)
     fields.only("modalities", ["text"])
     fields.only("tools", [])
+    for name, values in _OFF.items():
+        fields.only(name, *values)
     fields.refuse(REFUSED)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from octavo.v1 import inference_pb2
+
+from router.speech.count import ThoughtCount
 from router.speech.manner import Manner
 from router.speech.split import CallArguments, CallBegan, Content, Event, Reasoning, Splitter
 
@@ -14,20 +18,32 @@ class Told:
     def __init__(self, manner: Manner, request_id: str, index: int, *, reasoning: bool) -> None:
         """`reasoning`: whether it is wanted."""
         self._splitter = Splitter(manner)
+        self._count = ThoughtCount(manner)
         self._ids = f"call_{request_id.removeprefix('req-')}-{index}-"
         self._reasoning = reasoning
         self.called = False
 
-    def feed(self, text: str) -> dict[str, Any]:
-        """The members of a delta with further text; none where it tells nothing."""
+    def feed(self, text: str, token_ids: Sequence[int] | None) -> dict[str, Any]:
+        """The members of a delta with further text; none where it tells nothing. `token_ids`: of this text; None: not known."""
+        if token_ids is None:
+            self._count.forget()
+        else:
+            self._count.feed(token_ids)
         return self._delta(self._splitter.feed(text))
 
     def finish(self) -> dict[str, Any]:
         """The members of the last delta."""
         return self._delta(self._splitter.finish())
 
-    def message(self, text: str) -> dict[str, Any]:
+    def reasoning_tokens(self, ended: inference_pb2.Output | inference_pb2.Finished) -> int | None:
+        """How many tokens the thought has, once the whole output was told, which `ended` like this; None where nobody knows."""
+        splitter = self._splitter
+        by_token = ended.HasField("stop_match") and ended.stop_match.HasField("token_id")
+        return self._count.total(began=splitter.has_thought, over=not splitter.thinking, ended_by_token=by_token)
+
+    def message(self, text: str, token_ids: Sequence[int]) -> dict[str, Any]:
         """The members of a whole message with this text. Nothing may have been fed before."""
+        self._count.feed(token_ids)
         told = self._delta(self._splitter.feed(text) + self._splitter.finish())
         message: dict[str, Any] = {"content": told.get("content", None if self.called else "")}
         if self._reasoning:

@@ -20,10 +20,14 @@ _Choice = inference_pb2.ToolChoice
 
 
 def manner_of(
-    chat: inference_pb2.Chat, dialect: Dialect, prompt: str, given: common_pb2.Grammar | None = None
+    chat: inference_pb2.Chat,
+    dialect: Dialect,
+    prompt: str,
+    given: common_pb2.Grammar | None = None,
+    model: str = "",
 ) -> Manner:
-    """How the answer to `chat`, rendered as `prompt`, is to be read; `given`: the grammar of the request. Raises INVALID_ARGUMENT and
-    UNSUPPORTED.
+    """How the answer to `chat`, rendered as `prompt`, is to be read; `given`: the grammar of the request; `model`: its name, for the
+    error. Raises INVALID_ARGUMENT and UNSUPPORTED.
     """
     thought = _thought(chat, prompt) if dialect.thinks else Thought.NONE
     mode = chat.tool_choice.mode
@@ -32,11 +36,12 @@ def manner_of(
     enforced = mode in (_Choice.MODE_REQUIRED, _Choice.MODE_NAMED)
     if enforced and not chat.tools:
         raise _invalid("chat.tool_choice", "needs tools")
-    plain = PLAIN if thought is Thought.NONE else Manner(thought=thought)
+    plain = PLAIN if thought is Thought.NONE else Manner(thought=thought, thought_tokens=dialect.thought_tokens)
     if not chat.tools or mode == _Choice.MODE_NONE or (dialect.calls is None and mode == _Choice.MODE_UNSPECIFIED):
         return plain
     if dialect.calls is None:
-        description = "the model's chat template shows no calls in a form that this server knows"
+        name = f"model {model[:64]}" if model else "model"
+        description = f"the {name} cannot call tools: its chat template shows no calls in a form that this server knows"
         raise OctavoError(
             Reason.UNSUPPORTED,
             f"chat.tools: {description}",
@@ -53,7 +58,7 @@ def manner_of(
     strict = any(function.get("strict") is True for function in functions.values())
     held = strict or not _several(chat)
     first = enforced or (given is not None and (held or mode == _Choice.MODE_AUTO))
-    return Manner(dialect.calls, frozenset(functions), held or first, thought, first)
+    return Manner(dialect.calls, frozenset(functions), held or first, thought, first, dialect.thought_tokens)
 
 
 def grammar_of(

@@ -44,10 +44,11 @@ _CONVERSATION: list[dict[str, Any]] = [
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What a model's template shows. `thinks`: whether it marks reasoning."""
+    """What a model's template shows. `thinks`: whether it marks reasoning; `thought_tokens`: the marks, where each is one token."""
 
     calls: CallStyle | None = None
     thinks: bool = False
+    thought_tokens: tuple[int, int] | None = None
 
     @property
     def marks(self) -> frozenset[str]:

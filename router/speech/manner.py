@@ -36,6 +36,7 @@ class Manner:
     exact: bool = False
     thought: Thought = Thought.NONE
     first: bool = False
+    thought_tokens: tuple[int, int] | None = None  # <think> and </think>, where each is one token
 
 
 PLAIN = Manner()

@@ -55,6 +55,7 @@ class Splitter:
 
     def __init__(self, manner: Manner) -> None:
         self.num_calls = 0
+        self.has_thought = False
         self._manner = manner
         self._events: list[Event] = []
         self._held = ""  # text that may be part of a mark, or white space before one
@@ -108,7 +109,13 @@ class Splitter:
         self._begin_thought()
         return bare[len(THINK) :]
 
+    @property
+    def thinking(self) -> bool:
+        """Whether a thought has begun and not ended."""
+        return self._step == self._thought
+
     def _begin_thought(self) -> None:
+        self.has_thought = True
         self._step = self._thought
         self._skip_space = True
 

@@ -195,3 +195,29 @@ def test_bad_arguments(arguments: tuple[str, ...], code: int, text: str) -> None
         result = run(router, *arguments)
     assert result.exit_code == code
     assert text in result.stderr
+
+
+def test_the_key_for_another_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str | None] = []
+
+    async def first(url: str, token: str | None, ca: str | None) -> str:
+        given.append(token)
+        raise LookupError("that will do")
+
+    monkeypatch.setattr("octavo.cli.bench.first_model", first)
+    (tmp_path / "key").write_text("from-the-file\n")
+    ours, theirs = {"OCTAVO_API_KEY": "ours"}, {"OPENAI_API_KEY": "theirs"}
+    for env, more in (
+        (ours | theirs, ["--token-file", str(tmp_path / "key")]),
+        (ours | theirs, []),
+        (ours, []),
+        ({}, []),
+    ):
+        arguments = ["bench", "--openai", "http://127.0.0.1:1/v1", *more]
+        nothing = dict.fromkeys(("OCTAVO_API_KEY", "OPENAI_API_KEY"))
+        assert CliRunner().invoke(app, arguments, env=nothing | env).exit_code == 1
+    assert given == ["from-the-file", "theirs", None, None]  # our key is nobody else's business
+    shown = " ".join(
+        CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "300"}).stdout.replace("│", " ").split()
+    )
+    assert "with --openai the key $OPENAI_API_KEY alone." in shown

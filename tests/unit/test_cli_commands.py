@@ -100,6 +100,31 @@ def test_several_models_say_how_to_choose() -> None:
     assert result.stderr == "error: INVALID_ARGUMENT: model: must be one of a, b (choose with --model)\n"
 
 
+@pytest.mark.parametrize(
+    ("said", "how"),
+    [
+        ("no key was given: an API key is needed", "give it by OCTAVO_API_KEY, or by --token-file FILE"),
+        (
+            "this token is not known: the cluster token …",
+            "give it by OCTAVO_CLUSTER_TOKEN_FILE, or by --token-file FILE",
+        ),
+    ],
+)
+def test_a_refused_key_says_how_to_give_one(said: str, how: str) -> None:
+    play = Play(break_at=0, error=OctavoError(Reason.UNAUTHENTICATED, said))
+    with FakeRouter([play]) as router:
+        result = run("generate", "hi", "--address", router.address)
+    assert result.exit_code == 1 and result.stderr == f"error: UNAUTHENTICATED: {said} ({how})\n"
+
+
+def test_a_prompt_that_no_message_holds_is_too_large() -> None:
+    with FakeRouter() as router:
+        result = run("generate", "-", "--address", router.address, stdin="x" * (17 << 20))
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: PROMPT_TOO_LONG: the prompt is too large: the request has 178")
+    assert "may have 16777216" in result.stderr
+
+
 def test_settings_errors_are_one_sentence() -> None:
     result = run("models", "--token-file", "absent")
     assert (result.exit_code, result.stderr) == (1, "error: absent: No such file or directory\n")
@@ -280,7 +305,8 @@ def test_inspect_once_and_as_json() -> None:
 
 def test_inspect_needs_the_right_token() -> None:
     with FakeRouter(token="sixteen characters") as router:
-        assert run("inspect", "--scheduler", router.address).stderr == "error: UNAUTHENTICATED: no token\n"
+        how = "give it by OCTAVO_CLUSTER_TOKEN_FILE, or by --token-file FILE"
+        assert run("inspect", "--scheduler", router.address).stderr == f"error: UNAUTHENTICATED: no token ({how})\n"
 
 
 def test_a_full_message_replaces_the_snapshot() -> None:

@@ -13,6 +13,9 @@ import pytest
 
 from deploy import environment, import_check, pip_progress
 from deploy.environment import REQUIREMENTS, ROOT, EnvironmentProblem
+from router.settings import RouterSettings
+from scheduler.settings import SchedulerSettings
+from service.settings import CommonSettings, parse
 
 
 def test_an_old_python_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +166,6 @@ def test_compose_file_and_images_name_what_exists() -> None:
         assert services[name]["build"]["args"]["SERVICE"] == name
         assert services[name]["secrets"][0]["source"] == "cluster_token"
     assert [port["host_ip"] for port in services["router"]["ports"]] == ["127.0.0.1"] * 2
+    for name, kind in (("router", RouterSettings), ("scheduler", SchedulerSettings), ("worker", CommonSettings)):
+        told = {key: value or "" for key, value in services[name]["environment"].items()}
+        assert parse(kind, name, [], told).metrics == "0.0.0.0:9100"  # and it does not refuse to start

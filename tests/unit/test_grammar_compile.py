@@ -103,6 +103,24 @@ def test_what_is_refused_says_why(tokenizer: LLTokenizer, grammar: Grammar, prob
         compile_grammar(grammar, tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "problem"),
+    [
+        ("regex", "a((", "invalid regex: unclosed group"),
+        ("regex", "a\n/b[", "invalid regex: unclosed character class"),
+        ("regex", "(?=a)b", "invalid regex: look-around, including look-ahead and look-behind, is not supported"),
+        ("lark", "start: b\nb: /h((/", "line 2, column 4: invalid regex: unclosed group"),
+        ("lark", "start: nothing", 'line 1, column 8: unknown name: "nothing"'),
+        ("json_schema", '{"type": "string", "pattern": "(("}', "invalid regex: unclosed group"),
+    ],
+)
+def test_the_reason_stands_alone(tokenizer: LLTokenizer, kind: str, text: str, problem: str) -> None:
+    """Without the grammar that llguidance shows with it, which may be our own translation, and the carets under that."""
+    with pytest.raises(GrammarError) as caught:
+        compile_grammar(Grammar(kind, text), tokenizer)
+    assert str(caught.value) == problem
+
+
 def test_a_tokenizer_that_can_not_be_used_is_refused() -> None:
     with pytest.raises(GrammarError, match="tokenizer"):
         load_tokenizer(b"{}", VOCAB, (EOS_TOKEN_ID,))

@@ -223,6 +223,35 @@ def test_what_can_not_be_taken_is_refused_by_name(fields: dict[str, Any], param:
 
 
 @pytest.mark.parametrize(
+    ("name", "off", "on"),
+    [
+        ("return_tokens_as_token_ids", False, True),
+        ("return_token_ids", False, True),
+        ("use_beam_search", False, True),
+        ("length_penalty", 1.0, 1.2),
+        ("length_penalty", 1, 0),
+        ("early_stopping", False, True),
+        ("early_stopping", False, "never"),
+        ("metadata", {}, {"a": "b"}),
+        ("best_of", 1, 2),
+    ],
+)
+def test_what_is_switched_off_is_taken_and_what_is_switched_on_is_not(name: str, off: Any, on: Any) -> None:
+    assert chat(**{name: off}) == chat()
+    assert completions(**{name: off}).requests == completions().requests
+    assert refused(chat, **{name: on}) == refused(completions, **{name: on}) == (400, name)
+
+
+def test_of_chats_likewise() -> None:
+    assert chat(echo=False) == chat()
+    assert refused(chat, echo=True) == (400, "echo")
+    assert chat(n=3, best_of=3) == chat(n=3)
+    assert refused(chat, n=3, best_of=4) == (400, "best_of")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    assert refused(chat, stream=True, stream_options=options, resume_grace_ms=5) == (400, "resume_grace_ms")
+
+
+@pytest.mark.parametrize(
     ("messages", "param"),
     [
         (None, "messages"),

@@ -85,6 +85,34 @@ def test_a_stream_has_all_text_a_usage_and_an_end(path: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_each_chunk_tells_the_usage_so_far_where_that_is_wanted(path: str, logprobs: bool) -> None:
+    more: dict[str, Any] = {"logprobs": True if path == CHAT else 1} if logprobs else {}
+
+    async def main() -> None:
+        async with door(say_text) as (_, at):
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            connection = await stream(at, path, stream_options=options, max_tokens=40, n=2, **more)
+            await connection.head()
+            *chunks, last = [data_of(event) async for event in connection.events() if event != "data: [DONE]"]
+            prompt, total = last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]
+            assert last["choices"] == [] and total == 2 * (len(IDS) + 1)
+            for index in (0, 1):
+                told = [chunk["usage"] for chunk in chunks if chunk["choices"][0]["index"] == index]
+                counts = [one["completion_tokens"] for one in told]
+                assert counts == sorted(counts) and counts[-1] == len(IDS) + 1
+                assert path != CHAT or counts[0] == 0  # the role alone
+                assert all(one["prompt_tokens"] == prompt for one in told)
+                assert all(one["total_tokens"] == prompt + one["completion_tokens"] for one in told)
+            connection = await stream(at, path, stream_options=options | {"include_usage": False}, max_tokens=40)
+            await connection.head()
+            chunks = [data_of(event) async for event in connection.events() if event != "data: [DONE]"]
+            assert not any("usage" in chunk for chunk in chunks)  # as vLLM has it
+
+    asyncio.run(main())
+
+
 def test_several_prompts_are_one_stream() -> None:
     async def main() -> None:
         async with door(say_text) as (_, at):
@@ -215,14 +243,17 @@ def test_keys_open_the_routes_and_deny_is_the_default() -> None:
                 ("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("GET", "/version"),
                 ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/metrics"), ("GET", "/nope"), ("PUT", CHAT), ("GET", CHAT),
             ):  # fmt: skip
-                for headers in (
-                    {},
-                    {"authorization": "Bearer wrong-key-0123456789"},
-                    {"authorization": "key-of-somebody-0123"},
+                for headers, why in (
+                    ({}, "no key was given: "),
+                    ({"authorization": "Bearer wrong-key-0123456789"}, "this key is not known: "),
+                    ({"authorization": "key-of-somebody-0123"}, "no key was given: "),
                 ):
                     reply = await at.ask(method, path, {"messages": HELLO}, **headers)
                     assert (reply.status, reply.error["code"]) == (401, "invalid_api_key"), path
                     assert reply.headers["www-authenticate"] == "Bearer"
+                    assert (
+                        reply.error["message"].startswith(why) and "authorization: Bearer KEY" in reply.error["message"]
+                    )
             mine = {"authorization": "Bearer key-of-somebody-0123"}
             assert (await at.ask("POST", CHAT, {"messages": HELLO}, **mine)).status == 200
             assert scheduler.submits()[0].tenant == "team-a"
@@ -634,6 +665,10 @@ def test_a_response_is_answered_whole_and_in_events() -> None:
                 "cached_tokens": 0
             }
             assert whole["temperature"] == 0.5 and whole["instructions"] == "be brief"
+            assert whole["usage"]["output_tokens_details"] == {"reasoning_tokens": 0}
+            sent = {"parallel_tool_calls": True, "tool_choice": "auto"}
+            echoed = (await at.ask("POST", "/v1/responses", body | sent)).json()
+            assert {name: echoed[name] for name in sent} == sent
             turns = [
                 {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
                 # as it came

@@ -231,6 +231,10 @@ async def nothing(message: scheduler_pb2.AttachRequest, say: Say) -> None:
         (("--scheduler", "nonsense"), "HOST:PORT"),
         (("--scheduler", "h:1", "--flush-ms", "0"), "--flush-ms"),
         (("--scheduler", "h:1", "--listen", "0.0.0.0:0"), "--listen"),
+        (
+            ("--scheduler", "h:1", "--api-keys", "k-3f1c9a7be20d4c55a1f0e6b2"),
+            "--api-keys (or OCTAVO_API_KEYS) takes the name of a file",
+        ),
     ],
 )
 def test_settings_that_can_not_be_used_end_with_2(flags: tuple[str, ...], message: str) -> None:

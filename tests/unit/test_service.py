@@ -95,6 +95,19 @@ def test_off_loopback_a_token_is_needed(tmp_path: Path) -> None:
         read_token(short)
 
 
+@pytest.mark.parametrize("service", ["scheduler", "router", "worker"])
+def test_metrics_off_loopback_are_refused_unless_the_network_is_said_to_be_private(service: str) -> None:
+    argv = [sys.executable, "-m", service, "--metrics", "0.0.0.0:0"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--metrics 0.0.0.0:0 is reachable from other machines" in done.stderr and "--metrics-open" in done.stderr
+    env = {"OCTAVO_METRICS": "0.0.0.0:0", "OCTAVO_METRICS_OPEN": "true"}
+    assert parse(Example, "example", [], env).metrics_open
+    with pytest.raises(SettingsError, match="--metrics"):
+        parse(Example, "example", [], {**env, "OCTAVO_METRICS_OPEN": "false"})
+
+
 def test_every_reason_of_the_contract_has_a_rule() -> None:
     names = {name.removeprefix("ERROR_REASON_") for name in common_pb2.ErrorReason.keys()} - {"UNSPECIFIED"}  # noqa: SIM118
     assert names == set(Reason.__members__) == {reason.name for reason in RULES}

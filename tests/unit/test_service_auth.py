@@ -13,11 +13,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from octavo.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
-from service.auth import check_binding, may_call
+from router.settings import RouterSettings
+from service.auth import check_binding, may_call, read_token
 from service.errors import Reason, from_rpc_error
 from service.keys import ApiKeys, Authenticator, Caller, Role
 from service.server import PUBLIC_MESSAGE_BYTES, Server
-from service.settings import CommonSettings, SettingsError
+from service.settings import CommonSettings, SettingsError, parse
 
 ALICE, BOB, ROOT = "alice-key-0123456789", "bob-key-0123456789#x", "root-key-0123456789"
 FILE = f"""# who may use the routers
@@ -71,6 +72,59 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
         ApiKeys.read(tmp_path / "binary")
 
 
+def test_keys_themselves_stand_in_a_variable_of_their_own() -> None:
+    for text in (FILE, FILE.replace("\n", ","), f" {ALICE} alice ,{BOB} bob"):
+        assert ApiKeys.listed(text).find(ALICE) == Caller("alice", Role.CLIENT)
+        assert ApiKeys.listed(text).find(BOB) == Caller("bob", Role.CLIENT)
+    env = {"OCTAVO_API_KEY_LIST": FILE, "OCTAVO_SCHEDULER": "h:1"}
+    settings = parse(RouterSettings, "router", [], env)
+    assert settings.api_key_list == FILE and ALICE not in repr(settings)
+    with pytest.raises(SettingsError, match="--api-keys and OCTAVO_API_KEY_LIST"):
+        parse(RouterSettings, "router", ["--api-keys", "keys"], env)
+    for argv in (["--api-key-list", ALICE], [f"--api-key-list={ALICE}"], [ALICE]):  # nor on the command line
+        with pytest.raises(SettingsError, match="unrecognized arguments: ") as caught:
+            parse(RouterSettings, "router", argv, env)
+        assert ALICE not in str(caught.value)
+    with pytest.raises(SettingsError, match="OCTAVO_API_KEY_LIST: line 2: a key has at least 16"):
+        ApiKeys.listed(f"{ALICE} alice,short bob")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ALICE,
+        f"{ALICE} alice",
+        FILE,
+        f"{ALICE} alice,{BOB} bob",
+        f"ab/{ALICE}",
+        f"/{ALICE}/x",
+        ALICE * 300,
+        f"{ALICE}\0",
+    ],
+)
+def test_keys_that_are_taken_for_a_file_are_not_shown(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for read, flag in ((ApiKeys.read, "--api-keys"), (read_token, "--cluster-token-file")):
+        with pytest.raises(SettingsError) as caught:
+            read(Path(given))
+        text = str(caught.value)
+        assert "alice" not in text and "Errno" not in text and "\n" not in text
+        assert text.startswith(f"{flag} (or OCTAVO_{flag[2:].upper().replace('-', '_')}) takes the name of a file")
+
+
+def test_a_role_that_is_a_key_is_not_shown() -> None:
+    with pytest.raises(ValueError, match="line 1: the role is none of client, admin"):
+        ApiKeys.parse(f"0123456789abcdef alice {ALICE}")
+
+
+def test_a_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        ApiKeys.read(tmp_path / "absent")
+    assert str(caught.value) == f"--api-keys {tmp_path / 'absent'}: No such file or directory"
+    with pytest.raises(SettingsError) as caught:
+        read_token(tmp_path)
+    assert str(caught.value) == f"--cluster-token-file {tmp_path}: Is a directory"
+
+
 def test_who_shows_what() -> None:
     both = Authenticator(TOKEN, ApiKeys.parse(FILE))
     assert both.identify(f"Bearer {ALICE}") == Caller("alice", Role.CLIENT)
@@ -80,6 +134,18 @@ def test_who_shows_what() -> None:
     assert Authenticator(TOKEN).identify(f"Bearer {ALICE}") is None
     assert Authenticator(None, ApiKeys.parse(FILE)).identify(f"Bearer {TOKEN}") is None
     assert Authenticator().identify(None) == Caller("default", Role.ADMIN)
+
+
+def test_a_missing_secret_and_a_wrong_one_are_told_apart() -> None:
+    for authenticator, what, wanted in (
+        (Authenticator(None, ApiKeys.parse(FILE)), "key", "an API key"),
+        (Authenticator(TOKEN, ApiKeys.parse(FILE)), "key", "an API key"),
+        (Authenticator(TOKEN), "token", "the cluster token"),
+    ):
+        for nothing in (None, "", "Bearer", "Bearer ", ALICE, f"Basic {ALICE}"):
+            assert authenticator.refusal(nothing).startswith(f"no {what} was given: {wanted} is needed")
+        text = authenticator.refusal("Bearer guess")
+        assert text.startswith(f"this {what} is not known: {wanted} of this server") and "guess" not in text
 
 
 def test_off_loopback_keys_are_as_good_as_a_token() -> None:

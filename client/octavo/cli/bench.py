@@ -62,7 +62,14 @@ def bench(
     ] = 10_000,
     address: options.Address = None,
     scheduler: options.Scheduler = None,
-    token_file: options.TokenFile = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the API key or the cluster token. Default: the key $OCTAVO_API_KEY, then $OCTAVO_CLUSTER_TOKEN_FILE; with"
+            " --openai the key $OPENAI_API_KEY alone.",
+            rich_help_panel="Connection",
+        ),
+    ] = None,
     tls: options.Tls = False,
     tls_ca: options.TlsCa = None,
 ) -> None:

@@ -14,6 +14,9 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OctavoError):
         if error.broken:
             return f"{error} (nobody there? `make ps` shows the cluster, `make up` starts one)"
+        if error.reason is Reason.UNAUTHENTICATED:
+            variable = "OCTAVO_CLUSTER_TOKEN_FILE" if "token" in error.message else "OCTAVO_API_KEY"
+            return f"{error} (give it by {variable}, or by --token-file FILE)"
         if error.message.startswith("model:") and error.reason is Reason.INVALID_ARGUMENT:
             return f"{error} (choose with --model)"
     return str(error)

@@ -6,6 +6,7 @@ The services have the same table in service/errors.py, which the wheel does not 
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,8 @@ _REASON_OF_CODE = {
 # How a peer's death shows: the connection went, or the HTTP/2 stream was reset under the call.
 _BROKEN_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 _BROKEN_TEXTS = ("Stream removed", "Received RST_STREAM", "Socket closed")
+# What gRPC says of a message that it does not send.
+_TOO_LARGE = re.compile(r".*Sent message larger than max \((\d+) vs\. (\d+)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,10 @@ def decode(error: grpc.RpcError) -> OctavoError:
     decoded = None if status is None else _from_details(status, code)
     if decoded is not None:
         return decoded
+    if (found := _TOO_LARGE.match(text)) is not None:
+        size, most = found.groups()
+        large = f"the prompt is too large: the request has {size} bytes, and may have {most}"
+        return OctavoError(Reason.PROMPT_TOO_LONG, large, code=code)
     broken = code in _BROKEN_CODES or text.startswith(_BROKEN_TEXTS)
     return OctavoError(_REASON_OF_CODE.get(code), text, code=code, broken=broken)
 
