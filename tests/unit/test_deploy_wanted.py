@@ -81,8 +81,8 @@ def test_cuda_without_a_device_or_its_packages(monkeypatch: pytest.MonkeyPatch) 
         ("OCTAVO_QUANTIZATION", "int4", "the worker can't use an OCTAVO_ variable .* --quantization: 'int4'"),
         ("OCTAVO_MAX_ROWS", "many", "the worker .* --max-rows: 'many'"),
         ("OCTAVO_RUN_AHEAD", "99", "the scheduler .* --run-ahead"),
-        ("OCTAVO_API_KEYS", "/no/such/keys", "the router .* --api-keys /no/such/keys"),
-        ("OCTAVO_CLUSTER_TOKEN_FILE", "/no/such/token", "the scheduler .*/no/such/token"),
+        ("OCTAVO_API_KEYS", "/no-such-keys", "the router .* --api-keys /no-such-keys"),
+        ("OCTAVO_CLUSTER_TOKEN_FILE", "/no-such-token", "the scheduler .*/no-such-token"),
     ],
 )
 def test_the_environment_is_checked_as_the_services_will(

@@ -49,16 +49,18 @@ def test_a_request_that_is_being_prepared_when_the_drain_begins_is_refused(monke
 
 def test_an_answer_that_is_not_written_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        go, write = asyncio.Event(), router.service._write
+        ended, go, write = asyncio.Event(), asyncio.Event(), router.service._write
 
         async def slowly(context: Any, message: inference_pb2.GenerateResponse) -> None:
             if message.HasField("finished"):
+                ended.set()
                 await go.wait()
             await write(context, message)
 
         monkeypatch.setattr("router.service._write", slowly)
         async with cluster(say_text) as (_, under_test):
             answer = asyncio.create_task(collect(under_test.stub.Generate(ask())))
+            await ended.wait()
             await eventually(lambda: under_test.gate.num_inside == 1 and under_test.session.num_requests == 0)
             drain = asyncio.create_task(under_test.inference.drain(20.0))
             assert await waits(drain)
