@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deploy.readiness import read_ready
-from service.memory import own_bytes
-from worker.backends.torch_memory import MOST
+from service.memory import MOST, own_bytes
 
 
 def fraction_of_each(workers: int, gpus: Sequence[str], environ: Mapping[str, str] = os.environ) -> float | None:

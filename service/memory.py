@@ -1,8 +1,11 @@
-"""How much memory a process holds for itself."""
+"""How much memory a process may hold, and holds, for itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+MOST = 0.9
+"""Of the memory that is available, for weights and KV cache of all workers of a host, where nothing is said."""
 
 
 def own_bytes(pid: int | None = None) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.memory import own_bytes
+from service.memory import MOST, own_bytes
 from worker.backend import BackendError, BackendInfo
 
-MOST = 0.9  # of the memory for weights and KV cache where nothing is said
 _GIB = 1024.0**3
 
 
