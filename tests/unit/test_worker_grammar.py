@@ -358,12 +358,13 @@ def test_a_row_that_would_use_up_a_lexer_alone_ends(running: Running, narrow: No
     """Though it never comes first: fewer and fewer share a lexer with it."""
     wide = new_row(0, VOWELS, vowels(0, 50).replace(b"b", b"u"))
     small = [new_row(row, VOWELS, b'{"p":"') for row in (1, 2, 3)]
-    statuses = []
-    for step_id in range(1, 4):
-        step = make_step(step_id, [1, 2, 3, 0], freed_rows=ids(0, 1, 2, 3), new_rows=(*small, wide))
+    statuses: list[list[int]] = []
+    # How fast a lexer is there decides whether it is alone at the second or at the third start: whoever asks before shares it.
+    while not statuses or (statuses[-1][3] == RowStatus.MASK_LATE and len(statuses) < 3):
+        step = make_step(len(statuses) + 1, [1, 2, 3, 0], freed_rows=ids(0, 1, 2, 3), new_rows=(*small, wide))
         statuses.append(running.run(step)[0].row_status.tolist())
-    assert [status[3] for status in statuses] == [RowStatus.MASK_LATE, RowStatus.MASK_LATE, RowStatus.MASK_EMPTY]
-    assert statuses[2][:3] == [RowStatus.OK] * 3
+    assert statuses[0][3] == RowStatus.MASK_LATE
+    assert statuses[-1] == [RowStatus.OK] * 3 + [RowStatus.MASK_EMPTY]
 
 
 def test_a_driver_without_a_scheduler_starts_them_again_itself(narrow: None) -> None:
