@@ -40,6 +40,7 @@ REDIS_FAULTS = (("kill", "redis"), ("stop", "redis"))
 PROMPTS = 24
 # Log-probabilities by which two tokens may differ and yet change places, as in tests/gpu: what bfloat16 leaves open.
 _NEAR_TIE = 0.09
+_HALF_SECONDS = 10.0  # until a fault comes though fewer than half of the streams are in their middle
 _GRAMMAR = r"([a-f]{2}|\[[0-9]{1,3}\])+"  # never complete, so that an output has all its tokens
 
 
@@ -230,9 +231,19 @@ class Chaos:
             await self._happen(cluster, *waiting.pop())
             await asyncio.sleep(self._random.uniform(0.5, 2.0))
 
+    async def _middle(self) -> list[Watched]:
+        """The streams in the middle of their output, at a moment when half of them or more are: they began together, so that they
+        also end together, and a fault between would hit nobody."""
+        until = time.monotonic() + _HALF_SECONDS
+        while True:
+            middle = [stream for stream in self._live if 0 < len(stream.tokens) < self._settings.tokens]
+            if 2 * len(middle) >= self._settings.streams or time.monotonic() > until:
+                return middle
+            await asyncio.sleep(0.02)
+
     async def _happen(self, cluster: ChaosCluster, kind: str, role: str) -> None:
         name = self._random.choice(cluster.names(role))
-        middle = [stream for stream in self._live if 0 < len(stream.tokens) < self._settings.tokens]
+        middle = await self._middle()
         self.report.mid_output.append(len(middle))
         self.report.faults[f"{kind} {role}"] += 1
         for stream in middle:

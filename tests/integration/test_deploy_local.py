@@ -121,11 +121,14 @@ def test_a_day_in_the_life(checkout: Checkout) -> None:
 def test_taken_ports_are_passed_by_and_a_killed_process_comes_back(checkout: Checkout) -> None:
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            taken.bind(("127.0.0.1", 50051))
-            taken.listen(1)
-        except OSError:
-            pass  # someone else has it, which serves as well
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            try:
+                taken.bind(("127.0.0.1", 50051))
+                taken.listen(1)
+                break
+            except OSError:  # somebody looks whether it is free, in a moment, or has it, which serves as well
+                time.sleep(0.1)
         checkout.run("up", "--model", "mock")
         facts = json.loads(checkout.cluster_file.read_text())
         assert facts["router"] != ["127.0.0.1:50051"]
