@@ -35,23 +35,24 @@ class Door:
         if ready is None:
             raise ClusterError(f"{command.name} has just ended")
         token, keys = setting_of(command, "cluster-token-file"), setting_of(command, "api-keys")
-        return cls(address=ready.address, tls_ca=trusted_by(command), secret=_secret(token, keys))
+        secret = _secret(token, keys, os.environ.get("OCTAVO_API_KEY_LIST"))
+        return cls(address=ready.address, tls_ca=trusted_by(command), secret=secret)
 
     @classmethod
     def at(cls, address: str, environ: Mapping[str, str] = os.environ) -> Door:
         """The door of a router whose settings are those of the environment."""
-        secret = _secret(environ.get("OCTAVO_CLUSTER_TOKEN_FILE"), environ.get("OCTAVO_API_KEYS"))
+        keys = environ.get("OCTAVO_API_KEYS"), environ.get("OCTAVO_API_KEY_LIST")
+        secret = _secret(environ.get("OCTAVO_CLUSTER_TOKEN_FILE"), *keys)
         trusted = environ.get("OCTAVO_TLS_CA") if environ.get("OCTAVO_TLS_CERT") else None
         return cls(address=address, tls_ca=Path(trusted) if trusted else None, secret=secret)
 
 
-def _secret(token_file: str | None, keys_file: str | None) -> str | None:
-    """The cluster's token, else the first key of the file."""
+def _secret(token_file: str | None, keys_file: str | None, keys: str | None) -> str | None:
+    """The cluster's token, else the first key of the file or of the list."""
     if token_file:
         return read_token(Path(token_file))
-    if not keys_file:
-        return None
-    lines = (line.partition("#")[0].split() for line in Path(keys_file).read_text().splitlines())
+    text = Path(keys_file).read_text() if keys_file else (keys or "").replace(",", "\n")
+    lines = (line.partition("#")[0].split() for line in text.splitlines())
     return next((words[0] for words in lines if words), None)
 
 

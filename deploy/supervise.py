@@ -162,8 +162,8 @@ class Supervisor:
 
     def _write_program(self, command: Command) -> None:
         for key, value in command.env.items():
-            if '"' in value:
-                raise ClusterError(f"supervisord can't hold a double quote in {key}: {value}")
+            if '"' in value or "\n" in value:  # and it is not told here: it may be a secret
+                raise ClusterError(f"supervisord can't hold a double quote or the end of a line in {key}")
         quoted = ",".join(f'{key}="{value}"' for key, value in command.env.items())
         options = {
             "command": shlex.join(command.argv).replace("%", "%%"),

@@ -20,6 +20,7 @@ from service.settings import SettingsError, parse
 RUNTIMES = ("processes", "docker")
 BACKENDS = ("auto", "torch", "cuda", "mock")
 QUANTIZATIONS = ("none", "int8")
+_KEYS = ("OCTAVO_API_KEY", "OCTAVO_API_KEY_LIST")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,16 +110,19 @@ def check_environment(services: Sequence[str] = ("scheduler", "worker", "router"
         try:
             settings = parse(settings_class, service, ["--redis", "redis://unused"])
             read_token(settings.cluster_token_file)
-            keys = getattr(settings, "api_keys", None)
-            if keys is not None:
-                ApiKeys.read(keys)
+            ApiKeys.of(
+                getattr(settings, "api_keys", None), getattr(settings, "api_key_list", None)
+            )  # a router has them
         except SettingsError as error:
             raise ClusterError(f"the {service} can't use an OCTAVO_ variable of the environment: {error}") from None
 
 
 def inherited(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The settings of services that stand in the environment: a worker added later shall have them, too."""
-    return {name: value for name, value in environ.items() if name.startswith("OCTAVO_")}
+    """The settings of services that stand in the environment: a worker added later shall have them, too.
+
+    No keys: they are the routers' business, and what a program is given stands in a file.
+    """
+    return {name: value for name, value in environ.items() if name.startswith("OCTAVO_") and name not in _KEYS}
 
 
 def differences(wanted: Wanted, running: Cluster, workers: int) -> str:

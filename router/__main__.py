@@ -141,7 +141,7 @@ class Router:
 
 async def serve(life: Lifecycle, settings: RouterSettings) -> None:
     """Serve until told to stop, then drain."""
-    keys = _keys(settings)
+    keys = ApiKeys.of(settings.api_keys, settings.api_key_list)
     server = Server(settings, SERVICES, PUBLIC_MESSAGE_BYTES, keys)
     router = Router(life, settings, server.authenticator)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(router.service, server.grpc)
@@ -190,13 +190,6 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
             router.metrics.stop()
         if registry is not None:
             await registry.close()
-
-
-def _keys(settings: RouterSettings) -> ApiKeys | None:
-    """The API keys, from the file or the environment, if there are any. Raises SettingsError."""
-    if settings.api_keys is not None:
-        return ApiKeys.read(settings.api_keys)
-    return None if settings.api_key_list is None else ApiKeys.listed(settings.api_key_list)
 
 
 def _http_server(router: Router, settings: RouterSettings, authenticator: Authenticator) -> HttpServer | None:

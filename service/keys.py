@@ -71,6 +71,13 @@ class ApiKeys:
         return cls(callers)
 
     @classmethod
+    def of(cls, path: Path | None, listed: str | None) -> ApiKeys | None:
+        """Those of the file or of the list, if there is either. Raises SettingsError."""
+        if path is not None:
+            return cls.read(path)
+        return None if listed is None else cls.listed(listed)
+
+    @classmethod
     def read(cls, path: Path) -> ApiKeys:
         """The keys of a file. Raises SettingsError."""
         try:

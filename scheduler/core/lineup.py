@@ -81,7 +81,7 @@ def line_up(rows: Rows, which: Int64Array) -> Lineup:
     places, ones = np.arange(which.size), np.ones(which.size, np.int64)
     is_member = np.zeros(rows.spec.max_rows, np.bool_)
     is_member[which] = True
-    return Lineup(
+    lineup = Lineup(
         version=rows.version,
         steps_left=int((rows.last[which] - rows.num_computed[which]).min(initial=rows.spec.max_model_len)),
         rows=which,
@@ -95,3 +95,6 @@ def line_up(rows: Rows, which: Int64Array) -> Lineup:
         is_member=is_member,
         sampled=look_up(rows, which),
     )
+    for shared in (lineup.rows, lineup.rows32, lineup.ones32, lineup.ones8, lineup.places32, lineup.sampled.handles):
+        shared.setflags(write=False)  # they leave the core
+    return lineup

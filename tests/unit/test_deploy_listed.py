@@ -44,7 +44,10 @@ def test_a_router_is_asked_with_its_secret_and_one_that_tells_us_nothing_counts(
         command.ready_file.parent.mkdir()
         command.ready_file.write_text(json.dumps(ready | {"incarnation": 1}))
         assert lists_all(Door.of(command), {"fake"}) and not lists_all(Door.of(command), {"other"})
-        assert lists_all(Door.at(router.address, {"OCTAVO_API_KEYS": str(keys)}), {"fake"})
+        listed = "secret-of-sixteen-letters tenant, another-of-sixteen-letters tenant"
+        for environ in ({"OCTAVO_API_KEYS": str(keys)}, {"OCTAVO_API_KEY_LIST": listed}):
+            door = Door.at(router.address, environ)
+            assert lists_all(door, {"fake"}) and not lists_all(door, {"other"})
         assert lists_all(Door(address=router.address), {"other"})  # it serves, which is all we may know
 
 

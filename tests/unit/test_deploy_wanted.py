@@ -82,6 +82,7 @@ def test_cuda_without_a_device_or_its_packages(monkeypatch: pytest.MonkeyPatch) 
         ("OCTAVO_MAX_ROWS", "many", "the worker .* --max-rows: 'many'"),
         ("OCTAVO_RUN_AHEAD", "99", "the scheduler .* --run-ahead"),
         ("OCTAVO_API_KEYS", "/no-such-keys", "the router .* --api-keys /no-such-keys"),
+        ("OCTAVO_API_KEY_LIST", "short", "the router .*OCTAVO_API_KEY_LIST: line 1"),
         ("OCTAVO_CLUSTER_TOKEN_FILE", "/no-such-token", "the scheduler .*/no-such-token"),
     ],
 )
@@ -95,7 +96,8 @@ def test_the_environment_is_checked_as_the_services_will(
 
 
 def test_a_worker_added_later_has_the_settings_of_the_environment() -> None:
-    assert inherited({"OCTAVO_MAX_ROWS": "8", "PATH": "x"}) == {"OCTAVO_MAX_ROWS": "8"}
+    keys = {"OCTAVO_API_KEY": "a-key", "OCTAVO_API_KEY_LIST": "a-key team"}  # they would stand in a file
+    assert inherited({"OCTAVO_MAX_ROWS": "8", "PATH": "x", **keys}) == {"OCTAVO_MAX_ROWS": "8"}
 
 
 @pytest.mark.parametrize(
