@@ -62,7 +62,7 @@ class Ask:
     echo: bool = False
     keep_last: int | None = None  # tokens of each prompt; -1: as many as there is room for
     include_reasoning: bool = True
-    needs_variable: str = ""  # of the chat template: the member of this name asks for nothing else
+    effort: str = ""  # the member that says how much to think, which the chat template has to know
     manner: Manner = PLAIN  # how the outputs are to be read, once they are prepared
     prompt_only: bool = False  # no output is wanted, and one token made because nothing less can be
 

@@ -23,7 +23,7 @@ from router.http.jsontext import (
     stop_reason,
     usage,
 )
-from router.http.messages import take_chat, take_effort
+from router.http.messages import EFFORT, take_chat, take_effort
 from router.http.sampling import take_request, take_sampling
 from router.http.tally import Tally
 from router.http.told import Told
@@ -41,7 +41,7 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
     request = inference_pb2.GenerateRequest()
     streaming = Streaming.take(fields)
     take_tools(fields, request.chat, take_chat(fields, request.chat))
-    effort = take_effort(fields, request.chat)
+    effort = take_effort(fields, EFFORT, request.chat)
     take_sampling(fields, request.sampling)
     limit = _take_max_tokens(fields, request.sampling)
     _take_logprobs(fields, request.sampling)
@@ -78,7 +78,7 @@ def read_chat(body: dict[str, Any], options: Options) -> Ask:
         timeout=options.timeout,
         keep_last=keep_last,
         include_reasoning=include_reasoning is not False,
-        needs_variable=effort,
+        effort=effort,
     )
 
 

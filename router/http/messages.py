@@ -14,6 +14,8 @@ from router.validate import MAX_CHAT_PARTS, MAX_MESSAGES, MAX_STRUCT_BYTES, MAX_
 
 _VALUE_BYTES = 4  # of the smallest Value in its list or map
 _NUMBER_BYTES = 11
+EFFORT = "reasoning_effort"
+"""The variable by which chat templates know how much to think."""
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
@@ -83,19 +85,18 @@ def take_template(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
     fields.refuse(("chat_template", "documents", "response_role"))
 
 
-def take_effort(fields: Fields, chat: inference_pb2.Chat) -> str:
-    """reasoning_effort, which is the template's business. Returns the variable that the template has to have, "" for none."""
-    name = "reasoning_effort"
+def take_effort(fields: Fields, name: str, chat: inference_pb2.Chat) -> str:
+    """How much to think, from the member `name`: the template's business. Returns that member's path, "" where it says nothing."""
     effort, path = fields.text(name), fields.path(name)
     if effort is None:
         return ""
     if effort not in _EFFORTS:
         raise invalid(path, f"must be one of {', '.join(_EFFORTS)}")
     args = chat.template_args
-    if name in args.fields and args.fields[name].string_value != effort:
+    if EFFORT in args.fields and args.fields[EFFORT].string_value != effort:
         raise invalid(path, "must not differ from that of chat_template_kwargs")
-    args[name] = effort
-    return name
+    args[EFFORT] = effort
+    return path
 
 
 def take_message(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:

@@ -13,7 +13,7 @@ from router.http.errors import Names, Problem, invalid
 from router.http.fields import Fields
 from router.http.grammar import take_format, take_grammar
 from router.http.jsontext import dumps, dumps_long
-from router.http.messages import Room, take_message, take_template
+from router.http.messages import Room, take_effort, take_message, take_template
 from router.http.sampling import take_request, take_sampling
 from router.http.told import Told
 from router.speech.manner import PLAIN
@@ -48,6 +48,7 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
         grammar = "text.format" if take_format(text, "format", request.grammar, flat=True) else ""
         text.refuse(("verbosity",))
         text.finish()
+    effort = _take_reasoning(fields, request.chat)
     extra = take_grammar(fields, request.grammar) if not grammar else ""
     fields.only("n", 1)
     fields.only("background", False)
@@ -73,7 +74,20 @@ def read_responses(body: dict[str, Any], options: Options) -> Ask:
             ("grammar", extra or "text.format"),
         )
     )
-    return Ask(requests=[request], names=names, stream=stream, timeout=options.timeout, keep_last=keep_last)
+    return Ask(
+        requests=[request], names=names, stream=stream, timeout=options.timeout, keep_last=keep_last, effort=effort
+    )
+
+
+def _take_reasoning(fields: Fields, chat: inference_pb2.Chat) -> str:
+    """The member that says how much to think, "" for none."""
+    reasoning = fields.object("reasoning")
+    if reasoning is None:
+        return ""
+    effort = take_effort(reasoning, "effort", chat)
+    reasoning.refuse(("summary", "generate_summary"))
+    reasoning.finish()
+    return effort
 
 
 def _take_input(fields: Fields, chat: inference_pb2.Chat, room: Room) -> None:
@@ -101,6 +115,7 @@ class ResponseView:
         self._told: Told | None = None
         self._done_is_due = False
         self._echoed = {name: body.get(name) for name in _ECHOED}
+        self._effort = (body.get("reasoning") or {}).get("effort")
         # Without tools neither changes anything; they come back as they were sent.
         self._parallel_tool_calls = bool(body.get("parallel_tool_calls"))
         self._tool_choice = body.get("tool_choice") or "none"
@@ -216,6 +231,7 @@ class ResponseView:
             "parallel_tool_calls": self._parallel_tool_calls,
             "tool_choice": self._tool_choice,
             "tools": [],
+            "reasoning": {"effort": self._effort, "summary": None},
             "store": False,
             "previous_response_id": None,
             "truncation": "disabled",

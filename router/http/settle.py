@@ -6,6 +6,7 @@ from octavo.v1 import inference_pb2
 
 from router.http.ask import Ask
 from router.http.errors import invalid, unsupported
+from router.http.messages import EFFORT
 from router.inference import Inference
 
 MAX_PROMPT_LOGPROBS = 524_288  # of all prompts of one answer: 12 MB of messages, 20 MB of JSON
@@ -13,11 +14,11 @@ MAX_PROMPT_LOGPROBS = 524_288  # of all prompts of one answer: 12 MB of messages
 
 async def settle(ask: Ask, inference: Inference) -> None:
     """What needs the model's tokenizer, where the prompts themselves are to be cut or shown. Raises OctavoError and HttpError."""
-    if ask.needs_variable:
+    if ask.effort:
         first = ask.requests[0]
         _, assets = await inference.texts.model(first.model)
-        if not assets.takes(ask.needs_variable, first.chat):
-            raise unsupported(ask.needs_variable, "is not supported: the model's chat template does not ask for it")
+        if not assets.takes(EFFORT, first.chat):
+            raise unsupported(ask.effort, "is not supported: the model's chat template does not ask for it")
     if ask.keep_last is not None:
         await _truncate(ask, ask.keep_last, inference)
     if ask.echo:

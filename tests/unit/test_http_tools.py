@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 
@@ -182,10 +183,10 @@ def test_the_effort_of_reasoning_is_for_the_template_that_asks_for_it() -> None:
 
     async def shown(at: Door, scheduler: FakeScheduler, **more: Any) -> str:
         assert (await whole(at, {"messages": BODY["messages"]} | more))["finish_reason"] == "stop"
-        ids = [
-            int.from_bytes(scheduler.submits()[-1].prompt[0].token_ids[at : at + 4], "little") for at in range(0, 24, 4)
-        ]
-        return _ENCODER.decode(ids)
+        return last_prompt(scheduler)
+
+    def last_prompt(scheduler: FakeScheduler) -> str:
+        return _ENCODER.decode(np.frombuffer(scheduler.submits()[-1].prompt[0].token_ids[:24], "<i4").tolist())
 
     async def main() -> None:
         async with told("hello", asks + QWEN_3) as (scheduler, at):
@@ -193,10 +194,22 @@ def test_the_effort_of_reasoning_is_for_the_template_that_asks_for_it() -> None:
             assert (await shown(at, scheduler, reasoning_effort="low")).startswith("low")
             kwargs = {"chat_template_kwargs": {"reasoning_effort": "high"}, "reasoning_effort": "high"}
             assert (await shown(at, scheduler, **kwargs)).startswith("high")
+            for effort, expected in (
+                ({"effort": "low", "summary": None}, "low"),
+                ({"effort": None}, "medium"),
+                (None, "medium"),
+            ):
+                reply = await at.ask("POST", "/v1/responses", {"input": "hello", "reasoning": effort})
+                assert reply.json()["reasoning"] == {"effort": effort and effort["effort"], "summary": None}
+                assert last_prompt(scheduler).startswith(expected)
         async with told("hello", "{# reasoning_effort #}" + QWEN_3) as (scheduler, at):
             reply = await at.ask("POST", CHAT, {"messages": BODY["messages"], "reasoning_effort": "low"})
             assert reply.status == 400 and reply.error["code"] == "unsupported_parameter"
             assert reply.error["param"] == "reasoning_effort" and "template" in reply.error["message"]
+            reply = await at.ask("POST", "/v1/responses", {"input": "hello", "reasoning": {"effort": "low"}})
+            assert (reply.status, reply.error["param"]) == (400, "reasoning.effort") and "template" in reply.error[
+                "message"
+            ]
             assert not scheduler.submits()
 
     asyncio.run(main())
