@@ -23,35 +23,45 @@ import torch
 
 from bench.gpu_models import SHAPES, write_model
 from bench.gpu_offline import OfflineEngine, Request
+from worker.backend import BackendInfo
 from worker.backends.cuda_backend import CudaBackend
 from worker.backends.cuda_settings import CudaSettings
 
-STEPS = 24
+STEPS = 16
 FIRST_KERNEL = "prepare_tokens"
 
 
-def trace_of(engine: OfflineEngine, rows: int, context: int, vocab_size: int, path: Path) -> None:
-    """Profile the last steps of `rows` requests that end at about `context` tokens, into a Chrome trace."""
+def trace_of(engine: OfflineEngine, rows: int, context: int, info: BackendInfo, path: Path) -> None:
+    """Profile `rows` requests that end at about `context` tokens, into a Chrome trace.
+
+    Their prompts take several steps together; the first of them still runs when the last one has begun and STEPS more are done.
+    """
     generator = random.Random(rows)
+    num_outputs = STEPS + 8 + rows * context // info.max_num_batched_tokens
 
     def requests(outputs: int) -> list[Request]:
-        texts = [[generator.randrange(vocab_size) for _ in range(context - outputs)] for _ in range(rows)]
+        texts = [[generator.randrange(info.vocab_size) for _ in range(max(1, context - outputs))] for _ in range(rows)]
         return [Request(text, outputs) for text in texts]
 
     engine.run(requests(4))  # captures the graphs
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        engine.run(requests(STEPS))
+        engine.run(requests(num_outputs))
         torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path))
 
 
 def charges(path: Path, rows: int) -> dict[str, Any]:
-    """Per kernel name: launches a step and microseconds a step (median over steps), from a trace."""
+    """Per kernel name: launches a step and microseconds a step, from a trace: medians of the STEPS after the last prompt's."""
     events = json.loads(path.read_text())["traceEvents"]
     device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     device.sort(key=lambda e: e["ts"] + e["dur"])
     starts = [i for i, e in enumerate(device) if e["name"] == FIRST_KERNEL]
-    steps = list(pairwise(starts))[-(STEPS - 6) : -2]
+    steps = list(pairwise(starts))
+    of_prompts = [
+        n for n, (first, after) in enumerate(steps) if any("prefill" in e["name"] for e in device[first:after])
+    ]
+    begin = max(of_prompts, default=0) + 3  # the graphs are warm
+    steps = steps[begin : begin + STEPS]
     by_name: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(steps))
     launches: dict[str, float] = defaultdict(float)
     lengths = []
@@ -95,7 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for rows in map(int, arguments.rows.split(",")):
             path = arguments.trace or Path(scratch) / "trace.json"
-            trace_of(engine, rows, arguments.context, info.vocab_size, path)
+            trace_of(engine, rows, arguments.context, info, path)
             step = charges(path, rows)
             report["steps"].append(step)
             print(f"{rows} rows: {step['step_us']} us a step")
