@@ -155,6 +155,7 @@ template <typename T, typename V> T atomicOr(T* at, V x) { return atomic(at, [=]
 template <typename T, typename V> T atomicMin(T* at, V x) { return atomic(at, [=](T old) { return min(old, (T)x); }); }
 template <typename T, typename V> T atomicMax(T* at, V x) { return atomic(at, [=](T old) { return max(old, (T)x); }); }
 template <typename T, typename V> T atomicExch(T* at, V x) { return atomic(at, [=](T) { return (T)x; }); }
+inline u32 atomicInc(u32* at, u32 most) { return atomic(at, [=](u32 old) { return old < most ? old + 1 : 0; }); }
 inline void __threadfence() {}
 
 inline void __syncthreads() { emulator::meet_block(); }
