@@ -21,9 +21,9 @@ from tests.gpu.gpu_harness import ints, make_shape
 
 FOLDER = Path(__file__).parent / "faults"
 FAULTS = {
-    "nobody_arrives": "deadlock in block (0, 0); 32 threads of warp 0 wait at a barrier; 32 threads of warp 1 wait at a barrier",
+    "nobody_arrives": "block (0, 0) is in a deadlock; 32 threads of warp 0 wait at a barrier; 32 threads of warp 1 wait at a barrier",
     "no_barrier": "arrives at a barrier that was not initialised",
-    "beyond_shared_memory": "beyond_shared_memory: block (0, 0) wrote byte 256 of 256 bytes of dynamic shared memory",
+    "beyond_shared_memory": "beyond_shared_memory: block (0, 0) wrote byte 256 of 256 of dynamic shared memory",
     "beyond_the_tensor": "beyond_the_tensor: wrote outside of a tensor (64,) of torch.int32",
     "beyond_an_array": "beyond_an_array: block (0, 0) thread 63: an index beyond its array at faults.cu:",
     "a_lane_leaves": "31 threads of warp 1 meet their warp in __syncwarp; 1 threads of warp 1 have left",

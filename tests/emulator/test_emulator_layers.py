@@ -42,9 +42,9 @@ def test_matvec(builder: Builder, k: int, n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "hidden"), [(4, 2, 64, 256), (3, 1, 64, 576), (2, 1, 128, 512)]
+    ("heads", "kv_heads", "head_dim", "hidden", "biased"),
+    [(4, 2, 64, 256, False), (4, 2, 64, 256, True), (3, 1, 64, 576, True), (2, 1, 128, 512, False)],
 )
-@pytest.mark.parametrize("biased", [False, True])
 def test_fused_products_give_the_bits_of_the_kernels_they_replace(
     builder: Builder, heads: int, kv_heads: int, head_dim: int, hidden: int, biased: bool
 ) -> None:

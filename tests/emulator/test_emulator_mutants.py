@@ -31,8 +31,8 @@ Make = Callable[..., EmulatedOps]  # of a shape
 
 def decode(make: Make) -> None:
     shape = make_shape(8, 2, 64)
-    paged = PagedRows([300, 1, 17, 513, 40, 256, 31, 128, 77], 2, 64, device="cpu")
-    check_decode(make(shape, multiprocessors=1), shape, paged, 0, [])
+    paged = PagedRows([300, 1, 17, 513, 40, 770, 31, 600, 77], 2, 64, device="cpu")
+    check_decode(make(shape, multiprocessors=2), shape, paged, 0, [])
 
 
 def decode_behind_prefix(make: Make) -> None:
@@ -98,6 +98,10 @@ MUTANTS = {
     "slots are merged before they are there": (
         decode,
         Mutation(DECODE, "PARTIAL);\n  __syncthreads();\n  for", "PARTIAL);\n  for"),
+    ),
+    "a block arrives before its results": (
+        decode,
+        Mutation(DECODE, "__threadfence();\n      __syncthreads();\n", "__threadfence();\n"),
     ),
     "this step's token is fetched too early": (
         decode,
@@ -177,7 +181,7 @@ MUTANTS = {
 @pytest.mark.parametrize("defect", MUTANTS)
 def test_a_defect_is_found(builder: Builder, defect: str) -> None:
     check, mutation = MUTANTS[defect]
-    for seed in range(0, 5000, 1000):
+    for seed in range(0, 12_000, 1000):
         try:
             check(lambda shape, seed=seed, **more: EmulatedOps(builder, shape, mutation=mutation, seed=seed, **more))
         except (AssertionError, EmulatorError):

@@ -1,7 +1,7 @@
 // CUDA C++ on a CPU: what a kernel's source finds instead of nvcc's built-ins, and what it asks of runtime.cpp.
 //
-// A thread of a block is a fiber with a stack of its own; blocks run one after another. A fiber runs until it has to wait for others; which
-// one runs next is drawn at random, so that what a kernel leaves to chance goes wrong sooner or later.
+// A thread of a block is a fiber with a stack of its own. It runs until it has to wait for others; which one runs next is drawn at random, so
+// that what a kernel leaves to chance goes wrong sooner or later.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -21,11 +21,11 @@ struct Launch {
   int count;
   const void* const* arguments;
   const char* kinds;
-  void (*previous)(int ended);  // null, or told at a block's start 0 and at its wait 1: whether what stood before has ended
+  void (*previous)(int ended);  // null, or told whether what stood before has ended: 0 where blocks start, 1 where they wait for it
 };
 
 // Runs all blocks. Null, or what went wrong.
-const char* run(const char* kernel, const Launch& launch, void (*body)(const Launch&), char* statics, size_t static_bytes);
+const char* run(const char* kernel, const Launch& launch, void (*body)(const Launch&), char* statics, char* statics_end);
 
 [[noreturn]] void fail(const char* format, ...);  // ends the launch with this error
 void check_alignment(const void* at, size_t bytes);
@@ -34,6 +34,7 @@ void copy(void* to, const void* from);  // 16 bytes to shared memory, zeros from
 void end_group();
 void wait_for_copies(int pending);
 void wait_for_previous();
+void after_atomic(const void* at);  // on global memory: for a while other blocks may go on
 
 // Each lane of the warp leaves `mine`; the last to come calls all(32 lanes); each goes on with what stands in its place then.
 void* open_meeting();
@@ -77,14 +78,14 @@ void call(void (*kernel)(P...), const Launch& launch) { call(kernel, launch, std
 
 }  // namespace emulator
 
-// The linker's names for the section that all __shared__ variables of a kernel's source lie in; null where it has none.
-extern "C" char __start_block_shared[] __attribute__((weak, visibility("hidden")));
-extern "C" char __stop_block_shared[] __attribute__((weak, visibility("hidden")));
+// The linker's names for where a library's variables without a value lie. A kernel's library has none but those in shared memory.
+extern "C" char __bss_start[] __attribute__((visibility("hidden")));
+extern "C" char _end[] __attribute__((visibility("hidden")));
 
 #define EMULATE(kernel)                                                                                            \
   extern "C" __attribute__((visibility("default"))) const char* emulate_##kernel(const emulator::Launch* launch) { \
     auto body = [](const emulator::Launch& launch) { emulator::call(kernel, launch); };                            \
-    return emulator::run(#kernel, *launch, body, __start_block_shared, __stop_block_shared - __start_block_shared); \
+    return emulator::run(#kernel, *launch, body, __bss_start, _end);                                                \
   }
 
 #define __global__
@@ -93,7 +94,7 @@ extern "C" char __stop_block_shared[] __attribute__((weak, visibility("hidden"))
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
-#define __shared__ static __attribute__((section("block_shared")))
+#define __shared__ static
 
 struct Place {
   unsigned x, y, z;
@@ -143,11 +144,12 @@ T __ldcg(const T* from) {
   return *from;
 }
 
-// Blocks and fibers take turns only where they wait, so each of these is indivisible.
+// Fibers take turns only where they wait, so each of these is indivisible.
 template <typename T, typename Change>
 T atomic(T* at, Change change) {
   T old = *at;
   *at = change(old);
+  emulator::after_atomic(at);
   return old;
 }
 template <typename T, typename V> T atomicAdd(T* at, V x) { return atomic(at, [=](T old) { return old + (T)x; }); }
