@@ -23,7 +23,7 @@ from kernels.shapes import KernelSpec
 
 SHIM_DIR = Path(__file__).parent / "cuda"
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE")
-_CHECKS = ("-fsanitize=alignment,bounds",)  # what they find goes to runtime.cpp
+_CHECKS = ("-fsanitize=alignment,bounds",)  # what they find goes to device.cpp
 _INCLUDE = re.compile(r'^#include ["<]([^">]+)[">]', re.MULTILINE)
 # Memory whose size the launch says is the runtime's; a host compiler has no such declaration.
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
@@ -94,7 +94,7 @@ class Builder:
         with self._locked("runtime"):
             if not target.exists():
                 made = self._directory / "runtime.part"
-                self._run([*_FLAGS, "-shared", str(SHIM_DIR / "runtime.cpp"), "-o", str(made)])
+                self._run([*_FLAGS, "-shared", *map(str, sorted(SHIM_DIR.glob("*.cpp"))), "-o", str(made)])
                 made.rename(target)
         return target
 

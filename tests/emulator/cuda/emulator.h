@@ -1,4 +1,4 @@
-// CUDA C++ on a CPU: what a kernel's source finds instead of nvcc's built-ins, and what it asks of runtime.cpp.
+// CUDA C++ on a CPU: what a kernel's source finds instead of nvcc's built-ins, and what it asks of device.cpp.
 //
 // A thread of a block is a fiber with a stack of its own. It runs until it has to wait for others; which one runs next is drawn at random, so
 // that what a kernel leaves to chance goes wrong sooner or later.
@@ -43,7 +43,7 @@ void close_meeting();
 int lane();
 template <typename T, typename All>
 T meet(const char* what, T mine, All all) {
-  static_assert(sizeof(T) <= 64, "runtime.cpp has room for 64 bytes a lane");
+  static_assert(sizeof(T) <= 64, "a warp has room for 64 bytes a lane");
   T* lanes = static_cast<T*>(open_meeting());
   lanes[lane()] = mine;
   if (last_to_meet(what)) {

@@ -1,107 +1,39 @@
-// Fibers, their meetings, shared memory and copies: the part of the emulator that is the same for all kernels.
+// Lets the threads of blocks run as fibers, one at a time, in random order.
 #include <algorithm>
-#include <csetjmp>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <string>
-#include <vector>
 
-#include <ucontext.h>
-
-#include "emulator.h"
+#include "blocks.h"
 
 Place threadIdx, blockIdx, gridDim, blockDim;
 
 namespace emulator {
 
-constexpr int MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / 32, MOST_BLOCKS = 3;
 constexpr size_t STACK = 128 << 10, SHARED = 232 << 10;
 
 // The shared memory of the block at work. 0xff is the poison: NaN in every float format.
 alignas(1024) char dynamic_shared[SHARED];
 
-namespace {
-
-enum State { READY, MEETS_WARP, MEETS_BLOCK, WAITS_AT_BARRIER, WAITS_FOR_PREVIOUS, GONE };
-const char* const STATES[] = {"run", "meet their warp", "wait at __syncthreads", "wait at a barrier", "wait for the kernel before", "have left"};
-
-struct Copy {
-  char* to;
-  const char* from;
-  char bytes[16];
-  int group;
-};
-struct Fiber {
-  char* stack = nullptr;
-  bool started = false;
-  ucontext_t context;
-  jmp_buf point;
-  State state;
-  const u64* barrier;
-  int parity, groups;  // groups: ended
-  std::vector<Copy> copies;
-};
-struct Warp {
-  alignas(16) char slots[2][32 * 64];
-  int meetings, waiting, ready;
-  const char* what;  // the meeting that is under way
-};
-// Shared variables have one address, so those of a block that pauses lie aside.
-struct Block {
-  Fiber fibers[MOST_THREADS];
-  Warp warps[MOST_WARPS];
-  Place place;
-  int alive, at_barrier, mood, favourite;
-  bool busy = false, pauses;
-  std::vector<char> dynamic, statics;
-};
-// What an mbarrier's 64 bits hold here.
-struct Barrier {
-  unsigned short arrivals, missing, phase, magic;
-};
-constexpr unsigned short MAGIC = 0xba55;
-
-Block blocks[MOST_BLOCKS];
-Block* here;  // the block at work
+Block* here;
 int me, threads, shared_bytes;
 char *static_begin, *static_end;
-bool previous_ended, failed;
+bool previous_ended;
+
+namespace {
+
+const char* const STATES[] = {"run", "meet their warp", "wait at __syncthreads", "wait at a barrier", "wait for the kernel before", "have left"};
+
+Block blocks[MOST_BLOCKS];
+bool failed;
 char error[1000];
 const char* name;
 jmp_buf scheduler;
 void (*work)(const Launch&);
 const Launch* launched;
 std::minstd_rand dice;
-
-int roll(int sides) { return dice() / 16 % sides; }
-Fiber& mine() { return here->fibers[me]; }
-Warp& my_warp() { return here->warps[me / 32]; }
-
-// From a fiber to the scheduler, until that comes back. setjmp and longjmp switch stacks without a system call; ucontext only starts.
-void yield() {
-  if (!_setjmp(mine().point)) _longjmp(scheduler, 1);
-}
-void sleep(State state) {
-  mine().state = state;
-  my_warp().ready--;
-  while (mine().state != READY) yield();
-}
-void wake(Block& block, int thread) {
-  block.fibers[thread].state = READY;
-  block.warps[thread / 32].ready++;
-}
-template <typename Which>
-void wake_all(Block& block, State state, Which which) {
-  for (int i = 0; i < threads; i++)
-    if (block.fibers[i].state == state && which(block.fibers[i])) wake(block, i);
-}
-bool anyone(const Fiber&) { return true; }
-void open_block_barrier() {
-  here->at_barrier = 0;
-  wake_all(*here, MEETS_BLOCK, anyone);
-}
 
 void life() {
   for (;;) {
@@ -201,16 +133,19 @@ void turn() {
   if (!roll(4096)) here->favourite = roll(threads / 32);
 }
 
-bool in_shared(const char* at, size_t bytes) {
-  return (at >= dynamic_shared && at + bytes <= dynamic_shared + shared_bytes) || (at >= static_begin && at + bytes <= static_end);
-}
-Barrier& barrier_at(u64* at) {
-  check_alignment(at, 8);
-  if (!in_shared(reinterpret_cast<char*>(at), 8)) fail("a barrier does not lie in shared memory");
-  return *reinterpret_cast<Barrier*>(at);
-}
-
 }  // namespace
+
+int roll(int sides) { return dice() / 16 % sides; }
+
+// setjmp and longjmp switch stacks without a system call; ucontext only starts.
+void yield() {
+  if (!_setjmp(mine().point)) _longjmp(scheduler, 1);
+}
+void sleep(State state) {
+  mine().state = state;
+  my_warp().ready--;
+  while (mine().state != READY) yield();
+}
 
 void fail(const char* format, ...) {
   int length = std::snprintf(error, sizeof error, "%s: block (%u, %u) thread %d: ", name, blockIdx.x, blockIdx.y, me);
@@ -220,82 +155,6 @@ void fail(const char* format, ...) {
   va_end(values);
   failed = true;
   _longjmp(scheduler, 1);
-}
-
-void check_alignment(const void* at, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(at) % bytes) fail("an access of %d bytes is not aligned to them", (int)bytes);
-}
-
-int lane() { return me % 32; }
-
-// Two sets of slots in turn: who is late still reads the last meeting's while others fill the next one's.
-void* open_meeting() { return my_warp().slots[my_warp().meetings % 2]; }
-bool last_to_meet(const char* what) {
-  Warp& warp = my_warp();
-  if (warp.waiting && std::strcmp(warp.what, what)) fail("lanes of warp %d meet in %s while others do in %s", me / 32, what, warp.what);
-  warp.what = what;
-  if (++warp.waiting == 32) return true;
-  sleep(MEETS_WARP);
-  return false;
-}
-void close_meeting() {
-  my_warp().waiting = 0, my_warp().meetings++;
-  for (int i = me / 32 * 32; i < me / 32 * 32 + 32; i++)
-    if (here->fibers[i].state == MEETS_WARP) wake(*here, i);
-}
-
-void meet_block() {
-  if (++here->at_barrier == here->alive) return open_block_barrier();
-  sleep(MEETS_BLOCK);
-}
-
-void wait_for_previous() {
-  if (!previous_ended) sleep(WAITS_FOR_PREVIOUS);
-}
-
-void after_atomic(const void* at) {
-  if (in_shared(static_cast<const char*>(at), 4) || roll(4)) return;
-  here->pauses = true;
-  yield();
-}
-
-void copy(void* to, const void* from) {
-  Copy copy{static_cast<char*>(to), static_cast<const char*>(from), {}, mine().groups};
-  check_alignment(to, 16);
-  check_alignment(from, 16);
-  if (!in_shared(copy.to, 16)) fail("a copy's target does not lie in shared memory");
-  if (from) std::memcpy(copy.bytes, from, 16);
-  std::memset(to, 0xff, 16);
-  mine().copies.push_back(copy);
-}
-void end_group() { mine().groups++; }
-void wait_for_copies(int pending) {
-  std::vector<Copy>& copies = mine().copies;
-  size_t done = 0;
-  for (; done < copies.size() && copies[done].group < mine().groups - pending; done++) {
-    Copy& copy = copies[done];
-    if (copy.from && std::memcmp(copy.bytes, copy.from, 16)) fail("the source of a copy has changed while it was under way");
-    std::memcpy(copy.to, copy.bytes, 16);
-  }
-  copies.erase(copies.begin(), copies.begin() + done);
-}
-
-void barrier_init(u64* at, int arrivals) {
-  barrier_at(at) = {(unsigned short)arrivals, (unsigned short)arrivals, 0, MAGIC};
-}
-void barrier_arrive(u64* at) {
-  Barrier& barrier = barrier_at(at);
-  if (barrier.magic != MAGIC) fail("arrives at a barrier that was not initialised");
-  if (--barrier.missing) return;
-  barrier.phase++, barrier.missing = barrier.arrivals;
-  wake_all(*here, WAITS_AT_BARRIER, [&](const Fiber& fiber) { return fiber.barrier == at && fiber.parity != barrier.phase % 2; });
-}
-void barrier_wait(u64* at, int parity) {
-  Barrier& barrier = barrier_at(at);
-  if (barrier.magic != MAGIC) fail("waits at a barrier that was not initialised");
-  if (barrier.phase % 2 != parity) return;
-  mine().barrier = at, mine().parity = parity;
-  sleep(WAITS_AT_BARRIER);
 }
 
 // Up to three blocks at once, at times only one. Then each begins before the end of the kernel before; else only the first ones do.
@@ -351,19 +210,3 @@ const char* run(const char* kernel, const Launch& launch, void (*body)(const Lau
 }
 
 }  // namespace emulator
-
-// What g++'s and clang's -fsanitize=alignment,bounds call; both pass first where it happened.
-struct Source {
-  const char* file;
-  unsigned line, column;
-};
-static const char* base_name(const char* file) {
-  const char* slash = std::strrchr(file, '/');
-  return slash ? slash + 1 : file;
-}
-extern "C" void __ubsan_handle_type_mismatch_v1(const Source* at, uintptr_t) {
-  emulator::fail("a misaligned access at %s:%u", base_name(at->file), at->line);
-}
-extern "C" void __ubsan_handle_out_of_bounds(const Source* at, uintptr_t) {
-  emulator::fail("an index beyond its array at %s:%u", base_name(at->file), at->line);
-}
