@@ -32,17 +32,6 @@ extern __shared__ uint4 shared[];  // 2 stages of keys and values: 4 * TILE_VECT
 // Pieces of eight neighbouring keys lie in eight different bank groups: ldmatrix reads them without conflict.
 __device__ __forceinline__ int swizzled(int token, int chunk) { return token * CHUNKS + (chunk ^ (token & 7)); }
 
-__device__ __forceinline__ uint4 load_matrices(const uint4* at) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(at)));
-  return v;
-}
-__device__ __forceinline__ uint4 load_matrices_transposed(const uint4* at) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(at)));
-  return v;
-}
-
 // Keys or values [first, first + TILE_KEYS); those outside [begin, end) become zero and are not read.
 __device__ __forceinline__ void copy_tile(uint4* to, const uint4* from, const int* blocks, int first, int begin, int end) {
 #pragma unroll

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from kernels.operands import NormInput, Placing
-from kernels.shapes import PARTS_ROWS
-from tests.gpu.gpu_harness import error, ints, make_ops, make_shape, poisoned, random
+from kernels.ops import KernelOps
+from kernels.shapes import PARTS_ROWS, KernelShape
+from tests.gpu.gpu_harness import error, ints, make_ops, make_shape, makers, poisoned, random
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("hidden", [576, 2048, 4096])
-def test_embedding_norms_and_silu(hidden: int) -> None:
-    ops = make_ops(make_shape(hidden=hidden, wide=3 * hidden))
+def check_embedding_norms_and_silu(ops: KernelOps, hidden: int, device: str) -> None:
+    """For a shape of intermediate size 3 * hidden."""
+    random, ints, poisoned = makers(device)
     table, ids = random(100, hidden), ints([5, 99, 0, 5, -1])
     out = poisoned(5, hidden)
     ops.embedding(table, ids, out, 5)
@@ -44,15 +45,17 @@ def test_embedding_norms_and_silu(hidden: int) -> None:
     assert error(activated, F.silu(gate) * up) < 5e-3
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_qkv_epilogue(head_dim: int, qk_norm: bool) -> None:
-    heads, kv_heads, tokens = 7, 1, 9
-    shape = make_shape(heads, kv_heads, head_dim, qk_norm=qk_norm)
-    ops = make_ops(shape)
+@pytest.mark.parametrize("hidden", [576, 2048, 4096])
+def test_embedding_norms_and_silu(hidden: int) -> None:
+    check_embedding_norms_and_silu(make_ops(make_shape(hidden=hidden, wide=3 * hidden)), hidden, "cuda")
+
+
+def check_qkv_epilogue(ops: KernelOps, shape: KernelShape, device: str) -> None:
+    random, ints, poisoned = makers(device)
+    heads, kv_heads, head_dim, qk_norm, tokens = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.qk_norm, 9
     qkv = random(tokens, shape.qkv_size, seed=1)
     bias, q_norm, k_norm = random(shape.qkv_size, seed=2), random(head_dim, seed=3), random(head_dim, seed=4)
-    angles = torch.outer(torch.arange(40.0), torch.rand(head_dim // 2)).cuda()
+    angles = torch.outer(torch.arange(40.0), torch.rand(head_dim // 2)).to(device)
     cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
     positions, slots = ints([3, 17, 0, 39, 5, 6, 7, 8, -1]), ints([35, 2, 79, 16, 0, 1, 50, 51, -1])
     cache = poisoned(2, 5, kv_heads, 16, head_dim)
@@ -70,14 +73,19 @@ def test_qkv_epilogue(head_dim: int, qk_norm: bool) -> None:
     place = slots[:8].long()
     assert error(written[0, place], k[:8]) < 5e-3
     assert torch.equal(written[1, place].float(), v[:8])
-    others = torch.ones(80, dtype=torch.bool, device="cuda").index_fill(0, place, False)
+    others = torch.ones(80, dtype=torch.bool, device=device).index_fill(0, place, False)
     assert torch.isnan(written[:, others]).all()
 
 
-@pytest.mark.parametrize("k", [512, 576, 2048, 8192])
-@pytest.mark.parametrize("n", [96, 2050])
-def test_matvec(k: int, n: int) -> None:
-    ops = make_ops(make_shape(hidden=k, wide=512))
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_qkv_epilogue(head_dim: int, qk_norm: bool) -> None:
+    shape = make_shape(7, 1, head_dim, qk_norm=qk_norm)
+    check_qkv_epilogue(make_ops(shape), shape, "cuda")
+
+
+def check_matvec(ops: KernelOps, n: int, k: int, device: str) -> None:
+    random, _, poisoned = makers(device)
     weight, x = random(n, k, seed=1, scale=0.05), random(16, k, seed=2)
     exact = x.double() @ weight.double().t()
     alone = []
@@ -100,16 +108,16 @@ def test_matvec(k: int, n: int) -> None:
     assert error(silu, F.silu(gate) * up) < 8e-3
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "hidden"),
-    [(8, 2, 64, 512), (9, 3, 64, 576), (8, 2, 128, 4096), (32, 8, 64, 2048)],
-)
-@pytest.mark.parametrize("biased", [False, True])
-def test_fused_products_give_the_bits_of_the_kernels_they_replace(
-    heads: int, kv_heads: int, head_dim: int, hidden: int, biased: bool
-) -> None:
-    shape = make_shape(heads, kv_heads, head_dim, hidden=hidden, wide=640)
-    ops = make_ops(shape)
+@pytest.mark.parametrize("k", [512, 576, 2048, 8192])
+@pytest.mark.parametrize("n", [96, 2050])
+def test_matvec(k: int, n: int) -> None:
+    check_matvec(make_ops(make_shape(hidden=k, wide=512)), n, k, "cuda")
+
+
+def check_fused_products(ops: KernelOps, shape: KernelShape, biased: bool, device: str) -> None:
+    """For a shape of intermediate size 640."""
+    random, ints, poisoned = makers(device)
+    kv_heads, head_dim, hidden = shape.num_kv_heads, shape.head_dim, shape.hidden_size
     qkv_weight, wide_weight = (
         random(shape.qkv_size, hidden, seed=1, scale=0.05),
         random(1280, hidden, seed=2, scale=0.05),
@@ -118,7 +126,7 @@ def test_fused_products_give_the_bits_of_the_kernels_they_replace(
     bias = random(shape.qkv_size, seed=4) if biased else None
     wide_bias, added_bias = (random(1280, seed=5), random(hidden, seed=6)) if biased else (None, None)
     weight, table = random(hidden, seed=7), random(50, hidden, seed=8)
-    angles = torch.outer(torch.arange(40.0), torch.rand(head_dim // 2)).cuda()
+    angles = torch.outer(torch.arange(40.0), torch.rand(head_dim // 2)).to(device)
     cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
     for tokens in (1, 2, 3, 4, 5, 8, 9, 16):
         residual, added = random(tokens, hidden, seed=9), random(tokens, hidden, seed=10)
@@ -177,6 +185,18 @@ def test_fused_products_give_the_bits_of_the_kernels_they_replace(
         ops.norm_silu(wide_weight, wide_bias, NormInput(None, table, None, weight, ids, out, 1e-5), silu, tokens)
         assert torch.equal(silu[:tokens], activated)
         assert torch.equal(out[:tokens], rows)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "hidden"),
+    [(8, 2, 64, 512), (9, 3, 64, 576), (8, 2, 128, 4096), (32, 8, 64, 2048)],
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_fused_products_give_the_bits_of_the_kernels_they_replace(
+    heads: int, kv_heads: int, head_dim: int, hidden: int, biased: bool
+) -> None:
+    shape = make_shape(heads, kv_heads, head_dim, hidden=hidden, wide=640)
+    check_fused_products(make_ops(shape), shape, biased, "cuda")
 
 
 @pytest.mark.parametrize(("n", "k"), [(384, 256), (256, 64), (2048, 2048), (2048, 8192), (16896, 256)])

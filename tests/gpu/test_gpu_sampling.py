@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from kernels.operands import StepTensors
 from kernels.ops import KernelOps
-from tests.gpu.gpu_harness import ints, make_ops, make_shape
+from kernels.row_layout import PENALTIES
+from tests.gpu.gpu_harness import ints, make_ops, make_shape, makers
 from worker.backends.cuda_rows import DeviceRows, sampling_flags
 from worker.backends.cuda_sampler import CudaSampler
 from worker.sampling.sampler import RowContext
@@ -25,15 +28,20 @@ def new_step(new: list[NewRow]) -> Step:
     return Step(0, NONE, tuple(new), NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE)
 
 
-def make_rows(vocab: int, max_rows: int) -> tuple[KernelOps, DeviceRows, CudaSampler]:
-    ops = make_ops(make_shape())
-    device = torch.device("cuda")
-    rows = DeviceRows(ops, max_rows, LENGTH, 16, vocab, device)
-    return ops, rows, CudaSampler(ops, rows, max_rows, vocab, device)
+Sampling = tuple[KernelOps, DeviceRows, CudaSampler]
 
 
-def test_prepare_looks_up_what_the_plan_said() -> None:
-    ops, rows, _ = make_rows(1000, 8)
+def make_rows(vocab: int, max_rows: int, ops: KernelOps | None = None, device: str = "cuda") -> Sampling:
+    """Rows and a sampler of the given operations, or of a GPU's."""
+    ops = make_ops(make_shape()) if ops is None else ops
+    rows = DeviceRows(ops, max_rows, LENGTH, 16, vocab, torch.device(device))
+    return ops, rows, CudaSampler(ops, rows, max_rows, vocab, torch.device(device))
+
+
+def check_prepare(made: Sampling, device: str) -> None:
+    """For 8 rows and a vocabulary of 1000."""
+    ops, rows, _ = made
+    _, ints, _ = makers(device)
     generator = np.random.default_rng(0)
     ids = {row: generator.integers(0, 1000, 100).astype(np.int32) for row in (2, 5, 7)}
     blocks = {2: [9, 4, 7], 5: [3], 7: [8, 1, 2, 5]}
@@ -74,6 +82,10 @@ def test_prepare_looks_up_what_the_plan_said() -> None:
     assert step.context_lens[3:].tolist() == [0, 0, 0]
 
 
+def test_prepare_looks_up_what_the_plan_said() -> None:
+    check_prepare(make_rows(1000, 8), "cuda")
+
+
 PARAMS = {
     "greedy": SamplingParams(temperature=0),
     "plain": SamplingParams(temperature=1.0),
@@ -87,6 +99,7 @@ PARAMS = {
     "penalties": SamplingParams(temperature=0.7, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
     "greedy penalties": SamplingParams(temperature=0, repetition_penalty=1.7, frequency_penalty=1.0),
     "bias": SamplingParams(temperature=0, logit_bias={3: 50.0, 999: 49.0, 5: -100.0}),
+    "one bias": SamplingParams(temperature=0, logit_bias={999: 50.0}),
     "allowed": SamplingParams(temperature=1.0, allowed_token_ids=(1, 40, 41, 700, 999)),
     "min_tokens": SamplingParams(temperature=0, min_tokens=100, stop_token_ids=tuple(range(0, 1000, 2))),
     "bad words": SamplingParams(
@@ -96,10 +109,10 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize("vocab", [1000, 50_257, 128_256])
-def test_sampling_equals_the_reference(vocab: int) -> None:
+def check_sampling(made: Sampling, vocab: int, trials: int, device: str) -> None:
+    """For two rows more than there are PARAMS."""
     names = list(PARAMS)
-    _, rows, sampler = make_rows(vocab, len(names) + 2)
+    _, rows, sampler = made
     generator = np.random.default_rng(vocab)
     contexts: list[RowContext | None] = []
     new = []
@@ -110,12 +123,17 @@ def test_sampling_equals_the_reference(vocab: int) -> None:
         new.append(NewRow(row, known, 40, 60, np.arange(4, dtype=np.int32), seed, PARAMS[name]))
         contexts.append(RowContext(PARAMS[name], seed, known, 40))
     rows.apply(new_step(new))
+    for row, entry in enumerate(new):
+        if rows.flags[row] & PENALTIES:
+            counts = np.bincount(entry.token_ids[40:], minlength=vocab).astype(np.uint32)
+            counts[entry.token_ids[:40]] |= 1 << 31
+            assert np.array_equal(rows.counts[row].cpu().numpy().view(np.uint32), counts)
     order = [*range(len(names))][::-1]
-    sample_rows = ints([*order, -1])
+    sample_rows = ints([*order, -1], device)
     wrong = []
-    for trial in range(20):
+    for trial in range(trials):
         logits = torch.randn((len(names), vocab), generator=torch.Generator().manual_seed(trial)) * (1 + trial % 4 * 2)
-        sampler.logits[: len(order), :vocab] = logits.cuda()
+        sampler.logits[: len(order), :vocab] = logits.to(device)
         rows.fields[:, 0] = 60  # the row has not moved on
         before = rows.counts.clone()
         sampler.sample(sample_rows, len(order) + 1, True, True)
@@ -133,36 +151,52 @@ def test_sampling_equals_the_reference(vocab: int) -> None:
     assert len(wrong) <= 1, wrong
 
 
-def test_nan_and_infinity_fail_their_row_alone() -> None:
+@pytest.mark.parametrize("vocab", [1000, 50_257, 128_256])
+def test_sampling_equals_the_reference(vocab: int) -> None:
+    check_sampling(make_rows(vocab, len(PARAMS) + 2), vocab, 20, "cuda")
+
+
+def check_nan_and_infinity(made: Sampling, device: str) -> None:
+    """For 12 rows and a vocabulary of 5000."""
     params = [
         SamplingParams(temperature=0),
         SamplingParams(temperature=1, top_k=5),
         SamplingParams(temperature=1, presence_penalty=1),
     ]
-    _, rows, sampler = make_rows(5000, 12)
+    _, rows, sampler = made
     known = np.arange(10, dtype=np.int32)
     rows.apply(new_step([NewRow(row, known, 10, 10, np.array([0], np.int32), 1, params[row % 3]) for row in range(12)]))
-    sampler.logits[:, :5000] = torch.randn(12, 5000, device="cuda")
+    sampler.logits[:, :5000] = torch.randn(12, 5000, device=device)
     sampler.logits[0:3, 4321] = torch.nan
     sampler.logits[3:6, 17] = torch.inf
     sampler.logits[6:9] = -torch.inf
     for _ in range(2):  # the scratch must be as clean as before
-        sampler.sample(ints(list(range(12))), 12, True, True)
+        sampler.sample(ints(list(range(12)), device), 12, True, True)
         status = sampler.result[1, :12].tolist()
         assert status == [int(RowStatus.NAN)] * 9 + [int(RowStatus.OK)] * 3
+        assert not sampler._raw_state.any() and not sampler._arrived.any()
 
 
-def test_penalties_count_what_is_sampled() -> None:
+def test_nan_and_infinity_fail_their_row_alone() -> None:
+    check_nan_and_infinity(make_rows(5000, 12), "cuda")
+
+
+def check_penalties(made: Sampling, device: str) -> None:
+    """For 2 rows and a vocabulary of 100."""
     params = SamplingParams(temperature=0, frequency_penalty=10.0)
-    _, rows, sampler = make_rows(100, 2)
+    _, rows, sampler = made
     rows.apply(new_step([NewRow(1, np.zeros(1, np.int32), 1, 1, np.array([0], np.int32), 1, params)]))
     sampler.logits[0, :100] = torch.arange(100.0)
     got = []
     for _ in range(5):
-        sampler.sample(ints([1]), 1, True, False)
+        sampler.sample(ints([1], device), 1, True, False)
         got.append(int(sampler.result[0, 0]))
         rows.fields[1, 0] += 1
     assert got == [99, 98, 97, 96, 95]
+
+
+def test_penalties_count_what_is_sampled() -> None:
+    check_penalties(make_rows(100, 2), "cuda")
 
 
 def test_flags_name_what_a_row_needs() -> None:
@@ -175,17 +209,19 @@ def test_flags_name_what_a_row_needs() -> None:
     ]
 
 
-def test_logprobs_describe_raw_logits() -> None:
-    _, rows, sampler = make_rows(50_257, 4)
-    known = np.array([7, 500, 50_256], np.int32)
+def check_logprobs(made: Sampling, vocab: int, device: str) -> None:
+    """For 4 rows."""
+    _, rows, sampler = made
+    known = np.array([7, 500, vocab - 1], np.int32)
     rows.apply(new_step([NewRow(2, known, 3, 3, np.array([0], np.int32), 1, SamplingParams(logprobs=20))]))
-    logits = torch.randn(3, 50_257) * 3
-    sampler.logits[:3, :50_257] = logits.cuda()
+    logits = torch.randn(3, vocab) * 3
+    sampler.logits[:3, :vocab] = logits.to(device)
     here, wanted = np.arange(3, dtype=np.int32), np.array([0, 5, 20], np.int32)
     described = sampler.describe(
         sampler.logits, here, np.full(3, 2, np.int32), here, wanted, np.full(3, -1, np.int32), 0
     )
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     columns = described.columns(np.zeros(0, np.int32))
     assert columns is not None
     assert columns.num_entries.tolist() == [1, 6, 21]
@@ -201,7 +237,11 @@ def test_logprobs_describe_raw_logits() -> None:
         at = part.stop
 
 
-def _hard_logits(vocab: int) -> dict[str, torch.Tensor]:
+def test_logprobs_describe_raw_logits() -> None:
+    check_logprobs(make_rows(50_257, 4), 50_257, "cuda")
+
+
+def hard_logits(vocab: int) -> dict[str, torch.Tensor]:
     """Distributions for which a histogram of equal steps is the wrong tool, and some that fill or overflow its lists."""
     plain = torch.randn(vocab, generator=torch.Generator().manual_seed(7))
     outlier, floor, masked, two = (plain.clone() for _ in range(4))
@@ -223,14 +263,54 @@ def _hard_logits(vocab: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", _hard_logits(8))
-def test_truncation_of_hard_distributions(kind: str) -> None:
-    vocab, trials = 50_257, 12
+def check_edges(make: Callable[[int, int], Sampling], vocab: int, most: Sequence[int], device: str) -> None:
+    """Of each top_k of `most` rows whose draw is the last token that is kept, or would be the first one that is not.
+
+    make(vocab, rows). Hot rows draw from all kept tokens alike, so one seed in top_k is such a row.
+    """
+    plain = torch.randn(vocab, generator=torch.Generator().manual_seed(3))
+    # A handful of the kernel's bins hold the 60 best.
+    logits = torch.where(torch.arange(vocab) % (vocab // 60) == 0, 0.01 * plain, plain - 10)
+    order = logits.argsort(descending=True).tolist()
+    known, seeds = np.arange(10, dtype=np.int32), range(8 * max(most))
+    chosen: list[tuple[SamplingParams, int, int]] = []  # row by row: parameters, seed, expected token
+
+    def draws(top_k: int) -> list[int]:
+        params = SamplingParams(temperature=1000.0, top_k=top_k)
+        contexts: list[RowContext | None] = [RowContext(params, seed, known, 10) for seed in seeds]
+        return list(map(int, reference_sample(logits.expand(len(seeds), vocab), contexts)[0]))
+
+    for top_k in most:
+        kept, more, params = draws(top_k), draws(top_k + 1), SamplingParams(temperature=1000.0, top_k=top_k)
+        last = [seed for seed in seeds if kept[seed] == order[top_k - 1]][:3]
+        beyond = [seed for seed in seeds if more[seed] == order[top_k]][:3]
+        assert last and beyond
+        chosen += [(params, seed, kept[seed]) for seed in last + beyond]
+    _, rows, sampler = make(vocab, len(chosen))
+    blocks = np.array([0], np.int32)
+    rows.apply(
+        new_step([NewRow(row, known, 10, 10, blocks, seed, params) for row, (params, seed, _) in enumerate(chosen)])
+    )
+    sampler.logits[: len(chosen), :vocab] = logits.to(device)
+    sampler.sample(ints(list(range(len(chosen))), device), len(chosen), False, True)
+    tokens = sampler.result[0, : len(chosen)].tolist()
+    assert tokens == [token for _, _, token in chosen], [params.top_k for params, _, _ in chosen]
+
+
+@pytest.mark.parametrize("vocab", [6001, 20_011])
+def test_a_draw_at_the_edge_of_what_is_kept(vocab: int) -> None:
+    check_edges(make_rows, vocab, (2, 5, 40), "cuda")
+
+
+def check_truncation(
+    make: Callable[[int, int], Sampling], kind: str, vocab: int, trials: int, device: str, large: int = 6000
+) -> None:
+    """make(vocab, rows): for as many rows as there are trials and settings. `large`: a top_k beyond the kernel's lists."""
     ties = kind in ("steps", "equal", "subnormal", "narrow")  # top_p keeps ties at its edge, the reference does not
     params = [
         SamplingParams(temperature=1.0, top_k=1),
         SamplingParams(temperature=0.7, top_k=40),
-        SamplingParams(temperature=2.0, top_k=6000),
+        SamplingParams(temperature=2.0, top_k=large),
         SamplingParams(temperature=1.0, top_k=vocab - 1),
         SamplingParams(temperature=1.0, min_p=0.3),
         *(
@@ -240,21 +320,21 @@ def test_truncation_of_hard_distributions(kind: str) -> None:
                 SamplingParams(temperature=1.0, top_p=0.9),
                 SamplingParams(temperature=1.0, top_p=0.01),
                 SamplingParams(temperature=0.05, top_p=0.999),
-                SamplingParams(temperature=1.5, top_k=3000, top_p=0.5),
+                SamplingParams(temperature=1.5, top_k=large // 2, top_p=0.5),
                 SamplingParams(temperature=1.0, top_k=200, top_p=0.95, min_p=0.001),
             ]
         ),
     ]
     count = len(params) * trials
-    _, rows, sampler = make_rows(vocab, count)
+    _, rows, sampler = make(vocab, count)
     known = np.arange(10, dtype=np.int32)
     chosen = [params[row % len(params)] for row in range(count)]
     rows.apply(
         new_step([NewRow(row, known, 10, 10, np.array([0], np.int32), row, chosen[row]) for row in range(count)])
     )
-    logits = _hard_logits(vocab)[kind].expand(count, vocab).contiguous()
-    sampler.logits[:count, :vocab] = logits.cuda()
-    sampler.sample(ints(list(range(count))), count, False, True)
+    logits = hard_logits(vocab)[kind].expand(count, vocab).contiguous()
+    sampler.logits[:count, :vocab] = logits.to(device)
+    sampler.sample(ints(list(range(count)), device), count, False, True)
     tokens, status = sampler.result[:, :count].cpu().numpy()
     expected, _ = reference_sample(logits, [RowContext(chosen[row], row, known, 10) for row in range(count)])
     assert not status.any()
@@ -263,3 +343,8 @@ def test_truncation_of_hard_distributions(kind: str) -> None:
     ]
     # The reference works in float64: a near-tie, or a token at the very edge of top_p, may fall the other way.
     assert len(wrong) <= 1, wrong
+
+
+@pytest.mark.parametrize("kind", hard_logits(8))
+def test_truncation_of_hard_distributions(kind: str) -> None:
+    check_truncation(make_rows, kind, 50_257, 12, "cuda")

@@ -9,7 +9,7 @@ import torch
 from kernels.operands import DecodeItems, DecodeScratch, SharedPrefixes, StepTensors
 from kernels.ops import KernelOps
 from kernels.shapes import KernelShape
-from tests.gpu.gpu_harness import BLOCK, PagedRows, error, ints, make_ops, make_shape, poisoned, random
+from tests.gpu.gpu_harness import BLOCK, PagedRows, error, make_ops, make_shape, makers, on
 from worker.backends.shared_prefix import MOST_PARTS, PrefixWork, most_works, prefix_work, shared_prefixes
 
 pytestmark = pytest.mark.gpu
@@ -31,14 +31,22 @@ CASES = {  # prefixes; of each row which of them it has (-1: none) and how many 
 class SharedRows(PagedRows):
     """Rows that begin with the blocks of a prefix. A prefix stands in none but these rows; the slots of no token are NaN."""
 
-    def __init__(self, prefixes: list[int], members: list[tuple[int, int]], kv_heads: int, head_dim: int) -> None:
-        super().__init__([*(max(1, prefix) for prefix in prefixes), *(own for _, own in members)], kv_heads, head_dim)
+    def __init__(
+        self,
+        prefixes: list[int],
+        members: list[tuple[int, int]],
+        kv_heads: int,
+        head_dim: int,
+        device: str = "cuda",
+    ) -> None:
+        lengths = [*(max(1, prefix) for prefix in prefixes), *(own for _, own in members)]
+        super().__init__(lengths, kv_heads, head_dim, device=device)
         parts, rows, self._prefixes, self._members = self.block_table, self.rows, prefixes, members
         blocks = [prefixes[which] // BLOCK if which >= 0 else 0 for which, _ in members]
         self.rows = rows[len(prefixes) :]
         self.lengths = [BLOCK * count + own for count, (_, own) in zip(blocks, members, strict=True)]
         width = max(self.lengths) // BLOCK + 2
-        self.block_table = torch.full((len(parts), width), int(parts.max()), dtype=torch.int32, device="cuda")
+        self.block_table = on(device, torch.full((len(parts), width), int(parts.max()), dtype=torch.int32))
         for place, (count, (which, own)) in enumerate(zip(blocks, members, strict=True)):
             row, behind = int(self.rows[place]), count - (-own // BLOCK)
             if count:
@@ -65,11 +73,13 @@ class Decode:
 
     def __init__(self, ops: KernelOps, shape: KernelShape, paged: PagedRows, seed: int = 9) -> None:
         self.ops, self.shape, self.paged = ops, shape, paged
+        random, self._ints, poisoned = makers(paged.device)
+        ints = self._ints
         count = len(paged.lengths)
         self.group = shape.num_heads // shape.num_kv_heads
         self.qkv = random(count + 5, shape.qkv_size, seed=seed)
         generator = torch.Generator().manual_seed(seed)
-        self.q_start = torch.randperm(count + 5, generator=generator)[:count].to(torch.int32).cuda()
+        self.q_start = on(paged.device, torch.randperm(count + 5, generator=generator)[:count].to(torch.int32))
         self.step = StepTensors(
             paged.rows.clone(), ints([1] * count), self.q_start, ints(paged.lengths), paged.block_table
         )
@@ -97,6 +107,7 @@ class Decode:
         return work
 
     def set(self, work: PrefixWork) -> None:
+        ints = self._ints
         self.lists.prefixes.zero_()
         self.lists.prefixes[: len(work.prefixes)] = ints(work.prefixes)
         self.lists.query_tokens[: len(work.query_tokens)] = ints(work.query_tokens)
@@ -117,7 +128,7 @@ class Decode:
     def result(self) -> torch.Tensor:
         """[rows, heads, head_dim], after looking at what must not have been touched."""
         assert not self.scratch.arrived.any()
-        untouched = torch.ones(len(self.out), dtype=torch.bool, device="cuda")
+        untouched = torch.ones(len(self.out), dtype=torch.bool, device=self.out.device)
         untouched[self.q_start.long()] = False
         assert torch.isnan(self.out[untouched]).all()
         return self.out[self.q_start.long()].view(-1, self.shape.num_heads, self.shape.head_dim)
@@ -141,19 +152,22 @@ def make_decode(case: str, heads: int, kv_heads: int, head_dim: int) -> Decode:
     return Decode(ops, shape, SharedRows(*CASES[case], kv_heads, head_dim))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-@pytest.mark.parametrize("case", CASES)
-def test_rows_behind_a_shared_prefix(case: str, heads: int, kv_heads: int, head_dim: int) -> None:
-    decode = make_decode(case, heads, kv_heads, head_dim)
-    prefixes, members = CASES[case]
+def check_shared(decode: Decode, prefixes: list[int], members: list[tuple[int, int]]) -> None:
+    """Rows of SharedRows(prefixes, members, ...) with and without sharing."""
     planned = decode.plan().prefixes
     expected = [prefixes[which] if which >= 0 else 0 for which, _ in members]
     assert planned[:, 0].tolist() == expected[: len(planned)] and not any(expected[len(planned) :])
     shared, plain = decode.run(True), decode.run(False)
     decode.check(shared)
     assert torch.equal(decode.run(True), shared), "two equal runs differ"
-    outside = torch.tensor([length == 0 for length in expected], device="cuda")
+    outside = torch.tensor([length == 0 for length in expected], device=shared.device)
     assert torch.equal(shared[outside], plain[outside]), "rows outside the group have other bits"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("case", CASES)
+def test_rows_behind_a_shared_prefix(case: str, heads: int, kv_heads: int, head_dim: int) -> None:
+    check_shared(make_decode(case, heads, kv_heads, head_dim), *CASES[case])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (8, 2, 128)])

@@ -131,6 +131,6 @@ def row_stride(vocab_size: int) -> int:
 
 
 def _download(tensor: Tensor) -> Tensor:
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     pinned.copy_(tensor, non_blocking=True)
     return pinned

@@ -1,0 +1,71 @@
+// Blocks, warps and fibers: what runtime.cpp, which lets them run, and device.cpp, which is what they ask for, have in common.
+#pragma once
+#include <csetjmp>
+#include <vector>
+
+#include <ucontext.h>
+
+#include "emulator.h"
+
+namespace emulator {
+
+constexpr int MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / 32, MOST_BLOCKS = 3;
+
+enum State { READY, MEETS_WARP, MEETS_BLOCK, WAITS_AT_BARRIER, WAITS_FOR_PREVIOUS, GONE };
+
+struct Copy {
+  char* to;
+  const char* from;
+  char bytes[16];
+  int group;
+};
+struct Fiber {
+  char* stack = nullptr;
+  bool started = false;
+  ucontext_t context;
+  jmp_buf point;
+  State state;
+  const u64* barrier;
+  int parity, groups;  // groups: ended
+  std::vector<Copy> copies;
+};
+struct Warp {
+  alignas(16) char slots[2][32 * 64];
+  int meetings, waiting, ready;
+  const char* what;  // the meeting that is under way
+};
+// Shared variables have one address, so those of a block that pauses lie aside.
+struct Block {
+  Fiber fibers[MOST_THREADS];
+  Warp warps[MOST_WARPS];
+  Place place;
+  int alive, at_barrier, mood, favourite;
+  bool busy = false, pauses;
+  std::vector<char> dynamic, statics;
+};
+
+extern Block* here;                       // the block at work,
+extern int me;                            // and its thread
+extern int threads, shared_bytes;         // of a block
+extern char *static_begin, *static_end;   // where __shared__ variables lie
+extern bool previous_ended;
+
+int roll(int sides);  // 0 to sides - 1, at random
+inline Fiber& mine() { return here->fibers[me]; }
+inline Warp& my_warp() { return here->warps[me / 32]; }
+
+void yield();             // from a fiber to the scheduler, until that comes back
+void sleep(State state);  // until someone wakes it
+inline void wake(Block& block, int thread) {
+  block.fibers[thread].state = READY;
+  block.warps[thread / 32].ready++;
+}
+template <typename Which>
+void wake_all(Block& block, State state, Which which) {
+  for (int i = 0; i < threads; i++)
+    if (block.fibers[i].state == state && which(block.fibers[i])) wake(block, i);
+}
+inline bool anyone(const Fiber&) { return true; }
+void open_block_barrier();
+
+}  // namespace emulator

@@ -1,0 +1,107 @@
+"""The emulator names what a kernel does wrong, and goes on with the next launch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
+
+from cuda.core import Stream
+
+from kernels.launcher import Float, Int
+from kernels.shapes import KernelSpec
+from tests.emulator.compile import Builder, BuildError, Mutation
+from tests.emulator.library import EmulatedLibrary, EmulatedOps, EmulatorError
+from tests.gpu.gpu_harness import ints, make_shape
+
+FOLDER = Path(__file__).parent / "faults"
+FAULTS = {
+    "nobody_arrives": "block (0, 0) is in a deadlock; 32 threads of warp 0 wait at a barrier; 32 threads of warp 1 wait at a barrier",
+    "no_barrier": "arrives at a barrier that was not initialised",
+    "beyond_shared_memory": "beyond_shared_memory: block (0, 0) wrote byte 256 of 256 of dynamic shared memory",
+    "beyond_the_tensor": "beyond_the_tensor: wrote outside of a tensor (64,) of torch.int32",
+    "beyond_an_array": "beyond_an_array: block (0, 0) thread 63: an index beyond its array at faults.cu:",
+    "a_lane_leaves": "31 threads of warp 1 meet their warp in __syncwarp; 1 threads of warp 1 have left",
+    "lanes_part": "lanes of warp 1 meet in ",
+    "a_warp_waits_for_a_block_that_waits_for_it": "1 threads of warp 0 wait at __syncthreads",
+    "misaligned_load": "a misaligned access at faults.cu:",
+    "misaligned_copy": "an access of 16 bytes is not aligned to them",
+    "copies_under_way": "ends while 1 of its copies are under way",
+    "source_changes": "the source of a copy has changed while it was under way",
+}
+KERNELS = ("neighbours", "neighbours_in_a_hurry", "ping_pong", "reads_a_copy", *FAULTS)
+NO_STREAM = cast(Stream, None)
+
+
+@pytest.fixture
+def library(builder: Builder) -> EmulatedLibrary:
+    return EmulatedLibrary(builder, {"faults": KernelSpec("faults.cu", {}, KERNELS)}, more=FOLDER)
+
+
+def launch(library: EmulatedLibrary, kernel: str, out: torch.Tensor) -> None:
+    library.launch(
+        NO_STREAM, "faults", kernel, (1,), 64, out.data_ptr(), shared_bytes=256 if "beyond" in kernel else 1024
+    )
+
+
+@pytest.mark.parametrize("kernel", FAULTS)
+def test_a_fault_is_named(library: EmulatedLibrary, kernel: str) -> None:
+    out = ints([0] * 64, "cpu")
+    for _ in range(3):
+        with pytest.raises(EmulatorError, match=re.escape(FAULTS[kernel])):
+            launch(library, kernel, out)
+        out = ints([0] * 64, "cpu")  # the guards of the last one are broken
+        launch(library, "neighbours", out)
+        assert out.tolist() == [(i + 33) % 64 for i in range(64)]
+
+
+def test_barriers_have_phases(library: EmulatedLibrary) -> None:
+    for _ in range(20):
+        out = ints([0] * 64, "cpu")
+        launch(library, "ping_pong", out)
+        assert int(out[0]) == 32
+
+
+def test_what_is_not_waited_for_is_missed_sooner_or_later(library: EmulatedLibrary) -> None:
+    seen = set()
+    for _ in range(20):
+        out = ints([0] * 64, "cpu")
+        launch(library, "neighbours_in_a_hurry", out)
+        seen.add(tuple(out.tolist()))
+    assert len(seen) > 5
+
+
+def test_a_copy_is_there_when_it_was_waited_for(library: EmulatedLibrary) -> None:
+    source = ints(list(range(256)), "cpu")
+    for waits, expected in ((1, source.tolist()), (0, [-1] * 256)):
+        out = ints([0] * 256, "cpu")
+        arguments = (source.data_ptr(), out.data_ptr(), Int(waits))
+        library.launch(NO_STREAM, "faults", "reads_a_copy", (1,), 64, *arguments, shared_bytes=1024)
+        assert out.tolist() == expected
+
+
+def test_arguments_and_shared_memory_are_those_of_the_kernel(library: EmulatedLibrary) -> None:
+    out = ints([0] * 256, "cpu")
+    for arguments, text in (
+        ((out.data_ptr(),), "1 arguments, the kernel takes 3"),
+        ((out.data_ptr(), out.data_ptr(), Float(1)), "argument 2 is of kind f, the kernel takes i"),
+        ((out.data_ptr(), Int(0), Int(1)), "argument 1 is of kind i, the kernel takes p"),
+    ):
+        with pytest.raises(EmulatorError, match=text):
+            library.launch(NO_STREAM, "faults", "reads_a_copy", (1,), 64, *arguments, shared_bytes=1024)
+    with pytest.raises(EmulatorError, match="50000 bytes of dynamic shared memory were not asked for"):
+        library.launch(NO_STREAM, "faults", "neighbours", (1,), 64, out.data_ptr(), shared_bytes=50_000)
+
+
+def test_a_source_that_does_not_compile_says_where(builder: Builder) -> None:
+    ops = EmulatedOps(
+        builder, make_shape(), mutation=Mutation("embedding.cu", "VECTORS = HIDDEN / 8", "VECTORS = HIDEN / 8")
+    )
+    table = torch.zeros(1, 512, dtype=torch.bfloat16)
+    with pytest.raises(BuildError, match=r"embedding\.cu:11:.*HIDEN"):
+        ops.embedding(table, ints([0], "cpu"), table.clone(), 1)

@@ -1,0 +1,189 @@
+"""Kernels with a defect sown into them: the checks of the other files must find it, within a few orders of threads and warps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
+
+from tests.emulator.compile import Builder, Mutation
+from tests.emulator.library import EmulatedOps, EmulatorError
+from tests.gpu.gpu_harness import PagedRows, make_shape
+from tests.gpu.test_gpu_attention import check_decode, check_prefill
+from tests.gpu.test_gpu_layers import check_embedding_norms_and_silu, check_matvec, check_qkv_epilogue
+from tests.gpu.test_gpu_sampling import (
+    PARAMS,
+    Sampling,
+    check_edges,
+    check_nan_and_infinity,
+    check_penalties,
+    check_prepare,
+    check_sampling,
+    check_truncation,
+    make_rows,
+)
+from tests.gpu.test_gpu_shared_prefix import Decode, SharedRows, check_shared
+
+Make = Callable[..., EmulatedOps]  # of a shape
+
+
+def decode(make: Make) -> None:
+    shape = make_shape(8, 2, 64)
+    paged = PagedRows([300, 1, 17, 513, 40, 770, 31, 600, 77], 2, 64, device="cpu")
+    check_decode(make(shape, multiprocessors=2), shape, paged, 0, [])
+
+
+def decode_behind_prefix(make: Make) -> None:
+    shape, prefixes, members = make_shape(4, 2, 64), [640], [(0, 1 + i) for i in range(32)] + [(0, 300)]
+    check_shared(Decode(make(shape), shape, SharedRows(prefixes, members, 2, 64, "cpu")), prefixes, members)
+
+
+def prefill(make: Make) -> None:
+    shape = make_shape(4, 2, 64)
+    check_prefill(make(shape), shape, PagedRows([65, 150], 2, 64, device="cpu"), 0, [])
+
+
+def norms(make: Make) -> None:
+    check_embedding_norms_and_silu(make(make_shape(hidden=576, wide=3 * 576)), 576, "cpu")
+
+
+def epilogue(make: Make) -> None:
+    shape = make_shape(7, 1, 64)
+    check_qkv_epilogue(make(shape), shape, "cpu")
+
+
+def matvec(make: Make) -> None:
+    check_matvec(make(make_shape(hidden=512, wide=512), multiprocessors=1), 96, 512, "cpu")
+
+
+def prepare(make: Make) -> None:
+    check_prepare(make_rows(1000, 8, make(make_shape()), "cpu"), "cpu")
+
+
+def penalties(make: Make) -> None:
+    check_penalties(make_rows(100, 2, make(make_shape()), "cpu"), "cpu")
+
+
+def sampling(make: Make) -> None:
+    check_sampling(make_rows(5003, len(PARAMS) + 2, make(make_shape()), "cpu"), 5003, 4, "cpu")
+
+
+def not_finite(make: Make) -> None:
+    check_nan_and_infinity(make_rows(5000, 12, make(make_shape()), "cpu"), "cpu")
+
+
+def truncation(make: Make) -> None:
+    def rows_for(vocab: int, rows: int) -> Sampling:
+        return make_rows(vocab, rows, make(make_shape()), "cpu")
+
+    check_edges(rows_for, 6001, (2, 5, 11, 20), "cpu")
+    check_truncation(rows_for, "flat", 6001, 1, "cpu", large=3000)
+
+
+DECODE, PREFILL, MATVEC = "decode_attention.cu", "prefill_attention.cu", "matvec.cuh"
+ROWS, TRUNCATED = "row_state.cu", "truncated_sample.cu"
+MUTANTS = {
+    "copies of other lanes are read at once": (decode, Mutation(DECODE, "__syncwarp();  // of all lanes", "")),
+    "a copy is not waited for": (decode, Mutation(DECODE, "copies_done<DEPTH - 1>();", "copies_done<DEPTH>();")),
+    "an operand of another lane": (decode, Mutation(DECODE, "(h * 8 + g, c * 4 + t)", "(h * 8 + g, c * 4 + (t ^ 1))")),
+    "neighbouring tokens exchanged": (decode, Mutation(DECODE, "0x7632 : 0x5410", "0x5410 : 0x7632")),
+    "the counter of arrivals stays": (decode, Mutation(DECODE, "if (last) *counter = 0;", "")),
+    "the last one to arrive is another": (decode, Mutation(DECODE, "== item.splits - 1;", "== item.splits;")),
+    "results are overwritten while they are read": (
+        decode,
+        Mutation(DECODE, "__syncthreads();  // this item's results have been read", ""),
+    ),
+    "slots are merged before they are there": (
+        decode,
+        Mutation(DECODE, "PARTIAL);\n  __syncthreads();\n  for", "PARTIAL);\n  for"),
+    ),
+    "a block arrives before its results": (
+        decode,
+        Mutation(DECODE, "__threadfence();\n      __syncthreads();\n", "__threadfence();\n"),
+    ),
+    "this step's token is fetched too early": (
+        decode,
+        Mutation(DECODE, "if (EARLY && first + token == newest) continue;", ""),
+    ),
+    "the query is read before it is written": (
+        decode,
+        Mutation(DECODE, "  wait_for_previous();\n  if (newest_stage", "  if (newest_stage"),
+    ),
+    "a part of the prefix is left out": (
+        decode_behind_prefix,
+        Mutation(DECODE, "item.prefix % 32);", "item.prefix % 32 - 1);"),
+    ),
+    "the next keys come too early": (
+        prefill,
+        Mutation(PREFILL, "__syncthreads();  // before the next copies overwrite this stage", ""),
+    ),
+    "the values are not there yet": (prefill, Mutation(PREFILL, "copies_done<2>();", "copies_done<3>();")),
+    "two of four matrices exchanged": (
+        prefill,
+        Mutation(PREFILL, "matrix / 2 * 8 + row, k * 2 + matrix % 2", "matrix % 2 * 8 + row, k * 2 + matrix / 2"),
+    ),
+    "a token does not see itself": (prefill, Mutation(PREFILL, "if (key > position ||", "if (key >= position ||")),
+    "sums are read before they are there": (norms, Mutation("norm.cuh", "  __syncthreads();\n", "")),
+    "a store beyond the end": (
+        norms,
+        Mutation("silu_mul.cu", "if (at >= (long long)tokens * VECTORS) return;", ""),
+    ),
+    "the partner is half as far away": (
+        epilogue,
+        Mutation("qkv_epilogue.cu", "__shfl_xor_sync(~0u, x[j], LANES / 2)", "__shfl_xor_sync(~0u, x[j], LANES / 4)"),
+    ),
+    "one buffer for two tiles": (matvec, Mutation(MATVEC, "tile = next, buffer ^= 1", "tile = next")),
+    "weights are not there yet": (matvec, Mutation(MATVEC, "copies_done<AHEAD - 1>();", "copies_done<AHEAD>();")),
+    "accumulators exchanged": (matvec, Mutation(MATVEC, "t][g + 8] = c[j][2];", "t][g + 8] = c[j][1];")),
+    "the count changes while it is read": (prepare, Mutation(ROWS, "__syncthreads();  // everyone has read it", "")),
+    "padding is not marked": (
+        prepare,
+        Mutation(ROWS, "q_start[r + 1] : num_tokens", "q_start[r + 1] : num_tokens - 1"),
+    ),
+    "what is sampled is not counted": (
+        penalties,
+        Mutation("sample.cu", "vocab + token] += 1;", "vocab + token] += 0;"),
+    ),
+    "tokens are counted before the last row's are forgotten": (
+        sampling,
+        Mutation(ROWS, "mine[i] = 0;\n    __syncthreads();", "mine[i] = 0;"),
+    ),
+    "a bias is added before its logit is there": (
+        sampling,
+        Mutation("process_logits.cu", "raw_state + s, state);\n  __syncthreads();", "raw_state + s, state);"),
+    ),
+    "the best of other warps is not there yet": (
+        sampling,
+        Mutation("sample.cu", "  __syncthreads();\n  if (threadIdx.x != 0)", "  if (threadIdx.x != 0)"),
+    ),
+    "a row's arrivals stay": (penalties, Mutation("sample.cu", "  arrived[s] = 0;\n", "")),
+    "a row's state stays": (
+        not_finite,
+        Mutation("sample.cu", "atomicExch(raw_state + s, 0)", "raw_state[s]"),
+    ),
+    "bins are summed before they are full": (
+        truncation,
+        Mutation(TRUNCATED, "TargetOf target_of) {\n  __syncthreads();\n", "TargetOf target_of) {\n"),
+    ),
+    "the bin before is forgotten": (
+        truncation,
+        Mutation(TRUNCATED, "s.above = start + (second ? first : 0)", "s.above = start"),
+    ),
+    "lists are read before they are there": (
+        truncation,
+        Mutation(TRUNCATED, "  __syncthreads();\n  listed = s.num", "  listed = s.num"),
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", MUTANTS)
+def test_a_defect_is_found(builder: Builder, defect: str) -> None:
+    check, mutation = MUTANTS[defect]
+    for seed in range(0, 12_000, 1000):
+        try:
+            check(lambda shape, seed=seed, **more: EmulatedOps(builder, shape, mutation=mutation, seed=seed, **more))
+        except (AssertionError, EmulatorError):
+            return
+    pytest.fail(f"nothing finds it: {mutation}")

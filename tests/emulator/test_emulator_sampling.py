@@ -1,0 +1,100 @@
+"""Row state and sampling without a GPU: the checks of tests/gpu against worker/sampling, on small vocabularies."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
+
+from kernels.operands import DecodeItems, SharedPrefixes, StepTensors
+from tests.emulator.compile import Builder
+from tests.emulator.library import EmulatedOps
+from tests.gpu.gpu_harness import make_shape, makers
+from tests.gpu.test_gpu_sampling import (
+    PARAMS,
+    Sampling,
+    check_edges,
+    check_logprobs,
+    check_nan_and_infinity,
+    check_penalties,
+    check_prepare,
+    check_sampling,
+    check_truncation,
+    hard_logits,
+    make_rows,
+)
+
+SAMPLING = ("row_state", "process_logits", "sample", "truncated_sample")
+
+
+def rows_for(builder: Builder, vocab: int, max_rows: int) -> Sampling:
+    return make_rows(vocab, max_rows, EmulatedOps(builder, make_shape(), SAMPLING), "cpu")
+
+
+def test_prepare_looks_up_what_the_plan_said(builder: Builder) -> None:
+    check_prepare(rows_for(builder, 1000, 8), "cpu")
+
+
+@pytest.mark.parametrize("vocab", [1000, 5003])
+def test_sampling_equals_the_reference(builder: Builder, vocab: int) -> None:
+    check_sampling(rows_for(builder, vocab, len(PARAMS) + 2), vocab, 4, "cpu")
+
+
+def test_nan_and_infinity_fail_their_row_alone(builder: Builder) -> None:
+    check_nan_and_infinity(rows_for(builder, 5000, 12), "cpu")
+
+
+def test_penalties_count_what_is_sampled(builder: Builder) -> None:
+    check_penalties(rows_for(builder, 100, 2), "cpu")
+
+
+def test_logprobs_describe_raw_logits(builder: Builder) -> None:
+    check_logprobs(rows_for(builder, 2001, 4), 2001, "cpu")
+
+
+@pytest.mark.parametrize("kind", hard_logits(8))
+def test_truncation_of_hard_distributions(builder: Builder, kind: str) -> None:
+    """With more tokens than either list of the kernel holds."""
+    check_truncation(lambda vocab, rows: rows_for(builder, vocab, rows), kind, 6001, 2, "cpu", large=3000)
+
+
+def test_a_draw_at_the_edge_of_what_is_kept(builder: Builder) -> None:
+    check_edges(lambda vocab, rows: rows_for(builder, vocab, rows), 6001, (2, 5, 11, 40), "cpu")
+
+
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("count", [5, 1500])
+def test_plan_decode_lists_the_items_of_single_tokens(builder: Builder, count: int, window: int) -> None:
+    random = torch.Generator().manual_seed(count)
+    shape = make_shape()
+    _, ints, _ = makers("cpu")
+    contexts = torch.randint(1, 1100, (count,), generator=random).tolist()
+    scheduled = torch.randint(0, 3, (count,), generator=random).tolist()
+    prefixes = [(256 if context > 700 and not window else 0, 32 * i + 2) for i, context in enumerate(contexts)]
+    rows, starts = [3 * i + 1 for i in range(count)], [7 * i for i in range(count)]
+    expected: list[list[int]] = []
+    for i, context in enumerate(contexts):
+        if scheduled[i] != 1:
+            continue
+        begin = max(0, context - window) if window else prefixes[i][0]
+        edges = [begin, *range((begin // shape.split + 1) * shape.split, context, shape.split), context]
+        first, splits = len(expected), len(edges) - 1
+        for left, right in pairwise(edges):
+            expected.append([i, left, right, starts[i], first, rows[i], splits, 0 if window else prefixes[i][1]])
+    work = DecodeItems(ints([[-1] * 8] * len(expected)), ints([-1]), window)
+    step = StepTensors(ints(rows), ints(scheduled), ints(starts), ints(contexts), ints([[0]]))
+    shared = None if window else SharedPrefixes(ints(prefixes), ints([]), ints([]), ints([0]))
+    EmulatedOps(builder, shape).plan_decode(step, count, work, shared)
+    assert int(work.num_items) == len(expected)
+    assert work.items.tolist() == expected
+
+
+def test_words_are_copied(builder: Builder) -> None:
+    _, ints, _ = makers("cpu")
+    source = ints(list(range(700)))
+    to = ints([-1] * 700)
+    EmulatedOps(builder, make_shape()).copy_words(to, source)
+    assert torch.equal(to, source)
