@@ -18,7 +18,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
     """What all tests compile with; under pytest-xdist its processes share what they compile."""
     compiler = find_compiler()
     if compiler is None:
-        pytest.skip("no C++ compiler here (c++ or g++)")
+        pytest.skip("no C++ compiler here (c++ or g++)")  # nothing of Octavo needs one but these tests
     base = tmp_path_factory.getbasetemp()
     builder = Builder(compiler, (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulator")
     yield builder
