@@ -184,7 +184,7 @@ def attention(bench: Bench, shape: KernelShape, name: str) -> None:
         most = rows * (context // shape.split + 2)
         work = DecodeItems(ints([[0] * 8] * most), ints([0]), 0)
         partials = torch.empty((most, shape.num_heads * (shape.head_dim + 2)), dtype=torch.float32, device="cuda")
-        scratch = DecodeScratch(partials, ints([0] * rows * shape.num_kv_heads))
+        scratch = DecodeScratch(partials, ints([0] * rows * shape.num_heads))
         qkv, out = random(rows, shape.qkv_size), random(rows, shape.q_size)
         ops.plan_decode(step, rows, work)
         bodies = [partial(ops.decode_attention, qkv, cache, step, work, scratch, out, rows) for cache in caches] * (
@@ -237,7 +237,7 @@ def behind_prefix(bench: Bench, shape: KernelShape, name: str, rows: int, prefix
     step = StepTensors(ints(places), ints([1] * rows), ints(places), ints([prefix + own] * rows), table.cuda())
     columns = shape.num_heads * (shape.head_dim + 2)
     partials = torch.empty((most + rows * MOST_PARTS, columns), dtype=torch.float32, device="cuda")
-    scratch = DecodeScratch(partials, ints([0] * rows * shape.num_kv_heads * shape.decode_tiles))
+    scratch = DecodeScratch(partials, ints([0] * rows * shape.num_heads))
     work_lists = [DecodeItems(ints([[0] * 8] * most), ints([0]), 0) for _ in range(2)]
     ops.plan_decode(step, rows, work_lists[0])
     ops.plan_decode(step, rows, work_lists[1], lists)

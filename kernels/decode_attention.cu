@@ -18,7 +18,7 @@
 //      quarter warp touched four lines at once and the L2 moved every sector twice: half the speed)
 //   5. the last block of a row to finish merges (threadfence and a counter): no second launch
 //   6. an item is one record, and the next item's record and first tokens are on their way while this one is finished
-//   7. every warp goes its own way through its own tokens of the block's items, so that the copies in flight never thin out at an
+//   7. every warp goes its own way through its own tokens of the block's items, so that the copies in flight thin out less at an
 //      item's end
 //   8. what earlier steps wrote is fetched before the wait, while the QKV product still runs, and the next kernels start once the rest
 //      is here: when their weights (25 MB at the 1b shape) are in the memory's queue, every load takes microseconds
@@ -26,99 +26,43 @@
 //      queue, and takes as long as streaming 100 tokens when the memory is busy (items of 256 instead of 512 cost a quarter of the speed
 //      at 256 rows)
 //  10. four blocks of four warps a multiprocessor instead of two of eight: while one merges, more others stream. For few rows eight warps
-//      still, the same slots (this one)
+//      still, the same slots
+//  11. nobody waits at an item's end. A warp stores its slots' sums, goes on with the next item, and merges the query heads that are its own
+//      (decode_merge.cuh) once that item's first tokens are consumed and the next ones under way; until then all met at a barrier, and
+//      nothing new was asked for. Block ids come an iteration early for the same reason. In p.v the values are the rows of the product and
+//      eight heads its columns: half the products and half the sums, so that a third block fits for HEAD_DIM 128 (this one)
 //
 // The split size is fixed and splits lie at absolute positions, so a row's result does not depend on its neighbours.
-#include "common.cuh"
+#include "barrier.cuh"
+#include "decode_merge.cuh"
 
 // A block's tokens go to SLOTS, every SLOTS-th 16 tokens to one. Its WARPS take the slots one after the other, a slot's sums stay apart: a
 // result's bits follow from SLOTS and SPLIT alone. BLOCKS are resident at once; iterations of 16 tokens in flight in each warp: DEPTH.
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int M_TILES = (GROUP + 15) / 16;             // blocks of 16 query heads
-constexpr bool HALF_TILE = GROUP <= 8;                 // rows 8..15 of the tile are empty
+constexpr int HALVES = GROUP <= 8 ? 1 : 2;             // of the tile: rows 8..15 may be empty
 constexpr int CHUNKS = HEAD_DIM / 8;                   // 16-byte pieces of a key
 constexpr int PIECES = 16 * CHUNKS / 32;               // of a lane for 16 keys
 #if __CUDA_ARCH__ >= 1000
-constexpr int COPIES_UNROLLED = 2;                     // more spill there
+constexpr int COPIES_UNROLLED = 1;                     // more spill there
 #else
 constexpr int COPIES_UNROLLED = WARPS < SLOTS ? 2 : PIECES;
 #endif
-constexpr int N_TILES = HEAD_DIM / 8;
-constexpr int STEP = 16 * SLOTS;                       // tokens of a block in one iteration
-constexpr int TILE_ROWS = HALF_TILE ? 8 : 16;
-constexpr int PARTIAL = HEAD_DIM + 2;                  // unnormalised output, maximum (base 2), sum
+constexpr int TILE_HEADS = GROUP < 16 ? GROUP : 16;    // of its rows, those that hold a query head
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim must be 64 or 128");
 static_assert(BLOCK_SIZE % 16 == 0 && SPLIT % STEP == 0 && SLOTS % WARPS == 0, "a warp's 16 tokens must lie in one block");
 
 constexpr int STAGE_VECTORS = 2 * PIECES * 32;        // keys, then values of 16 tokens
 constexpr int RING_VECTORS = DEPTH * STAGE_VECTORS;   // of a warp
 
-// Shared memory: the rings of all warps, then the slots' results, then the block's maxima and sums.
-//   WARPS * RING_VECTORS * 16 + SLOTS * TILE_ROWS * PARTIAL * 4 + TILE_ROWS * 8 bytes
+// Shared memory: the rings of all warps, then the slots' results.
+//   WARPS * RING_VECTORS * 16 + SLOTS * TILE_HEADS * PARTIAL * 4 bytes
 extern __shared__ uint4 shared[];
 
-// Words 0 to 6 of an item, as plan_decode writes them; word 5 names the permanent row.
-struct Item {
-  int row, begin, end, token;  // row of the step, tokens [begin, end) of the split, the query's token
-  int first_item, splits;      // of the row
-  const int* blocks;
-#ifdef AFTER_PREFIX
-  int prefix;                  // word 7: slot of the row's first result of prefix_attention * 32 + how many; 0: none
-#else
-  static constexpr int prefix = 0;
-#endif
-
-  // Slots lie at absolute positions; what lies outside [begin, end) is left out.
-  __device__ int token_of(int slot, int iteration) const { return begin / SPLIT * SPLIT + iteration * STEP + slot * 16; }
-  __device__ int first_iteration(int slot) const { return (begin % SPLIT / 16 + SLOTS - 1 - slot) / SLOTS; }
-  __device__ int iterations(int slot) const { return ((end - 1) % SPLIT / 16 + SLOTS - slot) / SLOTS; }
-};
-
-__device__ __forceinline__ Item load_item(const int4* items, int at, const int* block_table, int max_blocks) {
-  int4 a = __ldcg(items + 2 * at), b = __ldcg(items + 2 * at + 1);
-  Item item{a.x, a.y, a.z, a.w, b.x, b.z, block_table + (size_t)b.y * max_blocks};
-#ifdef AFTER_PREFIX
-  item.prefix = b.w;
-#endif
-  return item;
-}
-
-// Walks over the block's items blockIdx.x, + gridDim.x, ..., and this warp's slots of each, an iteration at a time. The next item's record is
-// loaded an item early.
-struct Walk {
-  const int4* items;
-  const int* block_table;
-  int max_blocks, at, count, slot, iteration;
-  Item now, next;
-
-  __device__ __forceinline__ void start(const int4* list, int length, const int* table, int columns) {
-    items = list, block_table = table, max_blocks = columns, count = length, at = blockIdx.x;
-    now = load_item(items, at, block_table, max_blocks);
-    enter();
-  }
-  __device__ __forceinline__ bool more() const { return at < count; }
-  __device__ __forceinline__ void next_item() {
-    at += gridDim.x, now = next;
-    enter();
-  }
-  __device__ __forceinline__ void next_iteration() { iteration++, skip(); }
-  __device__ __forceinline__ void skip() {  // slots and items that have nothing for this warp
-    while (more() && iteration >= now.iterations(slot)) {
-      if (slot + WARPS < SLOTS) enter_slot(slot + WARPS);
-      else next_item();
-    }
-  }
-  __device__ __forceinline__ int token() const { return now.token_of(slot, iteration); }
-  __device__ __forceinline__ void enter_slot(int which) { slot = which, iteration = now.first_iteration(slot); }
-  __device__ __forceinline__ void enter() {
-    enter_slot(threadIdx.x / 32);
-    next = load_item(items, min(at + (int)gridDim.x, count - 1), block_table, max_blocks);
-  }
-};
-
-// A slot's results: o[j] holds output column (g' * 8 + j % 8) of half j / 8, where g' is the mma's column index.
+// A slot's results, with g = lane / 4 and t = lane % 4. Maxima and sums are those of query heads g and g + 8; o[half][j] holds, of heads
+// half * 8 + 2t (words 0 and 2) and + 1 (words 1 and 3), columns j / 4 * 64 + g * 8 + j % 4 * 2 (words 0 and 1) and + 1 (words 2 and 3).
 struct Running {
-  float o[N_TILES][4], maximum[2], sum[2];
+  float o[HALVES][HEAD_DIM / 16][4], maximum[HALVES], sum[HALVES];
 };
 
 // Where chunk `chunk` of a token lies in a stage. A warp reads keys by (token = lane / 4, chunk = lane % 4) and values by
@@ -128,14 +72,23 @@ __device__ __forceinline__ int place_of(int token, int chunk) {
 }
 
 // A warp copies 16 tokens, neighbouring lanes neighbouring bytes: a block's tokens of one head are one run of memory.
-// EARLY: before the wait, where L1 may hold an older step's block table, and token `newest` does not stand in the cache yet.
+// EARLY: before the wait, where token `newest` does not stand in the cache yet.
 template <bool EARLY>
-__device__ __forceinline__ void copy_tokens(uint4* stage, const uint4* keys, const uint4* values, const Item& item, int first,
-                                            int newest = -1) {
-  int lane = threadIdx.x % 32;
-  const int* block_id = item.blocks + first / BLOCK_SIZE;
-  size_t block = EARLY ? __ldcg(block_id) : *block_id;
-  size_t base = (block * KV_HEADS * BLOCK_SIZE + first % BLOCK_SIZE) * CHUNKS;
+__device__ __forceinline__ void copy_tokens(uint4* stage, const uint4* keys, const uint4* values, const Walk& walk, int newest = -1) {
+  int lane = threadIdx.x % 32, first = walk.token();
+  const Item& item = walk.now;
+  size_t base = ((size_t)walk.block_id * KV_HEADS * BLOCK_SIZE + first % BLOCK_SIZE) * CHUNKS;
+  if (!EARLY && first >= item.begin && first + 16 <= item.end) {
+    // All of them, as nearly always: pieces lie 32 apart here and there, but for the exchange within a token.
+    const uint4 *k = keys + base + lane, *v = values + base + lane;
+    int mine = place_of(lane / CHUNKS, lane % CHUNKS);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+      uint4* to = stage + (mine ^ (CHUNKS == 8 ? i % 2 * 4 : i % 4 * 2)) + i * 32;
+      copy16(to, k + i * 32), copy16(to + PIECES * 32, v + i * 32);
+    }
+    return;
+  }
 #pragma unroll COPIES_UNROLLED
   for (int i = 0; i < PIECES; i++) {
     int at = i * 32 + lane, token = at / CHUNKS;
@@ -162,8 +115,18 @@ __device__ __forceinline__ void load_query(uint4 (&q)[HEAD_DIM / 32][2], const u
 #pragma unroll
   for (int c = 0; c < HEAD_DIM / 32; c++) {
     q[c][0] = g < heads ? query[g * (HEAD_DIM / 8) + c * 4 + t] : make_uint4(0, 0, 0, 0);
-    q[c][1] = !HALF_TILE && g + 8 < heads ? query[(g + 8) * (HEAD_DIM / 8) + c * 4 + t] : make_uint4(0, 0, 0, 0);
+    q[c][1] = HALVES == 2 && g + 8 < heads ? query[(g + 8) * (HEAD_DIM / 8) + c * 4 + t] : make_uint4(0, 0, 0, 0);
   }
+}
+
+// The lines of an item's queries come into L1, where load_query finds them when the item's turn comes: whoever waits for memory then has
+// nothing new on its way. Until `arrived_in` nobody waits.
+__device__ __forceinline__ u32 touch_query(const uint4* qkv, const Item& item, int first_head, int heads) {
+  constexpr int ROW_VECTORS = (HEADS + 2 * KV_HEADS) * HEAD_DIM / 8;
+  u32 word = 0;
+  int lane = threadIdx.x % 32;
+  if (lane < heads * (HEAD_DIM / 64)) load_word(word, qkv + (size_t)item.token * ROW_VECTORS + first_head * (HEAD_DIM / 8) + lane * 8);
+  return word;
 }
 
 // Scores of 16 tokens: s[h][0..1] belong to query row g and tokens h * 8 + 2t, +1; s[h][2..3] to row g + 8.
@@ -189,7 +152,7 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ void soften(Running& run, float (&s)[2][4], int first, const Item& item, float scale) {
   int t = threadIdx.x % 4;
 #pragma unroll
-  for (int half = 0; half < (HALF_TILE ? 1 : 2); half++) {
+  for (int half = 0; half < HALVES; half++) {
     float best = run.maximum[half];
 #pragma unroll
     for (int h = 0; h < 2; h++)
@@ -212,124 +175,59 @@ __device__ __forceinline__ void soften(Running& run, float (&s)[2][4], int first
         x = exp2_fast(x - base);
         run.sum[half] += x;
       }
+    float even = __shfl_sync(~0u, shrink, 8 * t), odd = __shfl_sync(~0u, shrink, 8 * t + 4);  // of heads 2t and 2t + 1
 #pragma unroll
-    for (int j = 0; j < N_TILES; j++) run.o[j][half * 2] *= shrink, run.o[j][half * 2 + 1] *= shrink;
-  }
-}
-
-__device__ __forceinline__ void add_values(Running& run, const float (&s)[2][4], const uint4* stage) {
-  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  uint4 p = make_uint4(pack(s[0][0], s[0][1]), HALF_TILE ? 0 : pack(s[0][2], s[0][3]), pack(s[1][0], s[1][1]),
-                       HALF_TILE ? 0 : pack(s[1][2], s[1][3]));
-#pragma unroll
-  for (int half = 0; half < HEAD_DIM / 64; half++) {
-    uint4 v[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = stage[PIECES * 32 + place_of(2 * t + i % 2 + i / 2 * 8, half * 8 + g)];
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      // Dimension j of this lane's eight: pairs of neighbouring tokens go into one register.
-      auto word = [&](int i) { return j < 4 ? (j < 2 ? v[i].x : v[i].y) : (j < 6 ? v[i].z : v[i].w); };
-      u32 pick = j % 2 ? 0x7632 : 0x5410;
-      mma(run.o[half * 8 + j], p, __byte_perm(word(0), word(1), pick), __byte_perm(word(2), word(3), pick));
+    for (int j = 0; j < HEAD_DIM / 16; j++) {
+      float(&o)[4] = run.o[half][j];
+      o[0] *= even, o[1] *= odd, o[2] *= even, o[3] *= odd;
     }
   }
 }
 
-// The block's result for a split: element (row, d) at values[row * PARTIAL + d], maximum and sum at stats[row].
-struct Merged {
-  const float* values;
-  const float2* stats;
-};
+// Values as the rows of the product and heads as its columns: eight heads fill it, and their weights stand where the scores left them.
+__device__ __forceinline__ void add_values(Running& run, const float (&s)[2][4], const uint4* stage) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  u32 p[HALVES][2];
+#pragma unroll
+  for (int half = 0; half < HALVES; half++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) p[half][h] = pack(s[h][half * 2], s[h][half * 2 + 1]);
+#pragma unroll
+  for (int part = 0; part < HEAD_DIM / 64; part++) {
+    uint4 v[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = stage[PIECES * 32 + place_of(2 * t + i % 2 + i / 2 * 8, part * 8 + g)];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      // Dimensions 2j and 2j + 1 of this lane's eight: pairs of neighbouring tokens go into one register.
+      auto word = [&](int i) { return j == 0 ? v[i].x : j == 1 ? v[i].y : j == 2 ? v[i].z : v[i].w; };
+      uint4 a = make_uint4(__byte_perm(word(0), word(1), 0x5410), __byte_perm(word(0), word(1), 0x7632),
+                           __byte_perm(word(2), word(3), 0x5410), __byte_perm(word(2), word(3), 0x7632));
+#pragma unroll
+      for (int half = 0; half < HALVES; half++) mma(run.o[half][part * 4 + j], a, p[half][0], p[half][1]);
+    }
+  }
+}
 
 __device__ __forceinline__ float* slot_results() { return reinterpret_cast<float*>(shared + WARPS * RING_VECTORS); }
 
-__device__ __forceinline__ void store_slot(Running& run, int slot) {
+__device__ __forceinline__ void store_slot(const Running& run, int slot) {
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int half = 0; half < (HALF_TILE ? 1 : 2); half++) {
+  for (int half = 0; half < HALVES; half++) {
     float sum = run.sum[half];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    float* mine = slot_results() + (slot * TILE_ROWS + half * 8 + g) * PARTIAL;
+    float* head = slot_results() + (slot * TILE_HEADS + half * 8) * PARTIAL;
+    if (t == 0 && half * 8 + g < TILE_HEADS) head[g * PARTIAL + HEAD_DIM] = run.maximum[half], head[g * PARTIAL + HEAD_DIM + 1] = sum;
 #pragma unroll
-    for (int j = 0; j < N_TILES; j++) {
-      // Column 2t + e of tile j is dimension (2t + e) * 8 + j % 8 of the half.
-      mine[j / 8 * 64 + 2 * t * 8 + j % 8] = run.o[j][half * 2];
-      mine[j / 8 * 64 + (2 * t + 1) * 8 + j % 8] = run.o[j][half * 2 + 1];
-    }
-    if (t == 0) mine[HEAD_DIM] = run.maximum[half], mine[HEAD_DIM + 1] = sum;
-  }
-}
-
-__device__ __forceinline__ Merged merge_slots() {
-  float* parts = slot_results();
-  float2* stats = reinterpret_cast<float2*>(parts + SLOTS * TILE_ROWS * PARTIAL);
-  __syncthreads();
-  for (int i = threadIdx.x; i < TILE_ROWS * HEAD_DIM; i += WARPS * 32) {
-    int row = i / HEAD_DIM, d = i % HEAD_DIM;
-    float best = -INF, value = 0, sum = 0;
+    for (int e = 0; e < 2; e++) {
+      if (half * 8 + 2 * t + e >= TILE_HEADS) continue;
+      float2* mine = reinterpret_cast<float2*>(head + (2 * t + e) * PARTIAL);
 #pragma unroll
-    for (int w = 0; w < SLOTS; w++) best = fmaxf(best, parts[(w * TILE_ROWS + row) * PARTIAL + HEAD_DIM]);
-    float base = best == -INF ? 0.0f : best;
-#pragma unroll
-    for (int w = 0; w < SLOTS; w++) {
-      const float* part = parts + (w * TILE_ROWS + row) * PARTIAL;
-      float weight = exp2_fast(part[HEAD_DIM] - base);
-      value = fmaf(part[d], weight, value);
-      sum = fmaf(part[HEAD_DIM + 1], weight, sum);
+      for (int j = 0; j < HEAD_DIM / 16; j++)
+        mine[j / 4 * 32 + g * 4 + j % 4] = make_float2(run.o[half][j][e], run.o[half][j][2 + e]);
     }
-    parts[row * PARTIAL + d] = value;  // in place of slot 0's, which nobody else reads
-    if (d == 0) stats[row] = make_float2(best, sum);
-  }
-  __syncthreads();
-  return Merged{parts, stats};
-}
-
-// out[h] for the group's heads, from `count` partial results in a fixed order.
-__device__ __forceinline__ void merge_splits(const float* partials, int count, size_t stride, int heads, elem* out) {
-  for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32) {
-    int head = i / HEAD_DIM, d = i % HEAD_DIM;
-    const float* part = partials + head * PARTIAL;
-    float best = -INF, value = 0, sum = 0;
-#pragma unroll 4
-    for (int s = 0; s < count; s++) {
-      float maximum = __ldcg(part + s * stride + HEAD_DIM);
-      float next = fmaxf(best, maximum), base = next == -INF ? 0.0f : next;
-      float shrink = exp2_fast(best - base), weight = exp2_fast(maximum - base);
-      value = value * shrink + __ldcg(part + s * stride + d) * weight;
-      sum = sum * shrink + __ldcg(part + s * stride + HEAD_DIM + 1) * weight;
-      best = next;
-    }
-    out[i] = to_elem(value / sum);
-  }
-}
-
-// The same for a row whose prefix prefix_attention has read: its own results, from `result` where they are one split's, then the prefix's.
-// Rows have few tokens of their own then, and a block spends its time here: four columns a thread, so that all loads are one round trip.
-__device__ __forceinline__ void merge_with_prefix(const Merged& result, const Item& item, const float* partials, size_t stride, int heads,
-                                                  elem* out) {
-  for (int i = threadIdx.x; i < heads * HEAD_DIM / 4; i += WARPS * 32) {
-    int head = i / (HEAD_DIM / 4), pair = i % (HEAD_DIM / 4) * 2;
-    float best = -INF, sum = 0, value[4] = {};
-    auto add = [&](float2 stats, float2 low, float2 high) {
-      float next = fmaxf(best, stats.x), base = next == -INF ? 0.0f : next;
-      float shrink = exp2_fast(best - base), weight = exp2_fast(stats.x - base);
-      value[0] = value[0] * shrink + low.x * weight, value[1] = value[1] * shrink + low.y * weight;
-      value[2] = value[2] * shrink + high.x * weight, value[3] = value[3] * shrink + high.y * weight;
-      sum = sum * shrink + stats.y * weight;
-      best = next;
-    };
-    auto add_slots = [&](int slot, int count) {
-      const float2* part = reinterpret_cast<const float2*>(partials + slot * stride + head * PARTIAL);
-#pragma unroll 4
-      for (int s = 0; s < count; s++, part += stride / 2) add(__ldcg(part + HEAD_DIM / 2), __ldcg(part + pair), __ldcg(part + pair + 1));
-    };
-    const float2* own = reinterpret_cast<const float2*>(result.values + head * PARTIAL);
-    if (item.splits == 1) add(result.stats[head], own[pair], own[pair + 1]);
-    else add_slots(item.first_item, item.splits);
-    add_slots(item.prefix / 32, item.prefix % 32);
-    reinterpret_cast<uint2*>(out)[i] = make_uint2(pack(value[0] / sum, value[1] / sum), pack(value[2] / sum, value[3] / sum));
   }
 }
 
@@ -339,102 +237,101 @@ __device__ __forceinline__ void merge_with_prefix(const Merged& result, const It
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, const int* block_table, int max_blocks,
                  const int4* items, const int* num_items, float scale, float* partials, int* arrived, elem* __restrict__ out) {
-  constexpr size_t STRIDE = (size_t)HEADS * PARTIAL;
-  int warp = threadIdx.x / 32;
+  constexpr int STRIDE = HEADS * PARTIAL / 2;  // float2 from one item's partials to the next's
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int kv_head = blockIdx.y / M_TILES, tile = blockIdx.y % M_TILES;
   int heads = min(GROUP - tile * 16, 16), first_head = kv_head * GROUP + tile * 16;
   const uint4* keys = cache + (size_t)kv_head * BLOCK_SIZE * CHUNKS;
   const uint4* values = keys + values_offset;
   uint4* ring = shared + warp * RING_VECTORS;
-  __shared__ int last;
+  __shared__ u64 stored, merged;  // a phase an item: all warps have stored its slots' results, all have read them
   bool next_may_start = false;
   int count = __ldcg(num_items);
   if (blockIdx.x >= count) {
     if (blockIdx.x == 0) wait_for_previous();  // some block must: this kernel's end implies the end of all before it
     return;
   }
-  Walk fed, eaten;
+  if (threadIdx.x == 0) barrier_init(&stored, WARPS), barrier_init(&merged, WARPS);
+  Walk fed;
   fed.start(items, count, block_table, max_blocks);
-  eaten = fed;
+  Item item = fed.now, next = fed.next;
   fed.skip();
   // The newest token of a row, in its last split, is this step's: it is fetched after the wait, by the warp whose it is.
-  bool newest_here = (int)blockIdx.x - fed.now.first_item == fed.now.splits - 1;
-  int newest = newest_here ? fed.now.end - 1 : -1, newest_stage = -1, early = 0;
-  size_t newest_block = newest_here ? __ldcg(fed.now.blocks + newest / BLOCK_SIZE) : 0;
+  bool newest_here = (int)blockIdx.x - item.first_item == item.splits - 1;
+  int newest = newest_here ? item.end - 1 : -1, newest_stage = -1, early = 0;
+  size_t newest_block = newest_here ? __ldcg(item.blocks + newest / BLOCK_SIZE) : 0;
   for (; early < DEPTH && fed.more() && fed.at == blockIdx.x; early++, fed.next_iteration()) {
     int first = fed.token();
-    copy_tokens<true>(ring + early * STAGE_VECTORS, keys, values, fed.now, first, newest);
+    copy_tokens<true>(ring + early * STAGE_VECTORS, keys, values, fed, newest);
     if (first <= newest && newest < first + 16) newest_stage = early;
   }
+  __syncthreads();  // the barriers are there
   wait_for_previous();
   if (newest_stage >= 0) copy_token(ring + newest_stage * STAGE_VECTORS, keys, values, newest, newest_block);
   for (int i = early; i < DEPTH && fed.more(); i++, fed.next_iteration())
-    copy_tokens<false>(ring + i * STAGE_VECTORS, keys, values, fed.now, fed.token());
+    copy_tokens<false>(ring + i * STAGE_VECTORS, keys, values, fed);
 #pragma unroll
   for (int i = 0; i < DEPTH; i++) end_group();  // all in the first; the others are empty
   uint4 q[HEAD_DIM / 32][2];
-  load_query(q, qkv, eaten.now, first_head, heads);
-  for (int place = 0;;) {
-    const Item& item = eaten.now;
+  load_query(q, qkv, item, first_head, heads);
+  // A turn for each item of the block, and one more to merge the last one. `before` is the item whose slots have been stored and not
+  // merged; `parity` that of its phases.
+  Item before = item;
+  int place = 0, at = blockIdx.x, parity = 1;
+  bool to_merge = false;
+#pragma unroll 1
+  for (;;) {
+    bool live = at < count, more = at + (int)gridDim.x < count;
+    u32 touched = more ? touch_query(qkv, next, first_head, heads) : 0;
 #pragma unroll 1
     for (int slot = warp; slot < SLOTS; slot += WARPS) {
       Running run = {};
-      run.maximum[0] = run.maximum[1] = -INF;
+#pragma unroll
+      for (int half = 0; half < HALVES; half++) run.maximum[half] = -INF;
+      int i = live ? item.first_iteration(slot) : 0, end = live ? item.iterations(slot) : 0;
 #pragma unroll 1
-      for (int i = item.first_iteration(slot), end = item.iterations(slot); i < end; i++) {
-        copies_done<DEPTH - 1>();
-        __syncwarp();  // of all lanes
-        uint4* stage = ring + place * STAGE_VECTORS;
-        float s[2][4] = {};
-        scores(s, stage, q);
-        soften(run, s, item.token_of(slot, i), item, scale);
-        add_values(run, s, stage);
-        // Only now that the query and the newest token are here, so that they do not stand behind the next kernels' weights.
-        if (!next_may_start) let_next_start(), next_may_start = true;
-        __syncwarp();  // the stage has been read
-        if (fed.more()) {
-          copy_tokens<false>(stage, keys, values, fed.now, fed.token());
-          fed.next_iteration();
+      do {
+        if (i < end) {
+          copies_done<DEPTH - 1>();
+          __syncwarp();  // of all lanes
+          uint4* stage = ring + place * STAGE_VECTORS;
+          float s[2][4] = {};
+          scores(s, stage, q);
+          soften(run, s, item.token_of(slot, i), item, scale);
+          add_values(run, s, stage);
+          // Only now that the query and the newest token are here, so that they do not stand behind the next kernels' weights.
+          if (!next_may_start) let_next_start(), next_may_start = true;
+          __syncwarp();  // the stage has been read
+          if (fed.more()) {
+            copy_tokens<false>(stage, keys, values, fed);
+            fed.next_iteration();
+          }
+          end_group();  // also where it is empty: the count of pending groups stays the same
+          place = (place + 1) % DEPTH;
         }
-        end_group();  // also where it is empty: the count of pending groups stays the same
-        place = (place + 1) % DEPTH;
-      }
+        // Here the next tokens are on their way, and the other warps have had an iteration's time to come so far.
+        if (to_merge) {
+          to_merge = false;
+          barrier_wait(&stored, parity);
+          for (int head = warp; head < heads; head += WARPS)
+            finish_head<STRIDE>(merge_slots(slot_results() + head * PARTIAL, TILE_HEADS * PARTIAL), before, at - (int)gridDim.x,
+                                reinterpret_cast<float2*>(partials) + (first_head + head) * (PARTIAL / 2),
+                                arrived + before.row * HEADS + first_head + head,
+                                out + ((size_t)before.token * HEADS + first_head + head) * HEAD_DIM);
+          __syncwarp();
+          if (lane == 0) barrier_arrive(&merged);
+        }
+      } while (++i < end);
+      // Nothing is loaded in vain: a block does not end before its loads, which stand behind the next kernels' weights.
+      if (!live) return;
+      if (slot + WARPS >= SLOTS && more) arrived_in(touched), load_query(q, qkv, next, first_head, heads);
+      barrier_wait(&merged, parity);  // at the first item that of the phase before the first
       store_slot(run, slot);
     }
-    bool more = eaten.at + (int)gridDim.x < count;
-    if (more) load_query(q, qkv, eaten.next, first_head, heads);
-    Merged result = merge_slots();
-    elem* target = out + ((size_t)item.token * HEADS + first_head) * HEAD_DIM;
-    if (item.splits == 1 && item.prefix > 0) {
-      merge_with_prefix(result, item, partials + first_head * PARTIAL, STRIDE, heads, target);
-    } else if (item.splits == 1) {
-      for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32)
-        target[i] = to_elem(result.values[i / HEAD_DIM * PARTIAL + i % HEAD_DIM] / result.stats[i / HEAD_DIM].y);
-    } else {
-      float* mine = partials + eaten.at * STRIDE + first_head * PARTIAL;
-      for (int i = threadIdx.x; i < heads * HEAD_DIM; i += WARPS * 32)
-        mine[i / HEAD_DIM * PARTIAL + i % HEAD_DIM] = result.values[i / HEAD_DIM * PARTIAL + i % HEAD_DIM];
-      if (threadIdx.x < heads) {
-        mine[threadIdx.x * PARTIAL + HEAD_DIM] = result.stats[threadIdx.x].x;
-        mine[threadIdx.x * PARTIAL + HEAD_DIM + 1] = result.stats[threadIdx.x].y;
-      }
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        int* counter = arrived + item.row * gridDim.y + blockIdx.y;
-        last = atomicAdd(counter, 1) == item.splits - 1;
-        if (last) *counter = 0;  // for the next layer
-        __threadfence();
-      }
-      __syncthreads();
-      if (last && item.prefix > 0)
-        merge_with_prefix(result, item, partials + first_head * PARTIAL, STRIDE, heads, target);
-      else if (last)
-        merge_splits(partials + item.first_item * STRIDE + first_head * PARTIAL, item.splits, STRIDE, heads, target);
-    }
-    // Nothing is loaded in vain: a block does not end before its loads, which stand behind the next kernels' weights.
-    if (!more) break;
-    __syncthreads();  // this item's results have been read
-    eaten.next_item();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&stored);
+    before = item, item = next, to_merge = true;
+    at += gridDim.x, parity ^= 1;
+    if (at + (int)gridDim.x < count) next = load_item(items, at + gridDim.x, block_table, max_blocks);
   }
 }

@@ -51,7 +51,7 @@ class DecodeScratch:
     """What splits of one row, and parts of its shared prefix, hand to the one that merges them."""
 
     partials: Tensor  # float32 [max_items and slots of prefixes, num_heads * (head_dim + 2)]
-    arrived: Tensor  # int32 zeros [max_rows * num_kv_heads * tiles]
+    arrived: Tensor  # int32 zeros [max_rows * num_heads]
 
 
 @dataclass(frozen=True, slots=True)

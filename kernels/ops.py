@@ -16,6 +16,7 @@ from kernels.product_ops import ProductOps
 from kernels.shapes import (
     DECODE_FEW_ROWS,
     SAMPLE_PARTS,
+    TRUNCATED_THREADS,
     KernelShape,
     decode_blocks,
     decode_shared_bytes,
@@ -182,14 +183,11 @@ class KernelOps(ProductOps):
         """
         shape = self._shape
         heads = shape.num_kv_heads * shape.decode_tiles
-        # Blocks walk over the items: as many as are resident at once, or more for large heads, where late starters even out the end.
-        # For few rows one a multiprocessor, with all its tokens under way before the wait. Behind prefixes rows are short: a block
-        # that walks has the next one's tokens on their way while it merges.
+        # Blocks walk over the items, as many as are resident at once: a block that walks has the next item's tokens on their way while
+        # it merges. For few rows one a multiprocessor, with all its tokens under way before the wait.
         few = rows <= DECODE_FEW_ROWS and "decode_attention-few" in self._library and not after_prefix
         name = "decode_attention-prefix" if after_prefix else "decode_attention-few" if few else "decode_attention"
-        late_starters = shape.head_dim == 128 and not few and not after_prefix
-        each = 8 if late_starters else decode_blocks(shape.head_dim, few, self._roomy)
-        blocks = max(1, self._multiprocessors * each // heads)
+        blocks = max(1, self._multiprocessors * decode_blocks(shape, few, self._roomy, self._wgmma) // heads)
         self._launch(
             name, "decode_attention", (blocks, heads), decode_warps(shape.head_dim, few) * 32,
             at(qkv), at(cache), cache.stride(0) // 8, at(step.block_table), Int(step.block_table.shape[1]),
@@ -315,7 +313,7 @@ class KernelOps(ProductOps):
     ) -> None:
         """One token for each row with top_k, top_p or min_p."""
         self._launch(
-            "truncated_sample", "choose_truncated", (rows,), 1024,
+            "truncated_sample", "choose_truncated", (rows,), TRUNCATED_THREADS,
             at(logits), at(processed), Int(logits.stride(0)), Int(vocab), at(sample_rows), at(fields), at(raw_state),
             at(chosen), at(status),
         )  # fmt: skip

@@ -12,6 +12,9 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 __device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
+__device__ __forceinline__ void copy16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 // The same for data that is read in long runs: the cache fetches the rest of the 128-byte line along with it.
 __device__ __forceinline__ void copy16_streaming(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
@@ -20,6 +23,10 @@ __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_grou
 // Waits until at most PENDING of this thread's groups are under way.
 template <int PENDING>
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// A load that stays where it is written, through L1; `arrived_in` is where its register must have come.
+__device__ __forceinline__ void load_word(u32& word, const void* from) { asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(word) : "l"(from)); }
+__device__ __forceinline__ void arrived_in(u32 word) { asm volatile("" ::"r"(word)); }
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

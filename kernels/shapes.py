@@ -11,6 +11,8 @@ FUSED_ROWS = 4
 """Products with at most so many rows normalise their input themselves (matvec_fused.cu)."""
 
 SAMPLE_PARTS = 16
+TRUNCATED_THREADS = 512
+"""Of a row with top_k, top_p or min_p: a multiprocessor has registers for two such blocks, which fill each other's pauses."""
 _SAMPLE_BLOCKS = 768
 """What a Hopper chip runs at once of sample.cu: more blocks would only begin again what they have learned of their row."""
 
@@ -194,9 +196,13 @@ def decode_warps(head_dim: int, few: bool) -> int:
     return decode_slots(head_dim) if few else 4
 
 
-def decode_blocks(head_dim: int, few: bool, roomy: bool) -> int:
-    """Decode-attention blocks that a multiprocessor holds at once."""
-    return 1 if few else 4 if head_dim == 64 and roomy else 2
+def decode_blocks(shape: KernelShape, few: bool, roomy: bool, hopper: bool) -> int:
+    """Decode-attention blocks that a multiprocessor holds at once, by its registers and its shared memory: 228 KiB on Hopper, 164 on
+    what else is roomy. The system keeps 1 KiB of each block's."""
+    if few or not roomy:
+        return 1 if few else 2
+    by_registers = 4 if shape.head_dim == 64 and shape.num_heads // shape.num_kv_heads <= 8 else 3
+    return min(by_registers, ((228 if hopper else 164) << 10) // (decode_shared_bytes(shape, few) + 1024))
 
 
 def decode_split(head_dim: int) -> int:
@@ -212,21 +218,20 @@ def decode_depth(few: bool) -> int:
 def decode_shared_bytes(shape: KernelShape, few: bool) -> int:
     """Dynamic shared memory of a decode-attention block: the rings of its warps and its slots' results."""
     rings = decode_warps(shape.head_dim, few) * decode_depth(few) * shape.head_dim // 8 * 512
-    rows = 8 if shape.num_heads // shape.num_kv_heads <= 8 else 16
-    return rings + decode_slots(shape.head_dim) * rows * (shape.head_dim + 2) * 4 + rows * 8
+    heads = min(shape.num_heads // shape.num_kv_heads, 16)
+    return rings + decode_slots(shape.head_dim) * heads * (shape.head_dim + 2) * 4
 
 
 def decode_spec(
-    shape: KernelShape, few: bool, roomy: bool, heads: Definitions, after_prefix: bool = False
+    shape: KernelShape, few: bool, blocks: int, heads: Definitions, after_prefix: bool = False
 ) -> KernelSpec:
-    """Decode attention, for a step of few rows or of many, or after prefix attention. `roomy`: a block may have 160 KiB of shared
-    memory."""
+    """Decode attention, for a step of few rows or of many, or after prefix attention; `blocks` as decode_blocks says."""
     sizes: Definitions = {
         "SPLIT": shape.split,
         "SLOTS": decode_slots(shape.head_dim),
         "WARPS": decode_warps(shape.head_dim, few),
         "DEPTH": decode_depth(few),
-        "BLOCKS": decode_blocks(shape.head_dim, few, roomy),
+        "BLOCKS": blocks,
     }
     after: Definitions = {"AFTER_PREFIX": 1} if after_prefix else {}
     return KernelSpec("decode_attention.cu", {**heads, **sizes, **after}, ("decode_attention",))
@@ -262,26 +267,27 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
     hidden: Definitions = {"HIDDEN": shape.hidden_size, **common}
     norm: Definitions = {"THREADS": norm_threads(shape.hidden_size), **hidden}
     roomy = is_roomy(matvec_depth)
+    few_blocks, blocks = (decode_blocks(shape, few, roomy, architecture == WGMMA_ARCHITECTURE) for few in (True, False))
     rows = ("apply_plan", "copy_words", "prepare_tokens", "plan_decode", "count_tokens")
     specs = {
         "embedding": KernelSpec("embedding.cu", hidden, ("embedding",)),
         "rms_norm": KernelSpec("rms_norm.cu", norm, ("rms_norm", "rms_norm_add", "rms_norm_add_parts")),
         "silu_mul": KernelSpec("silu_mul.cu", {"WIDE": shape.intermediate_size, **common}, ("silu_mul",)),
         "qkv_epilogue": KernelSpec("qkv_epilogue.cu", {**heads, **qk_norm}, ("qkv_epilogue", "qkv_epilogue_parts")),
-        "decode_attention": decode_spec(shape, False, roomy, heads),
+        "decode_attention": decode_spec(shape, False, blocks, heads),
         "prefill_attention": KernelSpec("prefill_attention.cu", heads, ("prefill_attention",)),
         "row_state": KernelSpec("row_state.cu", {"BLOCK_SIZE": shape.block_size, "SPLIT": shape.split}, rows),
         "process_logits": KernelSpec("process_logits.cu", {"PARTS": SAMPLE_PARTS}, ("process_logits",)),
         "sample": KernelSpec("sample.cu", {"PARTS": SAMPLE_PARTS}, ("choose", "commit")),
-        "truncated_sample": KernelSpec("truncated_sample.cu", {}, ("choose_truncated",)),
+        "truncated_sample": KernelSpec("truncated_sample.cu", {"WIDE": TRUNCATED_THREADS}, ("choose_truncated",)),
         "logprobs": KernelSpec("logprobs.cu", {"WANTED": MAX_LOGPROBS}, ("logprobs",)),
     }
     if roomy:
-        specs["decode_attention-few"] = decode_spec(shape, True, roomy, heads)
+        specs["decode_attention-few"] = decode_spec(shape, True, few_blocks, heads)
     if architecture == WGMMA_ARCHITECTURE:
         specs["prefill_wgmma"] = KernelSpec("prefill_wgmma.cu", heads, ("prefill_wgmma",))
         specs["prefix_attention"] = KernelSpec("prefix_attention.cu", heads, ("prefix_attention",))
-        specs["decode_attention-prefix"] = decode_spec(shape, False, roomy, heads, after_prefix=True)
+        specs["decode_attention-prefix"] = decode_spec(shape, False, blocks, heads, after_prefix=True)
     if gemm_fits(shape, architecture):
         specs |= {tile.name: gemm_spec(tile, common) for tile in GEMM_TILES}
     for k in sorted({shape.hidden_size, shape.q_size, shape.intermediate_size}):

@@ -3,7 +3,7 @@
 // Operands in shared memory are panels of 64 columns: rows of 128 bytes, whose 16-byte pieces are exchanged within eight rows (the
 // 128-byte swizzle), on a multiple of 1,024 bytes.
 #pragma once
-#include "common.cuh"
+#include "barrier.cuh"
 
 // Where piece `chunk` (of 8) of a panel's row lies, in 16-byte vectors.
 __device__ __forceinline__ int panel_place(int row, int chunk) { return row * 8 + (chunk ^ (row & 7)); }
@@ -54,20 +54,6 @@ __device__ __forceinline__ void multiply_columns(float (&c)[64], const u32 (&a)[
 
 // What this thread stored into shared memory is seen by products that start after the next barrier.
 __device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u64* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// Waits until the phase of this parity has ended; the one before the first counts as ended, with parity 1.
-__device__ __forceinline__ void barrier_wait(u64* barrier, int parity) {
-  asm volatile(
-      "{.reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again;}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
 
 template <int REGISTERS>
 __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }

@@ -157,7 +157,9 @@ class EmulatedOps(KernelOps):
         # On Hopper only, behind prefix_attention, which can't run here; what it leaves is made otherwise.
         names = ("HEADS", "KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")
         heads = {name: specs["decode_attention"].definitions[name] for name in names}
-        specs["decode_attention-prefix"] = decode_spec(shape, False, True, heads, after_prefix=True)
+        specs["decode_attention-prefix"] = decode_spec(
+            shape, False, specs["decode_attention"].definitions["BLOCKS"], heads, after_prefix=True
+        )
         self.emulator = EmulatedLibrary(builder, specs, ahead, mutation, seed)
         super().__init__(cast(KernelLibrary, self.emulator), shape, cast(Stream, None), multiprocessors, 8)
 

@@ -82,26 +82,36 @@ def truncation(make: Make) -> None:
     check_truncation(rows_for, "flat", 6001, 1, "cpu", large=3000)
 
 
-DECODE, PREFILL, MATVEC = "decode_attention.cu", "prefill_attention.cu", "matvec.cuh"
+DECODE, MERGE = "decode_attention.cu", "decode_merge.cuh"
+PREFILL, MATVEC = "prefill_attention.cu", "matvec.cuh"
 ROWS, TRUNCATED = "row_state.cu", "truncated_sample.cu"
 MUTANTS = {
     "copies of other lanes are read at once": (decode, Mutation(DECODE, "__syncwarp();  // of all lanes", "")),
     "a copy is not waited for": (decode, Mutation(DECODE, "copies_done<DEPTH - 1>();", "copies_done<DEPTH>();")),
     "an operand of another lane": (decode, Mutation(DECODE, "(h * 8 + g, c * 4 + t)", "(h * 8 + g, c * 4 + (t ^ 1))")),
-    "neighbouring tokens exchanged": (decode, Mutation(DECODE, "0x7632 : 0x5410", "0x5410 : 0x7632")),
-    "the counter of arrivals stays": (decode, Mutation(DECODE, "if (last) *counter = 0;", "")),
-    "the last one to arrive is another": (decode, Mutation(DECODE, "== item.splits - 1;", "== item.splits;")),
-    "results are overwritten while they are read": (
+    "neighbouring tokens exchanged": (
         decode,
-        Mutation(DECODE, "__syncthreads();  // this item's results have been read", ""),
+        Mutation(DECODE, "word(0), word(1), 0x7632", "word(1), word(0), 0x7632"),
     ),
-    "slots are merged before they are there": (
-        decode,
-        Mutation(DECODE, "PARTIAL);\n  __syncthreads();\n  for", "PARTIAL);\n  for"),
-    ),
+    "sums shrink by another head's maximum": (decode, Mutation(DECODE, "shrink, 8 * t + 4)", "shrink, 8 * t)")),
+    "the counter of arrivals stays": (decode, Mutation(MERGE, "item.splits - 1);  // 0 again", "item.splits);  //")),
     "a block arrives before its results": (
         decode,
-        Mutation(DECODE, "__threadfence();\n      __syncthreads();\n", "__threadfence();\n"),
+        Mutation(MERGE, "    __syncwarp();  // all lanes have stored\n", ""),
+    ),
+    "the last one to arrive is another": (
+        decode,
+        Mutation(MERGE, "< item.splits - 1) return", "< item.splits) return"),
+    ),
+    "results are overwritten while they are read": (decode, Mutation(DECODE, "barrier_wait(&merged, parity);", "")),
+    "slots are merged before they are there": (decode, Mutation(DECODE, "barrier_wait(&stored, parity);", "")),
+    "the phases of the barriers are exchanged": (
+        decode,
+        Mutation(DECODE, "at += gridDim.x, parity ^= 1", "at += gridDim.x"),
+    ),
+    "the item before is another": (
+        decode,
+        Mutation(DECODE, "before = item, item = next", "item = next, before = item"),
     ),
     "this step's token is fetched too early": (
         decode,
@@ -113,7 +123,7 @@ MUTANTS = {
     ),
     "a part of the prefix is left out": (
         decode_behind_prefix,
-        Mutation(DECODE, "item.prefix % 32);", "item.prefix % 32 - 1);"),
+        Mutation(MERGE, "item.prefix % 32, STRIDE", "item.prefix % 32 - 1, STRIDE"),
     ),
     "the next keys come too early": (
         prefill,
@@ -169,11 +179,11 @@ MUTANTS = {
     ),
     "the bin before is forgotten": (
         truncation,
-        Mutation(TRUNCATED, "s.above = start + (second ? first : 0)", "s.above = start"),
+        Mutation(TRUNCATED, "s.bin = bin, s.above = start,", "s.bin = bin, s.above = 0,"),
     ),
     "lists are read before they are there": (
         truncation,
-        Mutation(TRUNCATED, "  __syncthreads();\n  listed = s.num", "  listed = s.num"),
+        Mutation(TRUNCATED, "  __syncthreads();\n  if (!KEEP) listed", "  if (!KEEP) listed"),
     ),
 }
 

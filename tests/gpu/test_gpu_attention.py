@@ -27,7 +27,7 @@ def decode(
     most = sum(length // shape.split + 2 for length in lengths)
     work = DecodeItems(ints([[0] * 8] * most, device), ints([0], device), window)
     partials = poisoned(most, shape.num_heads * (shape.head_dim + 2), dtype=torch.float32, device=device)
-    arrived = ints([0] * len(picked) * shape.num_kv_heads * shape.decode_tiles, device)
+    arrived = ints([0] * len(picked) * shape.num_heads, device)
     out = poisoned(len(picked), shape.q_size, device=device)
     ops.plan_decode(step, len(picked), work)
     ops.decode_attention(

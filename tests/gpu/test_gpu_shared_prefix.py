@@ -88,7 +88,7 @@ class Decode:
         slots = self.most + count * MOST_PARTS
         self.scratch = DecodeScratch(
             poisoned(slots, shape.num_heads * (shape.head_dim + 2), dtype=torch.float32),
-            ints([0] * count * shape.num_kv_heads * shape.decode_tiles),
+            ints([0] * count * shape.num_heads),
         )
         works = most_works(count, self.group, ops.prefill_tile_rows)
         self.lists = SharedPrefixes(ints([[0, 0]] * count), ints([0] * count), ints([[0] * 8] * works), ints([0]))

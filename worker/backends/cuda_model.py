@@ -87,7 +87,7 @@ def allocate_workspace(
                 dtype=torch.float32,
                 device=device,
             ),
-            ints(max_rows * config.num_kv_heads * shape.decode_tiles),
+            ints(max_rows * config.num_heads),
         ),
         prefix_slots=max_items,
     )

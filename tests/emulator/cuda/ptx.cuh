@@ -3,10 +3,14 @@
 #pragma once
 
 inline void copy16(void* to, const void* from, bool valid) { emulator::copy(to, valid ? from : nullptr); }
+inline void copy16(void* to, const void* from) { emulator::copy(to, from); }
 inline void copy16_streaming(void* to, const void* from) { emulator::copy(to, from); }
 inline void end_group() { emulator::end_group(); }
 template <int PENDING>
 void copies_done() { emulator::wait_for_copies(PENDING); }
+
+inline void load_word(u32& word, const void* from) { word = *static_cast<const u32*>(from); }
+inline void arrived_in(u32) {}
 
 inline float exp2_fast(float x) { return exp2f(x); }
 

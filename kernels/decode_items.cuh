@@ -1,0 +1,69 @@
+// The work list of decode_attention.cu, as plan_decode (row_state.cu) writes it, and each warp's way through it.
+#pragma once
+#include "common.cuh"
+
+constexpr int STEP = 16 * SLOTS;  // tokens of a block in one iteration
+
+// Words 0 to 6 of an item, as plan_decode writes them; word 5 names the permanent row.
+struct Item {
+  int row, begin, end, token;  // row of the step, tokens [begin, end) of the split, the query's token
+  int first_item, splits;      // of the row
+  const int* blocks;
+#ifdef AFTER_PREFIX
+  int prefix;                  // word 7: slot of the row's first result of prefix_attention * 32 + how many; 0: none
+#else
+  static constexpr int prefix = 0;
+#endif
+
+  // Slots lie at absolute positions; what lies outside [begin, end) is left out.
+  __device__ int token_of(int slot, int iteration) const { return begin / SPLIT * SPLIT + iteration * STEP + slot * 16; }
+  __device__ int first_iteration(int slot) const { return (begin % SPLIT / 16 + SLOTS - 1 - slot) / SLOTS; }
+  __device__ int iterations(int slot) const { return ((end - 1) % SPLIT / 16 + SLOTS - slot) / SLOTS; }
+};
+
+__device__ __forceinline__ Item load_item(const int4* items, int at, const int* block_table, int max_blocks) {
+  int4 a = __ldcg(items + 2 * at), b = __ldcg(items + 2 * at + 1);
+  Item item{a.x, a.y, a.z, a.w, b.x, b.z, block_table + (size_t)b.y * max_blocks};
+#ifdef AFTER_PREFIX
+  item.prefix = b.w;
+#endif
+  return item;
+}
+
+// Walks over the block's items blockIdx.x, + gridDim.x, ..., and this warp's slots of each, an iteration at a time. The next item's record is
+// loaded an item early, an iteration's block_id an iteration early: whoever waits for either copies nothing meanwhile. (Past L1, which may
+// hold an older step's before the wait.)
+struct Walk {
+  const int4* items;
+  const int* block_table;
+  int max_blocks, at, count, slot, iteration, block_id;
+  Item now, next;
+
+  __device__ __forceinline__ void start(const int4* list, int length, const int* table, int columns) {
+    items = list, block_table = table, max_blocks = columns, count = length, at = blockIdx.x;
+    now = load_item(items, at, block_table, max_blocks);
+    enter();
+  }
+  __device__ __forceinline__ bool more() const { return at < count; }
+  __device__ __forceinline__ void next_item() {
+    at += gridDim.x, now = next;
+    enter();
+  }
+  __device__ __forceinline__ void next_iteration() {
+    iteration++;
+    skip();
+  }
+  __device__ __forceinline__ void skip() {  // slots and items that have nothing for this warp
+    while (more() && iteration >= now.iterations(slot)) {
+      if (slot + WARPS < SLOTS) enter_slot(slot + WARPS);
+      else next_item();
+    }
+    if (more()) block_id = __ldcg(now.blocks + token() / BLOCK_SIZE);
+  }
+  __device__ __forceinline__ int token() const { return now.token_of(slot, iteration); }
+  __device__ __forceinline__ void enter_slot(int which) { slot = which, iteration = now.first_iteration(slot); }
+  __device__ __forceinline__ void enter() {
+    enter_slot(threadIdx.x / 32);
+    next = load_item(items, min(at + (int)gridDim.x, count - 1), block_table, max_blocks);
+  }
+};
