@@ -111,6 +111,10 @@ __device__ __forceinline__ void product(const TensorMap& x, int tiles, int first
   }
 }
 
+// Where blocks walk over `tiles` tiles: how many are the block's, and which one its `tile`-th is.
+__device__ __forceinline__ int tiles_of_block(int tiles) { return (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x; }
+__device__ __forceinline__ int number_of(int tile) { return blockIdx.x + tile * gridDim.x; }
+
 template <typename Put>
 __device__ __forceinline__ void each(const float (&c)[SUMS], int m, Put put) {
 #pragma unroll
@@ -140,8 +144,8 @@ gemm_parts(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMa
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm_float(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, float* y, int tiles, int k, int m, int stride) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  auto row_of = [&](int tile) { return (blockIdx.x + tile * gridDim.x) * TILE; };
-  product<false>(x, (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x, 0, k / STEP_K,
+  auto row_of = [&](int tile) { return number_of(tile) * TILE; };
+  product<false>(x, tiles_of_block(tiles), 0, k / STEP_K,
       [&](void* to, u64* barrier, int tile, int step) { load_tile(to, w, barrier, step * STEP_K, row_of(tile)); },
       [&](const float(&c)[SUMS], int tile) {
         each(c, m, [&](int of_x, int of_w, float sum) { y[(size_t)of_x * stride + row_of(tile) + of_w] = sum; });
@@ -149,14 +153,14 @@ gemm_float(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMa
 #endif
 }
 
-// w as [N / 8, 2, 8, K]: eight gate rows, then eight up rows.
+// w as [N / 8, 2, 8, K]: eight gate rows, then eight up rows. Blocks walk over the tiles, as in gemm_float.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm_silu(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const elem* __restrict__ bias, elem* y, int n, int k, int m) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  product<true>(x, 1, 0, k / STEP_K,
-      [&](void* to, u64* barrier, int, int step) { load_tile_4d(to, w, barrier, step * STEP_K, blockIdx.x * 8); },
-      [&](const float(&c)[SUMS], int) {
-        int row = row_of_thread(), odd = row % 2, at = blockIdx.x * 64 + row / 16 * 8 + row % 8;
+  product<true>(x, tiles_of_block(n / 64), 0, k / STEP_K,
+      [&](void* to, u64* barrier, int tile, int step) { load_tile_4d(to, w, barrier, step * STEP_K, number_of(tile) * 8); },
+      [&](const float(&c)[SUMS], int tile) {
+        int row = row_of_thread(), odd = row % 2, at = number_of(tile) * 64 + row / 16 * 8 + row % 8;
         float gate_bias = bias ? to_float(bias[at]) : 0.0f, up_bias = bias ? to_float(bias[n + at]) : 0.0f;
 #pragma unroll
         for (int j = 0; j < ROWS / 8; j++) {

@@ -192,7 +192,7 @@ class ProductOps:
             self._maps[key] = gate_up_map(weight)
         rows = self._rows_map(x, tokens)
         arguments = (self._maps[key], rows, at(bias), at(out), Int(n), Int(k), Int(tokens))
-        self._gemm("gemm_silu", tokens, (n // 64,), *arguments)
+        self._gemm("gemm_silu", tokens, (min(n // 64, self._multiprocessors),), *arguments)
 
     def gemm_float(self, weight: Tensor, x: Tensor, out: Tensor, tokens: int) -> None:
         """matvec_float for at most 64 tokens; the weight's rows are a multiple of 128."""

@@ -199,7 +199,7 @@ def test_fused_products_give_the_bits_of_the_kernels_they_replace(
     check_fused_products(make_ops(shape), shape, biased, "cuda")
 
 
-@pytest.mark.parametrize(("n", "k"), [(384, 256), (256, 64), (2048, 2048), (2048, 8192), (16896, 256)])
+@pytest.mark.parametrize(("n", "k"), [(384, 256), (256, 64), (2048, 2048), (2048, 8192), (16896, 256), (28672, 256)])
 def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> None:
     heads, kv_heads = n // 64 - 2 if n < 4096 else 2, 1
     ops = make_ops(make_shape(heads, kv_heads, 64, hidden=n if n < 4096 else 256, wide=512))
