@@ -26,16 +26,17 @@ from kernels.compiler import Compiler, architecture_of
 from kernels.launcher import KernelLibrary
 from kernels.operands import DecodeItems, DecodeScratch, SharedPrefixes, StepTensors
 from kernels.ops import KernelOps
-from kernels.shapes import PARTS_ROWS, KernelShape, decode_split, kernel_specs
+from kernels.shapes import PARTS_ROWS, KernelShape, kernel_specs
 from worker.backends.cuda_model import prefill_tiles
 from worker.backends.cuda_rows import DeviceRows
 from worker.backends.cuda_sampler import CudaSampler
 from worker.backends.shared_prefix import MOST_PARTS, prefix_work, shared_prefixes
 from worker.step import NewRow, SamplingParams, Step
 
-LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False, split=decode_split(64))
+LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False)
 LLAMA_8B = KernelShape(4096, 14336, 32, 8, 128, 16, qk_norm=False, float16=False)
 VOCAB = 128_256
+DECODE_CASES = ((1, 640), (1, 8192), (32, 4096), (256, 384), (256, 1024))  # rows and their context
 
 Body = Callable[[], object]
 
@@ -175,13 +176,15 @@ def _tensor_core_products(bench: Bench, ops: KernelOps, layers: list[list[torch.
 def attention(bench: Bench, shape: KernelShape, name: str) -> None:
     """Decode over several batch shapes, prefill of 8,192 tokens."""
     ops = make_ops(shape)
-    for rows, context in ((1, 640), (1, 8192), (32, 4096), (256, 384), (256, 1024)):
-        blocks = -(-context // 16)
-        copies = 4 if rows * context < 50_000 else 1
+    cases = {f"{rows} rows of {context}": [context] * rows for rows, context in DECODE_CASES}
+    cases["256 rows of 100 to 1500"] = np.random.default_rng(1).integers(100, 1501, 256).tolist()
+    for text, contexts in cases.items():
+        rows, blocks = len(contexts), -(-max(contexts) // 16)
+        copies = 4 if sum(contexts) < 50_000 else 1
         caches = [random(2, rows * blocks, shape.num_kv_heads, 16, shape.head_dim) for _ in range(copies)]
         table = torch.randperm(rows * blocks, device="cuda").to(torch.int32).view(rows, blocks)
-        step = StepTensors(ints(range(rows)), ints([1] * rows), ints(range(rows)), ints([context] * rows), table)
-        most = rows * (context // shape.split + 2)
+        step = StepTensors(ints(range(rows)), ints([1] * rows), ints(range(rows)), ints(contexts), table)
+        most = rows * (max(contexts) // shape.split + 2)
         work = DecodeItems(ints([[0] * 8] * most), ints([0]), 0)
         partials = torch.empty((most, shape.num_heads * (shape.head_dim + 2)), dtype=torch.float32, device="cuda")
         scratch = DecodeScratch(partials, ints([0] * rows * shape.num_heads))
@@ -190,8 +193,8 @@ def attention(bench: Bench, shape: KernelShape, name: str) -> None:
         bodies = [partial(ops.decode_attention, qkv, cache, step, work, scratch, out, rows) for cache in caches] * (
             8 // copies
         )
-        size = 4.0 * rows * context * shape.num_kv_heads * shape.head_dim
-        bench.add(f"{name} decode attention, {rows} rows of {context}", bodies, size)
+        size = 4.0 * sum(contexts) * shape.num_kv_heads * shape.head_dim
+        bench.add(f"{name} decode attention, {text}", bodies, size)
     tokens = 8192
     cache = random(2, tokens // 16, shape.num_kv_heads, 16, shape.head_dim)
     table = torch.randperm(tokens // 16, device="cuda").to(torch.int32)[None]

@@ -3,7 +3,8 @@
 //
 // qkv    [tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM], queries rotated
 // cache  one layer, as in qkv_epilogue.cu; block_table int32 [max_rows, max_blocks]
-// items  work list of plan_decode (row_state.cu), 8 int32 each: SPLIT tokens of a row at an absolute position; num_items[0] of them
+// items  work list of plan_decode (row_state.cu), 8 int32 each: SPLIT tokens of a row at an absolute position; num_items[0] of them, the
+//        longest first
 // -DAFTER_PREFIX: some rows' items begin behind a shared prefix, whose results lie in `partials` (prefix_attention.cu). A build of its
 //        own, so that the other one's code does not change
 //
@@ -22,7 +23,7 @@
 //      item's end
 //   8. what earlier steps wrote is fetched before the wait, while the QKV product still runs, and the next kernels start once the rest
 //      is here: when their weights (25 MB at the 1b shape) are in the memory's queue, every load takes microseconds
-//   9. items of 1,024 tokens for HEAD_DIM 64: merging across blocks is four more trips to memory behind that
+//   9. items of 1,024 tokens: merging across blocks is four more trips to memory behind that
 //      queue, and takes as long as streaming 100 tokens when the memory is busy (items of 256 instead of 512 cost a quarter of the speed
 //      at 256 rows)
 //  10. four blocks of four warps a multiprocessor instead of two of eight: while one merges, more others stream. For few rows eight warps
@@ -30,7 +31,9 @@
 //  11. nobody waits at an item's end. A warp stores its slots' sums, goes on with the next item, and merges the query heads that are its own
 //      (decode_merge.cuh) once that item's first tokens are consumed and the next ones under way; until then all met at a barrier, and
 //      nothing new was asked for. Block ids come an iteration early for the same reason. In p.v the values are the rows of the product and
-//      eight heads its columns: half the products and half the sums, so that a third block fits for HEAD_DIM 128 (this one)
+//      eight heads its columns: half the products and half the sums, so that a third block fits for HEAD_DIM 128
+//  12. items longest first, dealt out forth and back: of rows of 100 to 1,500 tokens in the order of the rows some blocks had half as many
+//      tokens again as others, and what is left when most have ended does not fill the memory's queue (this one)
 //
 // The split size is fixed and splits lie at absolute positions, so a row's result does not depend on its neighbours.
 #include "barrier.cuh"
@@ -257,7 +260,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   Item item = fed.now, next = fed.next;
   fed.skip();
   // The newest token of a row, in its last split, is this step's: it is fetched after the wait, by the warp whose it is.
-  bool newest_here = (int)blockIdx.x - item.first_item == item.splits - 1;
+  bool newest_here = item.split() == item.splits() - 1;
   int newest = newest_here ? item.end - 1 : -1, newest_stage = -1, early = 0;
   size_t newest_block = newest_here ? __ldcg(item.blocks + newest / BLOCK_SIZE) : 0;
   for (; early < DEPTH && fed.more() && fed.at == blockIdx.x; early++, fed.next_iteration()) {
@@ -277,11 +280,11 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   // A turn for each item of the block, and one more to merge the last one. `before` is the item whose slots have been stored and not
   // merged; `parity` that of its phases.
   Item before = item;
-  int place = 0, at = blockIdx.x, parity = 1;
+  int place = 0, at = blockIdx.x, stride = first_stride(), parity = 1;
   bool to_merge = false;
 #pragma unroll 1
   for (;;) {
-    bool live = at < count, more = at + (int)gridDim.x < count;
+    bool live = at < count, more = at + stride < count;
     u32 touched = more ? touch_query(qkv, next, first_head, heads) : 0;
 #pragma unroll 1
     for (int slot = warp; slot < SLOTS; slot += WARPS) {
@@ -314,7 +317,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
           to_merge = false;
           barrier_wait(&stored, parity);
           for (int head = warp; head < heads; head += WARPS)
-            finish_head<STRIDE>(merge_slots(slot_results() + head * PARTIAL, TILE_HEADS * PARTIAL), before, at - (int)gridDim.x,
+            finish_head<STRIDE>(merge_slots(slot_results() + head * PARTIAL, TILE_HEADS * PARTIAL), before,
                                 reinterpret_cast<float2*>(partials) + (first_head + head) * (PARTIAL / 2),
                                 arrived + before.row * HEADS + first_head + head,
                                 out + ((size_t)before.token * HEADS + first_head + head) * HEAD_DIM);
@@ -331,7 +334,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
     __syncwarp();
     if (lane == 0) barrier_arrive(&stored);
     before = item, item = next, to_merge = true;
-    at += gridDim.x, parity ^= 1;
-    if (at + (int)gridDim.x < count) next = load_item(items, at + gridDim.x, block_table, max_blocks);
+    at += stride, stride = other_stride(stride), parity ^= 1;
+    if (at + stride < count) next = load_item(items, at + stride, block_table, max_blocks);
   }
 }

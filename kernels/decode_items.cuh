@@ -7,7 +7,7 @@ constexpr int STEP = 16 * SLOTS;  // tokens of a block in one iteration
 // Words 0 to 6 of an item, as plan_decode writes them; word 5 names the permanent row.
 struct Item {
   int row, begin, end, token;  // row of the step, tokens [begin, end) of the split, the query's token
-  int first_item, splits;      // of the row
+  int first_partial, which;    // of the row's partials; which of its splits * 65536 + how many there are
   const int* blocks;
 #ifdef AFTER_PREFIX
   int prefix;                  // word 7: slot of the row's first result of prefix_attention * 32 + how many; 0: none
@@ -19,6 +19,8 @@ struct Item {
   __device__ int token_of(int slot, int iteration) const { return begin / SPLIT * SPLIT + iteration * STEP + slot * 16; }
   __device__ int first_iteration(int slot) const { return (begin % SPLIT / 16 + SLOTS - 1 - slot) / SLOTS; }
   __device__ int iterations(int slot) const { return ((end - 1) % SPLIT / 16 + SLOTS - slot) / SLOTS; }
+  __device__ int split() const { return which >> 16; }
+  __device__ int splits() const { return which & 0xffff; }
 };
 
 __device__ __forceinline__ Item load_item(const int4* items, int at, const int* block_table, int max_blocks) {
@@ -30,23 +32,29 @@ __device__ __forceinline__ Item load_item(const int4* items, int at, const int* 
   return item;
 }
 
-// Walks over the block's items blockIdx.x, + gridDim.x, ..., and this warp's slots of each, an iteration at a time. The next item's record is
-// loaded an item early, an iteration's block_id an iteration early: whoever waits for either copies nothing meanwhile. (Past L1, which may
-// hold an older step's before the wait.)
+// Items stand longest first, and blocks take them forth and back: 0, 1, 2, then 2, 1, 0, ..., which gives each about as many tokens. From
+// its first item, blockIdx.x, a block goes on by this and by 2 * gridDim.x less it in turn.
+__device__ __forceinline__ int first_stride() { return 2 * ((int)gridDim.x - (int)blockIdx.x) - 1; }
+__device__ __forceinline__ int other_stride(int stride) { return 2 * (int)gridDim.x - stride; }
+
+// Walks over the block's items, and this warp's slots of each, an iteration at a time. The next item's record is loaded an item early, an
+// iteration's block_id an iteration early: whoever waits for either copies nothing meanwhile. (Past L1, which may hold an older step's
+// before the wait.)
 struct Walk {
   const int4* items;
   const int* block_table;
-  int max_blocks, at, count, slot, iteration, block_id;
+  int max_blocks, at, stride, count, slot, iteration, block_id;
   Item now, next;
 
   __device__ __forceinline__ void start(const int4* list, int length, const int* table, int columns) {
     items = list, block_table = table, max_blocks = columns, count = length, at = blockIdx.x;
+    stride = first_stride();
     now = load_item(items, at, block_table, max_blocks);
     enter();
   }
   __device__ __forceinline__ bool more() const { return at < count; }
   __device__ __forceinline__ void next_item() {
-    at += gridDim.x, now = next;
+    at += stride, stride = other_stride(stride), now = next;
     enter();
   }
   __device__ __forceinline__ void next_iteration() {
@@ -64,6 +72,6 @@ struct Walk {
   __device__ __forceinline__ void enter_slot(int which) { slot = which, iteration = now.first_iteration(slot); }
   __device__ __forceinline__ void enter() {
     enter_slot(threadIdx.x / 32);
-    next = load_item(items, min(at + (int)gridDim.x, count - 1), block_table, max_blocks);
+    next = load_item(items, min(at + stride, count - 1), block_table, max_blocks);
   }
 };

@@ -82,23 +82,23 @@ __device__ __forceinline__ Result merge_slots(const float* slots, int stride) {
   return all;
 }
 
-// One head of item `item`, which stands at `at` in the list, from its slots: to `out`, or to `partials` where other blocks have the row's
-// other splits and have not all come yet. `partials` and `counter` are the head's; STRIDE float2 lie between two items' partials.
+// One head of item `item`, from its slots: to `out`, or to `partials` where other blocks have the row's other splits and have not all come yet. `partials` and `counter` are the head's; STRIDE float2 lie between two items' partials.
 template <int STRIDE>
-__device__ __forceinline__ void finish_head(Result result, const Item& item, int at, float2* partials, int* counter, elem* out) {
-  if (item.splits > 1) {
-    result.store(partials + (size_t)at * STRIDE);
+__device__ __forceinline__ void finish_head(Result result, const Item& item, float2* partials, int* counter, elem* out) {
+  int splits = item.splits();
+  if (splits > 1) {
+    result.store(partials + (size_t)(item.first_partial + item.split()) * STRIDE);
     __syncwarp();  // all lanes have stored
     int before = 0;
     if (threadIdx.x % 32 == 0) {
       __threadfence();
-      before = atomicInc(reinterpret_cast<u32*>(counter), item.splits - 1);  // 0 again after the last, for the next layer
+      before = atomicInc(reinterpret_cast<u32*>(counter), splits - 1);  // 0 again after the last, for the next layer
       __threadfence();
     }
-    if (__shfl_sync(~0u, before, 0) < item.splits - 1) return;
+    if (__shfl_sync(~0u, before, 0) < splits - 1) return;
     __syncwarp();
     result = Result{};
-    result.add_parts(partials + (size_t)item.first_item * STRIDE, item.splits, STRIDE);
+    result.add_parts(partials + (size_t)item.first_partial * STRIDE, splits, STRIDE);
   }
   if (item.prefix > 0) result.add_parts(partials + (size_t)(item.prefix / 32) * STRIDE, item.prefix % 32, STRIDE);
   result.write(out);

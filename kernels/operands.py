@@ -29,7 +29,7 @@ class StepTensors:
 
 @dataclass(frozen=True, slots=True)
 class DecodeItems:
-    """The work list of decode attention for one window. All int32."""
+    """The work list of decode attention for one window, the longest items first (plan_decode in row_state.cu). All int32."""
 
     items: Tensor  # [max_items, 8]
     num_items: Tensor  # [1]

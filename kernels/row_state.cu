@@ -2,7 +2,7 @@
 //
 //   apply_plan       copies segments of the plan to where they belong in the arena: new rows, appended blocks, chunk tokens
 //   prepare_tokens   looks up the input token, position and cache slot of every scheduled token, and counts them as computed
-//   plan_decode      lists the (row, split) items of the step's decode attention
+//   plan_decode      lists the (row, split) items of the step's decode attention, the longest first
 //   copy_words       brings a step's columns from the host's pinned memory
 //   count_tokens     keeps how often each token stands in a row with penalties
 //
@@ -61,33 +61,69 @@ prepare_tokens(const int* __restrict__ rows, const int* __restrict__ num_schedul
   if (threadIdx.x == 0) *num_computed = context_lens[r] = start + count;
 }
 
-// One block. Rows with one scheduled token become items of decode attention, a row's items one behind another. An item is
-//   (row of the step, first token, end, query's token), (row's first item, permanent row, row's splits, word 1 of its prefix)
+// Inclusive.
+__device__ __forceinline__ int scan_warp(int sum) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    int other = __shfl_up_sync(~0u, sum, d);
+    if (threadIdx.x % 32 >= d) sum += other;
+  }
+  return sum;
+}
+
+// One block. Rows with one scheduled token become items of decode attention, those of most tokens first (to 16; in any order among equals,
+// since no result depends on it). An item is
+//   (row of the step, first token, end, query's token),
+//   (its row's first partial, permanent row, which of the row's splits * 65536 + how many there are, word 1 of its prefix)
+// where a row's partials stand one behind another, in the order of the rows.
 // prefixes: of each row of the step the tokens of its shared prefix, where its items begin, and where prefix_attention leaves its
 // results (decode_attention.cu); both 0 without one. Null: no row has any.
 extern "C" __global__ void __launch_bounds__(1024)
 plan_decode(const int* __restrict__ rows, const int* __restrict__ num_scheduled, const int* __restrict__ q_start,
             const int* __restrict__ context_lens, const int2* __restrict__ prefixes, int num_rows, int window,
             int4* __restrict__ items, int* __restrict__ num_items) {
-  __shared__ int warp_sums[32];
+  constexpr int SIZES = SPLIT / 16;  // an item's size: tokens / 16, less 1
+  __shared__ int warp_sums[32], places[SIZES];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, base = 0;
   let_next_start();
+  for (int i = threadIdx.x; i < SIZES; i += 1024) places[i] = 0;
   wait_for_previous();
+  __syncthreads();
+  struct Row {
+    int begin = 0, split = 0, count = 0, context = 0, prefix = 0;
+    __device__ int first(int i) const { return max(begin, (split + i) * SPLIT); }
+    __device__ int end(int i) const { return min(context, (split + i + 1) * SPLIT); }
+    __device__ int size(int i) const { return (end(i) - first(i) - 1) / 16; }
+  };
+  auto row_of = [&](int r) {
+    Row row;
+    if (r >= num_rows || num_scheduled[r] != 1) return row;
+    row.context = context_lens[r];
+    row.begin = window > 0 ? max(0, row.context - window) : 0;
+    if (prefixes) row.begin = prefixes[r].x, row.prefix = prefixes[r].y;
+    row.split = row.begin / SPLIT;
+    row.count = (row.context - 1) / SPLIT - row.split + 1;
+    return row;
+  };
   for (int first = 0; first < num_rows; first += 1024) {
-    int r = first + threadIdx.x, begin = 0, split = 0, count = 0, context = 0, prefix = 0;
-    if (r < num_rows && num_scheduled[r] == 1) {
-      context = context_lens[r];
-      begin = window > 0 ? max(0, context - window) : 0;
-      if (prefixes) begin = prefixes[r].x, prefix = prefixes[r].y;
-      split = begin / SPLIT;
-      count = (context - 1) / SPLIT - split + 1;
+    Row row = row_of(first + threadIdx.x);
+    for (int i = 0; i < row.count; i++) atomicAdd(places + row.size(i), 1);
+  }
+  __syncthreads();
+  if (warp == 0) {  // from how many there are of a size to where the first of them stands
+    int total = 0;
+    for (int last = SIZES - 1; last >= 0; last -= 32) {
+      int mine = last - lane, count = mine >= 0 ? places[mine] : 0, before = scan_warp(count);
+      if (mine >= 0) places[mine] = total + before - count;
+      total += __shfl_sync(~0u, before, 31);
     }
-    int before = count;  // inclusive scan over the block
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      int other = __shfl_up_sync(~0u, before, d);
-      if (lane >= d) before += other;
-    }
+    if (lane == 0) *num_items = total;
+  }
+  __syncthreads();
+  for (int first = 0; first < num_rows; first += 1024) {
+    int r = first + threadIdx.x;
+    Row row = row_of(r);
+    int before = scan_warp(row.count);
     if (lane == 31) warp_sums[warp] = before;
     __syncthreads();
     int total = 0;
@@ -95,15 +131,14 @@ plan_decode(const int* __restrict__ rows, const int* __restrict__ num_scheduled,
       if (w < warp) before += warp_sums[w];
       total += warp_sums[w];
     }
-    int at = base + before - count;
-    for (int i = 0; i < count; i++) {
-      items[2 * (at + i)] = make_int4(r, max(begin, (split + i) * SPLIT), min(context, (split + i + 1) * SPLIT), q_start[r]);
-      items[2 * (at + i) + 1] = make_int4(at, rows[r], count, prefix);
+    for (int i = 0; i < row.count; i++) {
+      int at = atomicAdd(places + row.size(i), 1);
+      items[2 * at] = make_int4(r, row.first(i), row.end(i), q_start[r]);
+      items[2 * at + 1] = make_int4(base + before - row.count, rows[r], i << 16 | row.count, row.prefix);
     }
     base += total;
     __syncthreads();
   }
-  if (threadIdx.x == 0) *num_items = base;
 }
 
 // jobs: (row, first, length, clear) for each block: tokens [first, first + length) of the row are counted, after clearing where asked.

@@ -45,7 +45,9 @@ class KernelShape:
     block_size: int
     qk_norm: bool
     float16: bool
-    split: int = 512  # tokens of a decode-attention item, a multiple of 128
+    split: int = 1024
+    """Tokens of a decode-attention item, a multiple of 128: what one block streams well, so that most rows need no merging across
+    blocks."""
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 128):
@@ -110,7 +112,7 @@ class GemmTile:
         return (self.w_stages * 128 + self.x_stages * self.rows) * 128
 
 
-GEMM_TILES = (GemmTile(64, 10, 6), GemmTile(128, 8, 5))
+GEMM_TILES = (GemmTile(64, 9, 8), GemmTile(128, 6, 7))
 """208 KiB each: what is left is enough for the blocks of the small kernels between."""
 
 GEMM_SHAPES = frozenset({(2048, 3072, 2048, 8192), (4096, 6144, 4096, 14336)})
@@ -203,11 +205,6 @@ def decode_blocks(shape: KernelShape, few: bool, roomy: bool, hopper: bool) -> i
         return 1 if few else 2
     by_registers = 4 if shape.head_dim == 64 and shape.num_heads // shape.num_kv_heads <= 8 else 3
     return min(by_registers, ((228 if hopper else 164) << 10) // (decode_shared_bytes(shape, few) + 1024))
-
-
-def decode_split(head_dim: int) -> int:
-    """Tokens of a decode-attention item: what one block streams well, so that most rows need no merging across blocks."""
-    return 1024 if head_dim == 64 else 512
 
 
 def decode_depth(few: bool) -> int:

@@ -31,8 +31,12 @@ Make = Callable[..., EmulatedOps]  # of a shape
 
 def decode(make: Make) -> None:
     shape = make_shape(8, 2, 64)
-    paged = PagedRows([300, 1, 17, 513, 40, 770, 31, 600, 77], 2, 64, device="cpu")
-    check_decode(make(shape, multiprocessors=2), shape, paged, 0, [])
+    for lengths in (
+        [300, 1, 17, 513, 40, 770, 31, 600, 77],
+        [40, 17, 130, 31, 77, 90],
+    ):  # the second: every item is a row's last
+        paged = PagedRows(lengths, 2, 64, device="cpu")
+        check_decode(make(shape, multiprocessors=2), shape, paged, 0, [])
 
 
 def decode_behind_prefix(make: Make) -> None:
@@ -94,20 +98,20 @@ MUTANTS = {
         Mutation(DECODE, "word(0), word(1), 0x7632", "word(1), word(0), 0x7632"),
     ),
     "sums shrink by another head's maximum": (decode, Mutation(DECODE, "shrink, 8 * t + 4)", "shrink, 8 * t)")),
-    "the counter of arrivals stays": (decode, Mutation(MERGE, "item.splits - 1);  // 0 again", "item.splits);  //")),
+    "the counter of arrivals stays": (decode, Mutation(MERGE, "splits - 1);  // 0 again", "splits);  //")),
     "a block arrives before its results": (
         decode,
         Mutation(MERGE, "    __syncwarp();  // all lanes have stored\n", ""),
     ),
     "the last one to arrive is another": (
         decode,
-        Mutation(MERGE, "< item.splits - 1) return", "< item.splits) return"),
+        Mutation(MERGE, "< splits - 1) return", "< splits) return"),
     ),
     "results are overwritten while they are read": (decode, Mutation(DECODE, "barrier_wait(&merged, parity);", "")),
     "slots are merged before they are there": (decode, Mutation(DECODE, "barrier_wait(&stored, parity);", "")),
     "the phases of the barriers are exchanged": (
         decode,
-        Mutation(DECODE, "at += gridDim.x, parity ^= 1", "at += gridDim.x"),
+        Mutation(DECODE, "stride = other_stride(stride), parity ^= 1", "stride = other_stride(stride)"),
     ),
     "the item before is another": (
         decode,

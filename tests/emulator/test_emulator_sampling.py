@@ -76,20 +76,26 @@ def test_plan_decode_lists_the_items_of_single_tokens(builder: Builder, count: i
     prefixes = [(256 if context > 700 and not window else 0, 32 * i + 2) for i, context in enumerate(contexts)]
     rows, starts = [3 * i + 1 for i in range(count)], [7 * i for i in range(count)]
     expected: list[list[int]] = []
+    partials = 0
     for i, context in enumerate(contexts):
         if scheduled[i] != 1:
             continue
         begin = max(0, context - window) if window else prefixes[i][0]
         edges = [begin, *range((begin // shape.split + 1) * shape.split, context, shape.split), context]
-        first, splits = len(expected), len(edges) - 1
-        for left, right in pairwise(edges):
-            expected.append([i, left, right, starts[i], first, rows[i], splits, 0 if window else prefixes[i][1]])
+        splits = len(edges) - 1
+        for k, (left, right) in enumerate(pairwise(edges)):
+            which = k << 16 | splits
+            expected.append([i, left, right, starts[i], partials, rows[i], which, 0 if window else prefixes[i][1]])
+        partials += splits
     work = DecodeItems(ints([[-1] * 8] * len(expected)), ints([-1]), window)
     step = StepTensors(ints(rows), ints(scheduled), ints(starts), ints(contexts), ints([[0]]))
     shared = None if window else SharedPrefixes(ints(prefixes), ints([]), ints([]), ints([0]))
     EmulatedOps(builder, shape).plan_decode(step, count, work, shared)
     assert int(work.num_items) == len(expected)
-    assert work.items.tolist() == expected
+    items = work.items.tolist()
+    assert sorted(items) == expected
+    sizes = [-(-(end - begin) // 16) for _, begin, end, *_ in items]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_words_are_copied(builder: Builder) -> None:

@@ -19,7 +19,7 @@ from kernels.cache import CubinCache, default_directory
 from kernels.compiler import CompileError, Compiler, architecture_of, sources_digest
 from kernels.launcher import KernelLibrary, LaunchError
 from kernels.ops import KernelOps
-from kernels.shapes import KernelShape, ShapeError, decode_split, kernel_specs
+from kernels.shapes import KernelShape, ShapeError, kernel_specs
 from worker.backend import BackendError, BackendInfo, KVGroup, Masks, Progress
 from worker.backends.cuda_columns import MixedShapes, StepColumns, StepLayout, lay_out
 from worker.backends.cuda_device import CudaDevice
@@ -271,7 +271,6 @@ def _kernel_shape(config: ModelConfig, dtype: torch.dtype, block_size: int) -> K
         block_size=block_size,
         qk_norm=config.qk_norm,
         float16=dtype == torch.float16,
-        split=decode_split(config.head_dim),
     )
 
 
