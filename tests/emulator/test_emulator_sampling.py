@@ -27,24 +27,27 @@ from tests.gpu.test_gpu_sampling import (
     make_rows,
 )
 
-SAMPLING = ("row_state", "process_logits", "sample", "truncated_sample")
+SAMPLING = ("row_state", "process_logits", "sample")
 
 
-def rows_for(builder: Builder, vocab: int, max_rows: int) -> Sampling:
-    return make_rows(vocab, max_rows, EmulatedOps(builder, make_shape(), SAMPLING), "cpu")
+def rows_for(builder: Builder, vocab: int, max_rows: int, clusters: bool = False) -> Sampling:
+    ahead = (*SAMPLING, "truncated_sample-cluster" if clusters else "truncated_sample")
+    return make_rows(vocab, max_rows, EmulatedOps(builder, make_shape(), ahead, clusters=clusters), "cpu")
 
 
 def test_prepare_looks_up_what_the_plan_said(builder: Builder) -> None:
     check_prepare(rows_for(builder, 1000, 8), "cpu")
 
 
+@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("vocab", [1000, 5003])
-def test_sampling_equals_the_reference(builder: Builder, vocab: int) -> None:
-    check_sampling(rows_for(builder, vocab, len(PARAMS) + 2), vocab, 4, "cpu")
+def test_sampling_equals_the_reference(builder: Builder, vocab: int, clusters: bool) -> None:
+    check_sampling(rows_for(builder, vocab, len(PARAMS) + 2, clusters), vocab, 4, "cpu")
 
 
-def test_nan_and_infinity_fail_their_row_alone(builder: Builder) -> None:
-    check_nan_and_infinity(rows_for(builder, 5000, 12), "cpu")
+@pytest.mark.parametrize("clusters", [False, True])
+def test_nan_and_infinity_fail_their_row_alone(builder: Builder, clusters: bool) -> None:
+    check_nan_and_infinity(rows_for(builder, 5000, 12, clusters), "cpu")
 
 
 def test_penalties_count_what_is_sampled(builder: Builder) -> None:
@@ -55,14 +58,16 @@ def test_logprobs_describe_raw_logits(builder: Builder) -> None:
     check_logprobs(rows_for(builder, 2001, 4), 2001, "cpu")
 
 
+@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("kind", hard_logits(8))
-def test_truncation_of_hard_distributions(builder: Builder, kind: str) -> None:
-    """With more tokens than either list of the kernel holds."""
-    check_truncation(lambda vocab, rows: rows_for(builder, vocab, rows), kind, 6001, 2, "cpu", large=3000)
+def test_truncation_of_hard_distributions(builder: Builder, kind: str, clusters: bool) -> None:
+    """With more tokens than the kernel's lists hold."""
+    check_truncation(lambda vocab, rows: rows_for(builder, vocab, rows, clusters), kind, 6001, 2, "cpu", large=3000)
 
 
-def test_a_draw_at_the_edge_of_what_is_kept(builder: Builder) -> None:
-    check_edges(lambda vocab, rows: rows_for(builder, vocab, rows), 6001, (2, 5, 11, 40), "cpu")
+@pytest.mark.parametrize("clusters", [False, True])
+def test_a_draw_at_the_edge_of_what_is_kept(builder: Builder, clusters: bool) -> None:
+    check_edges(lambda vocab, rows: rows_for(builder, vocab, rows, clusters), 6001, (2, 5, 11, 40), "cpu")
 
 
 @pytest.mark.parametrize("window", [0, 300])

@@ -45,6 +45,7 @@ HOT = {
     "qkv_epilogue",
     "choose",
     "choose_truncated",
+    "choose_truncated_held",
 }
 
 
