@@ -27,7 +27,7 @@ from kernels.shapes import (
     prefill_shared_bytes,
     prefill_tile_rows,
     sample_parts,
-    truncated_slice_bytes,
+    truncated_shared_bytes,
     truncated_threads,
     wgmma_shared_bytes,
 )
@@ -318,12 +318,10 @@ class KernelOps(ProductOps):
         status: Tensor,
     ) -> None:
         """One token for each row with top_k, top_p or min_p."""
-        shared_bytes = truncated_slice_bytes(vocab) if self._clustered else 0
-        if shared_bytes > most_held(self._roomy):
-            shared_bytes = 0
+        shared_bytes, holds = truncated_shared_bytes(vocab, self._roomy) if self._clustered else (0, False)
         self._launch(
             "truncated_sample-cluster" if self._clustered else "truncated_sample",
-            "choose_truncated_held" if shared_bytes else "choose_truncated",
+            "choose_truncated_held" if holds else "choose_truncated",
             (rows * CLUSTER if self._clustered else rows,), truncated_threads(self._clustered),
             at(logits), at(processed), Int(logits.stride(0)), Int(vocab), at(sample_rows), at(fields), at(raw_state),
             at(chosen), at(status), shared_bytes=shared_bytes,

@@ -13,6 +13,8 @@ FUSED_ROWS = 4
 SAMPLE_PARTS = 16
 CLUSTER = 8
 """Blocks that share a row with top_k, top_p or min_p where the architecture has clusters: as many as any that has them takes."""
+_CLUSTER_LISTED = 448
+"""Tokens that each of them can list."""
 _MOST_HELD = 144 << 10, 80 << 10
 """Bytes of its slice of the row that such a block holds in shared memory at most: where a device gives 160 KiB to a block, or not."""
 _SAMPLE_BLOCKS = 768
@@ -199,22 +201,25 @@ def truncated_threads(clustered: bool) -> int:
     return 384 if clustered else 512
 
 
-def truncated_slice_bytes(vocab: int) -> int:
-    """Shared memory for a cluster block's slice of a row, as truncated_sample.cu cuts it."""
-    return -(-vocab // (4 * CLUSTER)) * 16
-
-
 def most_held(roomy: bool) -> int:
     """Bytes of a slice beyond which the row is read from device memory in every pass. No token depends on it."""
     return _MOST_HELD[0 if roomy else 1]
+
+
+def truncated_shared_bytes(vocab: int, roomy: bool) -> tuple[int, bool]:
+    """Dynamic shared memory of a cluster's block, and whether it holds its slice of the row, as truncated_sample.cu cuts it."""
+    lists, part = CLUSTER * _CLUSTER_LISTED * 8, -(-vocab // (4 * CLUSTER)) * 16
+    holds = part <= most_held(roomy)
+    return max(lists, part if holds else 0), holds
 
 
 def truncated_spec(clustered: bool) -> KernelSpec:
     """Rows with top_k, top_p or min_p, by a cluster of blocks each or by one block each."""
     threads = truncated_threads(clustered)
     blocks: Definitions = {"CLUSTER": CLUSTER, "BLOCKS": 3} if clustered else {"CLUSTER": 1, "BLOCKS": 2}
+    listed = _CLUSTER_LISTED if clustered else 2048
     kernels = ("choose_truncated", "choose_truncated_held") if clustered else ("choose_truncated",)
-    return KernelSpec("truncated_sample.cu", {"WIDE": threads, **blocks}, kernels)
+    return KernelSpec("truncated_sample.cu", {"WIDE": threads, "LISTED": listed, **blocks}, kernels)
 
 
 def decode_slots(head_dim: int) -> int:

@@ -128,6 +128,11 @@ To same_bits(From from) {
 inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline float __uint_as_float(u32 x) { return same_bits<float>(x); }
 inline u32 __float_as_uint(float x) { return same_bits<u32>(x); }
+inline float __fadd_rz(float a, float b) {
+  double sum = (double)a + b;  // exact but for floats far apart
+  float near = (float)sum;
+  return std::fabs((double)near) > std::fabs(sum) ? nextafterf(near, 0.0f) : near;
+}
 inline u32 __float2uint_rz(float x) { return x >= 4294967296.0f ? ~0u : x > 0 ? (u32)x : 0; }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline u32 __umulhi(u32 a, u32 b) { return (u64)a * b >> 32; }
