@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
 
 from kernels.operands import DecodeItems, SharedPrefixes, StepTensors
+from kernels.shapes import truncated_shared_bytes
 from tests.emulator.compile import Builder
 from tests.emulator.library import EmulatedOps
 from tests.gpu.gpu_harness import make_shape, makers
@@ -20,6 +21,7 @@ from tests.gpu.test_gpu_sampling import (
     check_logprobs,
     check_nan_and_infinity,
     check_penalties,
+    check_places,
     check_prepare,
     check_sampling,
     check_truncation,
@@ -56,6 +58,23 @@ def test_penalties_count_what_is_sampled(builder: Builder) -> None:
 
 def test_logprobs_describe_raw_logits(builder: Builder) -> None:
     check_logprobs(rows_for(builder, 2001, 4), 2001, "cpu")
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 33, 1003])
+def test_a_token_is_chosen_wherever_it_stands(builder: Builder, vocab: int) -> None:
+    each = -(-vocab // 32) * 4  # of a block of a cluster
+    edges = {min(vocab - 1, part * each + more) for part in range(8) for more in (-1, 0, 4)} - {-1}
+    check_places(rows_for(builder, vocab, len(edges), clusters=True), vocab, sorted(edges), "cpu")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_rows_that_no_cluster_can_hold(builder: Builder, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And longer ones that it holds: each block copies in several groups."""
+    if not held:
+        few = truncated_shared_bytes(1, True)[0]
+        monkeypatch.setattr("kernels.ops.truncated_shared_bytes", lambda vocab, roomy: (few, False))
+    check_places(rows_for(builder, 40_003, 3, clusters=True), 40_003, [4999, 20_016, 40_002], "cpu")
+    check_truncation(lambda vocab, rows: rows_for(builder, vocab, rows, True), "normal", 6001, 1, "cpu", large=3000)
 
 
 @pytest.mark.parametrize("clusters", [False, True])
