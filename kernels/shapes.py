@@ -190,9 +190,9 @@ def sample_parts(rows: int) -> int:
     return max(1, min(SAMPLE_PARTS, _SAMPLE_BLOCKS // rows))
 
 
-def has_clusters(architecture: str) -> bool:
-    """Whether blocks can share their shared memory."""
-    return int("".join(digit for digit in architecture if digit.isdigit())) >= 90
+def capability(architecture: str) -> int:
+    """Such as 90 of "sm_90a"."""
+    return int("".join(digit for digit in architecture if digit.isdigit()))
 
 
 def truncated_threads(clustered: bool) -> int:
@@ -213,10 +213,13 @@ def truncated_shared_bytes(vocab: int, roomy: bool) -> tuple[int, bool]:
     return max(lists, part if holds else 0), holds
 
 
-def truncated_spec(clustered: bool) -> KernelSpec:
-    """Rows with top_k, top_p or min_p, by a cluster of blocks each or by one block each."""
+def truncated_spec(architecture: str) -> KernelSpec:
+    """Rows with top_k, top_p or min_p, by a cluster of blocks each (from sm_90 on) or by one block each."""
+    clustered = capability(architecture) >= 90
     threads = truncated_threads(clustered)
-    blocks: Definitions = {"CLUSTER": CLUSTER, "BLOCKS": 3} if clustered else {"CLUSTER": 1, "BLOCKS": 2}
+    # From sm_120 on a multiprocessor has shared memory for one slice.
+    resident = 1 if capability(architecture) >= 120 else 3
+    blocks: Definitions = {"CLUSTER": CLUSTER, "BLOCKS": resident} if clustered else {"CLUSTER": 1, "BLOCKS": 2}
     listed = _CLUSTER_LISTED if clustered else 2048
     kernels = ("choose_truncated", "choose_truncated_held") if clustered else ("choose_truncated",)
     return KernelSpec("truncated_sample.cu", {"WIDE": threads, "LISTED": listed, **blocks}, kernels)
@@ -317,8 +320,8 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
         "sample": KernelSpec("sample.cu", {"PARTS": SAMPLE_PARTS}, ("choose", "commit")),
         "logprobs": KernelSpec("logprobs.cu", {"WANTED": MAX_LOGPROBS}, ("logprobs",)),
     }
-    clustered = has_clusters(architecture)
-    specs["truncated_sample-cluster" if clustered else "truncated_sample"] = truncated_spec(clustered)
+    clustered = capability(architecture) >= 90
+    specs["truncated_sample-cluster" if clustered else "truncated_sample"] = truncated_spec(architecture)
     if roomy:
         specs["decode_attention-few"] = decode_spec(shape, True, few_blocks, heads)
     if architecture == WGMMA_ARCHITECTURE:

@@ -18,14 +18,14 @@ template <bool BACK = false, int AHEAD = 4, bool HELD, typename Visit>
 __device__ __forceinline__ void for_each_four(const Slice<HELD>& slice, Visit visit) {
   constexpr int STRIDE = WIDE * 4 * AHEAD;
   const int count = slice.count;
+  const float* x = HELD ? reinterpret_cast<const float*>(held) : slice.x;
   for (int done = 0; done < count; done += STRIDE) {
     int first = BACK ? (count - 1) / STRIDE * STRIDE - done : done;
     float4 four[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
       int v = first + (i * WIDE + threadIdx.x) * 4;
-      const float4* at = HELD ? held + v / 4 : reinterpret_cast<const float4*>(slice.x + v);
-      four[i] = v < count ? *at : make_float4(-INF, -INF, -INF, -INF);
+      four[i] = v < count ? *reinterpret_cast<const float4*>(x + v) : make_float4(-INF, -INF, -INF, -INF);
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
@@ -43,9 +43,10 @@ __device__ __forceinline__ float most_of(const float4& four) { return fmaxf(fmax
 template <typename Visit>
 __device__ __forceinline__ void hold(const Slice<true>& slice, Visit visit) {
   constexpr int GROUPS = 4, STEP = WIDE * 4;
+  float* to = reinterpret_cast<float*>(held);
   int each = (slice.count + STEP * GROUPS - 1) / (STEP * GROUPS) * STEP;
   for (int g = 0; g < GROUPS; g++) {
-    for (int v = g * each + threadIdx.x * 4; v < min(slice.count, (g + 1) * each); v += STEP) copy16_streaming(held + v / 4, slice.x + v);
+    for (int v = g * each + threadIdx.x * 4; v < min(slice.count, (g + 1) * each); v += STEP) copy16_streaming(to + v, slice.x + v);
     end_group();
   }
 #pragma unroll
@@ -55,12 +56,12 @@ __device__ __forceinline__ void hold(const Slice<true>& slice, Visit visit) {
     if (g == 2) copies_done<1>();
     if (g == 3) copies_done<0>();
     for (int v = g * each + threadIdx.x * 4; v < min(slice.count, (g + 1) * each); v += STEP) {
-      float4 four = held[v / 4];
+      float4 four = *reinterpret_cast<const float4*>(to + v);
       if (v + 3 >= slice.count) {
         if (v + 1 >= slice.count) four.y = -INF;
         if (v + 2 >= slice.count) four.z = -INF;
         four.w = -INF;
-        held[v / 4] = four;
+        *reinterpret_cast<float4*>(to + v) = four;  // as all passes see it
       }
       visit(four, slice.first + v);
     }

@@ -6,7 +6,7 @@
 // Counts and masses are integers, masses in units of 2^-40 of the best token's, so their sums do not depend on any order, nor a token on
 // the number of blocks.
 //
-// Bound by bytes: 4 a logit and pass; held, 4 a logit and by the histogram's atomic operations.
+// Bound by bytes: 4 a logit and pass; where the row is held 4 a logit, and by instructions.
 // Ladder
 //   1. sort, cumulative sum, draw: a sort of 128k entries a row, some twenty passes
 //   2. a search over the 32 bits of x, 4 bits a pass, 15 pivots at once: eight passes for each of top_k and top_p
@@ -15,8 +15,10 @@
 //      in any real distribution, and the draw is among those. Three passes: the best, the histogram, the list; four where they are many
 //   4. tokens of the bins above are kept whatever the threshold of top_p is: they compete while the bin is listed, and its own tokens
 //      once the threshold is known. Three passes for top_p, but for bins of too many
-//   5. a cluster of blocks shares a row and holds it: one reading of device memory, whose end overlaps other clusters' passes, and a row
-//      alone has eight multiprocessors. The blocks meet three times; then one of them goes on alone with all their lists (this one)
+//   5. a cluster of blocks shares a row and holds it: one reading of device memory, while other clusters are at their passes, and a row
+//      alone has eight multiprocessors. The blocks meet three times; then one of them goes on with all their lists, the others leave
+//   6. most tokens lie far below the threshold: they are passed over (top_k), or added up in registers instead of the histogram, since
+//      together they weigh less than what top_p leaves out (this one)
 //
 // Lists that would overflow are not used: the search then goes on over the row itself, with a histogram of 10 bits of x a pass.
 #include "threshold.cuh"

@@ -158,7 +158,7 @@ class EmulatedOps(KernelOps):
         specs = kernel_specs(shape, 8, "sm_80")
         if clusters:
             del specs["truncated_sample"]
-            specs["truncated_sample-cluster"] = truncated_spec(clustered=True)
+            specs["truncated_sample-cluster"] = truncated_spec("sm_90a")
         # On Hopper only, behind prefix_attention, which can't run here; what it leaves is made otherwise.
         names = ("HEADS", "KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")
         heads = {name: specs["decode_attention"].definitions[name] for name in names}
