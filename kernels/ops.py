@@ -14,18 +14,21 @@ from kernels.launcher import Float, Int, KernelLibrary
 from kernels.operands import DecodeItems, DecodeScratch, Parts, SharedPrefixes, StepTensors, at
 from kernels.product_ops import ProductOps
 from kernels.shapes import (
+    CLUSTER,
     DECODE_FEW_ROWS,
     SAMPLE_PARTS,
-    TRUNCATED_THREADS,
     KernelShape,
     decode_blocks,
     decode_shared_bytes,
     decode_warps,
     is_roomy,
+    most_held,
     norm_threads,
     prefill_shared_bytes,
     prefill_tile_rows,
     sample_parts,
+    truncated_shared_bytes,
+    truncated_threads,
     wgmma_shared_bytes,
 )
 
@@ -46,6 +49,9 @@ class KernelOps(ProductOps):
                 shared_bytes = decode_shared_bytes(shape, name == "decode_attention-few")
                 library.allow_shared(name, "decode_attention", shared_bytes)
         library.allow_shared("prefill_attention", "prefill_attention", prefill_shared_bytes(shape))
+        self._clustered = "truncated_sample-cluster" in library
+        if self._clustered:
+            library.allow_shared("truncated_sample-cluster", "choose_truncated_held", most_held(self._roomy))
         self._wgmma = "prefill_wgmma" in library
         if self._wgmma:
             library.allow_shared("prefill_wgmma", "prefill_wgmma", wgmma_shared_bytes(shape))
@@ -312,10 +318,13 @@ class KernelOps(ProductOps):
         status: Tensor,
     ) -> None:
         """One token for each row with top_k, top_p or min_p."""
+        shared_bytes, holds = truncated_shared_bytes(vocab, self._roomy) if self._clustered else (0, False)
         self._launch(
-            "truncated_sample", "choose_truncated", (rows,), TRUNCATED_THREADS,
+            "truncated_sample-cluster" if self._clustered else "truncated_sample",
+            "choose_truncated_held" if holds else "choose_truncated",
+            (rows * CLUSTER if self._clustered else rows,), truncated_threads(self._clustered),
             at(logits), at(processed), Int(logits.stride(0)), Int(vocab), at(sample_rows), at(fields), at(raw_state),
-            at(chosen), at(status),
+            at(chosen), at(status), shared_bytes=shared_bytes,
         )  # fmt: skip
 
     def commit(

@@ -49,6 +49,26 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// Clusters (sm_90 and later). Who waits for its cluster has arrived before; what was stored before arriving is seen behind the wait.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// The address of a variable in shared memory, in the block `rank` of the cluster; and what stands there.
+__device__ __forceinline__ u32 address_in_block(const void* mine, u32 rank) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(mine)), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ u32 load_of_block(const u32* mine, u32 rank) {
+  u32 word;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(address_in_block(mine, rank)) : "memory");
+  return word;
+}
+__device__ __forceinline__ u64 load_of_block(const u64* mine, u32 rank) {
+  u64 word;
+  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(word) : "r"(address_in_block(mine, rank)) : "memory");
+  return word;
+}
+
 // c[16x8] += a[16x16] b[16x8], float32 accumulators. With g = lane / 4 and t = lane % 4 a lane holds
 //   a: rows g (a.x, a.z) and g+8 (a.y, a.w), columns 2t,2t+1 (a.x, a.y) and 2t+8,2t+9 (a.z, a.w)
 //   b: column g, rows 2t,2t+1 (b0) and 2t+8,2t+9 (b1)

@@ -11,8 +11,12 @@ FUSED_ROWS = 4
 """Products with at most so many rows normalise their input themselves (matvec_fused.cu)."""
 
 SAMPLE_PARTS = 16
-TRUNCATED_THREADS = 512
-"""Of a row with top_k, top_p or min_p: a multiprocessor has registers for two such blocks, which fill each other's pauses."""
+CLUSTER = 8
+"""Blocks that share a row with top_k, top_p or min_p where the architecture has clusters: as many as any that has them takes."""
+_CLUSTER_LISTED = 448
+"""Tokens that each of them can list."""
+_MOST_HELD = 144 << 10, 80 << 10
+"""Bytes of its slice of the row that such a block holds in shared memory at most: where a device gives 160 KiB to a block, or not."""
 _SAMPLE_BLOCKS = 768
 """What a Hopper chip runs at once of sample.cu: more blocks would only begin again what they have learned of their row."""
 
@@ -188,6 +192,41 @@ def sample_parts(rows: int) -> int:
     return max(1, min(SAMPLE_PARTS, _SAMPLE_BLOCKS // rows))
 
 
+def capability(architecture: str) -> int:
+    """Such as 90 of "sm_90a"."""
+    return int("".join(digit for digit in architecture if digit.isdigit()))
+
+
+def truncated_threads(clustered: bool) -> int:
+    """Threads of a block of truncated_sample.cu. A multiprocessor has registers for two of 512. Of a cluster it has room for three of
+    384, each with its slice of a vocabulary of 128k: one copies its slice while the others work on theirs."""
+    return 384 if clustered else 512
+
+
+def most_held(roomy: bool) -> int:
+    """Bytes of a slice beyond which the row is read from device memory in every pass. No token depends on it."""
+    return _MOST_HELD[0 if roomy else 1]
+
+
+def truncated_shared_bytes(vocab: int, roomy: bool) -> tuple[int, bool]:
+    """Dynamic shared memory of a cluster's block, and whether it holds its slice of the row, as truncated_sample.cu cuts it."""
+    lists, part = CLUSTER * _CLUSTER_LISTED * 8, -(-vocab // (4 * CLUSTER)) * 16
+    holds = part <= most_held(roomy)
+    return max(lists, part if holds else 0), holds
+
+
+def truncated_spec(architecture: str) -> KernelSpec:
+    """Rows with top_k, top_p or min_p, by a cluster of blocks each (from sm_90 on) or by one block each."""
+    clustered = capability(architecture) >= 90
+    threads = truncated_threads(clustered)
+    # From sm_120 on a multiprocessor has shared memory for one slice.
+    resident = 1 if capability(architecture) >= 120 else 3
+    blocks: Definitions = {"CLUSTER": CLUSTER, "BLOCKS": resident} if clustered else {"CLUSTER": 1, "BLOCKS": 2}
+    listed = _CLUSTER_LISTED if clustered else 2048
+    kernels = ("choose_truncated", "choose_truncated_held") if clustered else ("choose_truncated",)
+    return KernelSpec("truncated_sample.cu", {"WIDE": threads, "LISTED": listed, **blocks}, kernels)
+
+
 def decode_slots(head_dim: int) -> int:
     """Parts of a decode-attention item whose sums stay apart until the end."""
     return 8 if head_dim == 64 else 4
@@ -276,9 +315,10 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
         "row_state": KernelSpec("row_state.cu", {"BLOCK_SIZE": shape.block_size, "SPLIT": shape.split}, rows),
         "process_logits": KernelSpec("process_logits.cu", {"PARTS": SAMPLE_PARTS}, ("process_logits",)),
         "sample": KernelSpec("sample.cu", {"PARTS": SAMPLE_PARTS}, ("choose", "commit")),
-        "truncated_sample": KernelSpec("truncated_sample.cu", {"WIDE": TRUNCATED_THREADS}, ("choose_truncated",)),
         "logprobs": KernelSpec("logprobs.cu", {"WANTED": MAX_LOGPROBS}, ("logprobs",)),
     }
+    clustered = capability(architecture) >= 90
+    specs["truncated_sample-cluster" if clustered else "truncated_sample"] = truncated_spec(architecture)
     if roomy:
         specs["decode_attention-few"] = decode_spec(shape, True, few_blocks, heads)
     if architecture == WGMMA_ARCHITECTURE:

@@ -67,7 +67,7 @@ class Builder:
     ) -> Future[ctypes.CDLL]:
         """Compile unless that was begun before. `more`: a directory of further sources. The future raises BuildError."""
         sources = _included(spec.source, _sources(mutation, more))
-        unit = _unit(spec)
+        unit = _unit(spec, sources)
         key = _digest(unit, *(part for item in sorted(sources.items()) for part in item))
         if key not in self._builds:
             self._builds[key] = self._pool.submit(self._build, key, Path(spec.source).stem, unit, sources)
@@ -135,9 +135,11 @@ def _included(source: str, texts: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _unit(spec: KernelSpec) -> str:
+def _unit(spec: KernelSpec, sources: Mapping[str, str]) -> str:
     """What is compiled. The namespace keeps a kernel's names, and its variables in shared memory, to itself."""
+    clustered = any("__cluster_dims__(CLUSTER, 1, 1)" in text for text in sources.values())
     lines = ['#include "emulator.h"', *(f"#define {name} {value}" for name, value in spec.definitions.items())]
+    lines.append(f"#define EMULATED_CLUSTER {spec.definitions.get('CLUSTER', 1) if clustered else 1}")
     lines += ["namespace {", f'#include "{spec.source}"', "}"]
     return "\n".join([*lines, *(f"EMULATE({kernel})" for kernel in spec.kernels)]) + "\n"
 

@@ -14,7 +14,7 @@ from cuda.core import Stream
 from kernels.launcher import Argument, KernelLibrary
 from kernels.operands import DecodeItems, DecodeScratch, SharedPrefixes, StepTensors
 from kernels.ops import KernelOps
-from kernels.shapes import KernelShape, KernelSpec, decode_spec, kernel_specs
+from kernels.shapes import KernelShape, KernelSpec, decode_spec, kernel_specs, truncated_spec
 from tests.emulator.compile import Builder, Mutation
 from tests.emulator.guards import broken_guards
 
@@ -152,8 +152,13 @@ class EmulatedOps(KernelOps):
         mutation: Mutation | None = None,
         multiprocessors: int = 3,
         seed: int = 0,
+        clusters: bool = False,
     ) -> None:
+        """`clusters`: a row with top_k, top_p or min_p is shared by a cluster of blocks, as from compute capability 9.0 on."""
         specs = kernel_specs(shape, 8, "sm_80")
+        if clusters:
+            del specs["truncated_sample"]
+            specs["truncated_sample-cluster"] = truncated_spec("sm_90a")
         # On Hopper only, behind prefix_attention, which can't run here; what it leaves is made otherwise.
         names = ("HEADS", "KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")
         heads = {name: specs["decode_attention"].definitions[name] for name in names}

@@ -34,13 +34,25 @@ FAULTS = {
     "copies_under_way": "ends while 1 of its copies are under way",
     "source_changes": "the source of a copy has changed while it was under way",
 }
+CLUSTER_FAULTS = {
+    "a_block_leaves": "reads of block 1 of its cluster, which has left",
+    "too_early": "reads of another block that may not have begun",
+    "no_such_block": "reads of block 2 of a cluster of 2",
+    "not_shared": "what it reads of another block does not lie in shared memory",
+    "arrives_twice": "arrives twice at its cluster's barrier",
+    "does_not_arrive": "waits for its cluster without having arrived",
+    "does_not_wait": "ends without having waited for its cluster, where it arrived",
+    "a_thread_waits_for_its_block_only": "31 threads of warp 0 wait for their cluster",
+}
+NEIGHBOURS = ("neighbours_of_a_cluster", "neighbours_of_a_cluster_in_a_hurry")
 KERNELS = ("neighbours", "neighbours_in_a_hurry", "ping_pong", "reads_a_copy", *FAULTS)
 NO_STREAM = cast(Stream, None)
 
 
 @pytest.fixture
 def library(builder: Builder) -> EmulatedLibrary:
-    return EmulatedLibrary(builder, {"faults": KernelSpec("faults.cu", {}, KERNELS)}, more=FOLDER)
+    clusters = KernelSpec("clusters.cu", {"CLUSTER": 2}, (*NEIGHBOURS, *CLUSTER_FAULTS))
+    return EmulatedLibrary(builder, {"faults": KernelSpec("faults.cu", {}, KERNELS), "clusters": clusters}, more=FOLDER)
 
 
 def launch(library: EmulatedLibrary, kernel: str, out: torch.Tensor) -> None:
@@ -58,6 +70,27 @@ def test_a_fault_is_named(library: EmulatedLibrary, kernel: str) -> None:
         out = ints([0] * 64, "cpu")  # the guards of the last one are broken
         launch(library, "neighbours", out)
         assert out.tolist() == [(i + 33) % 64 for i in range(64)]
+
+
+@pytest.mark.parametrize("kernel", CLUSTER_FAULTS)
+def test_a_fault_of_a_cluster_is_named(library: EmulatedLibrary, kernel: str) -> None:
+    out = ints([0] * 256, "cpu")
+    for _ in range(3):
+        with pytest.raises(EmulatorError, match=re.escape(CLUSTER_FAULTS[kernel])):
+            library.launch(NO_STREAM, "clusters", kernel, (4,), 64, out.data_ptr())
+        library.launch(NO_STREAM, "clusters", "neighbours_of_a_cluster", (4,), 64, out.data_ptr())
+        assert out.tolist() == [(block ^ 1) * 64 + (i + 33) % 64 for block in range(4) for i in range(64)]
+
+
+def test_blocks_of_a_cluster_go_their_own_ways(library: EmulatedLibrary) -> None:
+    seen = set()
+    for _ in range(20):
+        out = ints([0] * 256, "cpu")
+        library.launch(NO_STREAM, "clusters", NEIGHBOURS[1], (4,), 64, out.data_ptr())
+        seen.add(tuple(out.tolist()))
+    assert len(seen) > 3
+    with pytest.raises(EmulatorError, match="the grid is not whole clusters"):
+        library.launch(NO_STREAM, "clusters", NEIGHBOURS[0], (3,), 64, out.data_ptr())
 
 
 def test_barriers_have_phases(library: EmulatedLibrary) -> None:

@@ -19,6 +19,7 @@ from tests.gpu.test_gpu_sampling import (
     check_edges,
     check_nan_and_infinity,
     check_penalties,
+    check_places,
     check_prepare,
     check_sampling,
     check_truncation,
@@ -86,9 +87,29 @@ def truncation(make: Make) -> None:
     check_truncation(rows_for, "flat", 6001, 1, "cpu", large=3000)
 
 
+def truncation_by_clusters(make: Make) -> None:
+    def rows_for(vocab: int, rows: int) -> Sampling:
+        return make_rows(vocab, rows, make(make_shape(), clusters=True), "cpu")
+
+    check_places(rows_for(1003, 4), 1003, [0, 127, 128, 1002], "cpu")
+    check_edges(rows_for, 6001, (2, 5), "cpu")
+    check_truncation(rows_for, "flat", 6001, 1, "cpu", large=3000)
+
+
+def lists_that_overflow(make: Make) -> None:
+    def rows_for(vocab: int, rows: int) -> Sampling:
+        return make_rows(vocab, rows, make(make_shape(), clusters=True), "cpu")
+
+    check_truncation(rows_for, "outlier", 6001, 3, "cpu", large=5000)
+
+
+def wide_rows(make: Make) -> None:
+    check_places(make_rows(40_003, 2, make(make_shape(), clusters=True), "cpu"), 40_003, [4999, 40_002], "cpu")
+
+
 DECODE, MERGE = "decode_attention.cu", "decode_merge.cuh"
 PREFILL, MATVEC = "prefill_attention.cu", "matvec.cuh"
-ROWS, TRUNCATED = "row_state.cu", "truncated_sample.cu"
+ROWS, TRUNCATED, THRESHOLD, HISTOGRAM = "row_state.cu", "truncated_sample.cu", "threshold.cuh", "histogram.cuh"
 MUTANTS = {
     "copies of other lanes are read at once": (decode, Mutation(DECODE, "__syncwarp();  // of all lanes", "")),
     "a copy is not waited for": (decode, Mutation(DECODE, "copies_done<DEPTH - 1>();", "copies_done<DEPTH>();")),
@@ -179,15 +200,68 @@ MUTANTS = {
     ),
     "bins are summed before they are full": (
         truncation,
-        Mutation(TRUNCATED, "TargetOf target_of) {\n  __syncthreads();\n", "TargetOf target_of) {\n"),
+        Mutation(
+            HISTOGRAM,
+            "__syncthreads();\n  for (int i = threadIdx.x; i < BINS / 4",
+            "for (int i = threadIdx.x; i < BINS / 4",
+        ),
     ),
     "the bin before is forgotten": (
         truncation,
-        Mutation(TRUNCATED, "s.bin = bin, s.above = start,", "s.bin = bin, s.above = 0,"),
+        Mutation(HISTOGRAM, "h.bin = bin, h.above = start,", "h.bin = bin, h.above = 0,"),
     ),
     "lists are read before they are there": (
         truncation,
-        Mutation(TRUNCATED, "  __syncthreads();\n  if (!KEEP) listed", "  if (!KEEP) listed"),
+        Mutation(THRESHOLD, "  meet(alone);\n", ""),
+    ),
+    "tokens are passed over that lie in the bin": (
+        truncation,
+        Mutation(THRESHOLD, "edge = bin_of(edge) > bin ?", "edge = 2 * (half_top - bin / scale); edge = true ?"),
+    ),
+    "blocks that share no memory": (
+        truncation_by_clusters,
+        Mutation("cluster.cuh", "__cluster_dims__(CLUSTER, 1, 1)", ""),
+    ),
+    "another block may not have begun": (
+        truncation_by_clusters,
+        Mutation(TRUNCATED, "  meet_cluster();\n  u32 other", "  __syncthreads();\n  u32 other"),
+    ),
+    "tokens between two slices": (
+        truncation_by_clusters,
+        Mutation(TRUNCATED, "min(each, vocab - first)", "min(each - 4, vocab - first)"),
+    ),
+    "a slice is looked at before it is there": (
+        wide_rows,
+        Mutation("slice.cuh", "copies_done<1>();", "copies_done<2>();"),
+    ),
+    "a block's part of the histogram is left out": (
+        truncation_by_clusters,
+        Mutation(HISTOGRAM, "if (r < ranks) own += of_block(h.groups", "if (r < ranks - 1) own += of_block(h.groups"),
+    ),
+    "other blocks' bins are not full": (
+        truncation_by_clusters,
+        Mutation(HISTOGRAM, "  meet(alone);\n", "  __syncthreads();\n"),
+    ),
+    "other blocks' lists are not there": (
+        truncation_by_clusters,
+        Mutation(THRESHOLD, "  meet(alone);\n", "  __syncthreads();\n"),
+    ),
+    "a histogram is cleared while others read it": (
+        lists_that_overflow,
+        Mutation(THRESHOLD, "    meet(listed >= 0);", "    __syncthreads();"),
+    ),
+    "lists lie on one another": (truncation_by_clusters, Mutation(THRESHOLD, "(held) + first;", "(held) + rank;")),
+    "a block leaves before its list is taken": (
+        truncation_by_clusters,
+        Mutation(THRESHOLD, "  meet_cluster();\n  return all;", "  return all;"),
+    ),
+    "a block leaves before its best is taken": (
+        truncation_by_clusters,
+        Mutation(TRUNCATED, "take(s, best);\n      meet_cluster();", "take(s, best);"),
+    ),
+    "the best of other blocks is left out": (
+        truncation_by_clusters,
+        Mutation(THRESHOLD, "if (threadIdx.x < CLUSTER * WARPS)", "if (threadIdx.x < WARPS)"),
     ),
 }
 

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
 
 from kernels.operands import DecodeItems, SharedPrefixes, StepTensors
+from kernels.shapes import truncated_shared_bytes
 from tests.emulator.compile import Builder
 from tests.emulator.library import EmulatedOps
 from tests.gpu.gpu_harness import make_shape, makers
@@ -20,6 +21,7 @@ from tests.gpu.test_gpu_sampling import (
     check_logprobs,
     check_nan_and_infinity,
     check_penalties,
+    check_places,
     check_prepare,
     check_sampling,
     check_truncation,
@@ -27,24 +29,27 @@ from tests.gpu.test_gpu_sampling import (
     make_rows,
 )
 
-SAMPLING = ("row_state", "process_logits", "sample", "truncated_sample")
+SAMPLING = ("row_state", "process_logits", "sample")
 
 
-def rows_for(builder: Builder, vocab: int, max_rows: int) -> Sampling:
-    return make_rows(vocab, max_rows, EmulatedOps(builder, make_shape(), SAMPLING), "cpu")
+def rows_for(builder: Builder, vocab: int, max_rows: int, clusters: bool = False) -> Sampling:
+    ahead = (*SAMPLING, "truncated_sample-cluster" if clusters else "truncated_sample")
+    return make_rows(vocab, max_rows, EmulatedOps(builder, make_shape(), ahead, clusters=clusters), "cpu")
 
 
 def test_prepare_looks_up_what_the_plan_said(builder: Builder) -> None:
     check_prepare(rows_for(builder, 1000, 8), "cpu")
 
 
+@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("vocab", [1000, 5003])
-def test_sampling_equals_the_reference(builder: Builder, vocab: int) -> None:
-    check_sampling(rows_for(builder, vocab, len(PARAMS) + 2), vocab, 4, "cpu")
+def test_sampling_equals_the_reference(builder: Builder, vocab: int, clusters: bool) -> None:
+    check_sampling(rows_for(builder, vocab, len(PARAMS) + 2, clusters), vocab, 4, "cpu")
 
 
-def test_nan_and_infinity_fail_their_row_alone(builder: Builder) -> None:
-    check_nan_and_infinity(rows_for(builder, 5000, 12), "cpu")
+@pytest.mark.parametrize("clusters", [False, True])
+def test_nan_and_infinity_fail_their_row_alone(builder: Builder, clusters: bool) -> None:
+    check_nan_and_infinity(rows_for(builder, 5000, 12, clusters), "cpu")
 
 
 def test_penalties_count_what_is_sampled(builder: Builder) -> None:
@@ -55,14 +60,33 @@ def test_logprobs_describe_raw_logits(builder: Builder) -> None:
     check_logprobs(rows_for(builder, 2001, 4), 2001, "cpu")
 
 
+@pytest.mark.parametrize("vocab", [1, 3, 33, 1003])
+def test_a_token_is_chosen_wherever_it_stands(builder: Builder, vocab: int) -> None:
+    each = -(-vocab // 32) * 4  # of a block of a cluster
+    edges = {min(vocab - 1, part * each + more) for part in range(8) for more in (-1, 0, 4)} - {-1}
+    check_places(rows_for(builder, vocab, len(edges), clusters=True), vocab, sorted(edges), "cpu")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_rows_that_no_cluster_can_hold(builder: Builder, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And longer ones that it holds: each block copies in several groups."""
+    if not held:
+        few = truncated_shared_bytes(1, True)[0]
+        monkeypatch.setattr("kernels.ops.truncated_shared_bytes", lambda vocab, roomy: (few, False))
+    check_places(rows_for(builder, 40_003, 3, clusters=True), 40_003, [4999, 20_016, 40_002], "cpu")
+    check_truncation(lambda vocab, rows: rows_for(builder, vocab, rows, True), "normal", 6001, 1, "cpu", large=3000)
+
+
+@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("kind", hard_logits(8))
-def test_truncation_of_hard_distributions(builder: Builder, kind: str) -> None:
-    """With more tokens than either list of the kernel holds."""
-    check_truncation(lambda vocab, rows: rows_for(builder, vocab, rows), kind, 6001, 2, "cpu", large=3000)
+def test_truncation_of_hard_distributions(builder: Builder, kind: str, clusters: bool) -> None:
+    """With more tokens than the kernel's lists hold."""
+    check_truncation(lambda vocab, rows: rows_for(builder, vocab, rows, clusters), kind, 6001, 2, "cpu", large=3000)
 
 
-def test_a_draw_at_the_edge_of_what_is_kept(builder: Builder) -> None:
-    check_edges(lambda vocab, rows: rows_for(builder, vocab, rows), 6001, (2, 5, 11, 40), "cpu")
+@pytest.mark.parametrize("clusters", [False, True])
+def test_a_draw_at_the_edge_of_what_is_kept(builder: Builder, clusters: bool) -> None:
+    check_edges(lambda vocab, rows: rows_for(builder, vocab, rows, clusters), 6001, (2, 5, 11, 40), "cpu")
 
 
 @pytest.mark.parametrize("window", [0, 300])

@@ -302,6 +302,28 @@ def test_a_draw_at_the_edge_of_what_is_kept(vocab: int) -> None:
     check_edges(make_rows, vocab, (2, 5, 40), "cuda")
 
 
+def check_places(made: Sampling, vocab: int, places: Sequence[int], device: str) -> None:
+    """For as many rows as there are places, each of which is one row's best token: it is chosen, wherever blocks divide the row."""
+    params = [SamplingParams(temperature=1.0, top_k=1), SamplingParams(temperature=1.0, top_p=0.1)]
+    _, rows, sampler = made
+    known, blocks = np.zeros(1, np.int32), np.array([0], np.int32)
+    rows.apply(new_step([NewRow(row, known, 1, 1, blocks, row, params[row % 2]) for row in range(len(places))]))
+    logits = torch.randn(len(places), vocab, generator=torch.Generator().manual_seed(vocab))
+    logits[range(len(places)), list(places)] = 30.0
+    sampler.logits[: len(places), :vocab] = logits.to(device)
+    sampler.sample(ints(list(range(len(places))), device), len(places), False, True)
+    assert sampler.result[:, : len(places)].tolist() == [list(places), [0] * len(places)]
+
+
+@pytest.mark.parametrize("vocab", [3, 1003, 128_256, 1_300_001])
+def test_a_token_is_chosen_wherever_it_stands(vocab: int) -> None:
+    """Up to a vocabulary whose slices no block can hold."""
+    places = sorted(
+        {min(vocab - 1, part * vocab // 8 + more) for part in range(9) for more in (-4, -1, 0, 1, 3)} - {-4, -1}
+    )
+    check_places(make_rows(vocab, len(places)), vocab, places, "cuda")
+
+
 def check_truncation(
     make: Callable[[int, int], Sampling], kind: str, vocab: int, trials: int, device: str, large: int = 6000
 ) -> None:

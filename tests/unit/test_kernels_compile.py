@@ -20,6 +20,9 @@ from kernels.shapes import (
     decode_shared_bytes,
     kernel_specs,
     matvec_warps,
+    most_held,
+    truncated_shared_bytes,
+    truncated_spec,
 )
 
 LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False)
@@ -45,6 +48,7 @@ HOT = {
     "qkv_epilogue",
     "choose",
     "choose_truncated",
+    "choose_truncated_held",
 }
 
 
@@ -100,6 +104,24 @@ def test_decode_attention_fits_into_the_shared_memory_of_every_architecture(head
     assert decode_shared_bytes(shape, few=False) <= 99 << 10  # sm_89, sm_120
     assert decode_shared_bytes(shape, few=True) <= 163 << 10  # sm_80
     assert "decode_attention-few" not in kernel_specs(shape, 4, "sm_89")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "room", "blocks"), [("sm_90a", 228, 3), ("sm_100", 228, 3), ("sm_120", 100, 1)]
+)
+def test_slices_of_a_row_fit_into_shared_memory(architecture: str, room: int, blocks: int) -> None:
+    roomy, spec = room > 160, truncated_spec(architecture)
+    (used,) = {
+        resources.shared
+        for resources in Compiler(architecture, CubinCache(default_directory()))
+        .compile(spec.source, spec.definitions)
+        .resources.values()
+    }
+    shared_bytes, holds = truncated_shared_bytes(128_256, roomy)
+    assert holds and spec.definitions["BLOCKS"] == blocks
+    assert blocks * (used + shared_bytes + 1024) <= room << 10  # the system keeps 1 KiB of each block's
+    assert used + most_held(roomy) + 1024 <= room << 10
+    assert [truncated_shared_bytes(vocab, roomy)[1] for vocab in (1, 151_936, 2_000_000)] == [True, True, False]
 
 
 def test_only_measured_shapes_leave_cublas() -> None:

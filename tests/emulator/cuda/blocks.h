@@ -9,9 +9,9 @@
 
 namespace emulator {
 
-constexpr int MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / 32, MOST_BLOCKS = 3;
+constexpr int MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / 32, MOST_BLOCKS = 16, MOST_APART = 3;  // blocks at once; without clusters
 
-enum State { READY, MEETS_WARP, MEETS_BLOCK, WAITS_AT_BARRIER, WAITS_FOR_PREVIOUS, GONE };
+enum State { READY, MEETS_WARP, MEETS_BLOCK, WAITS_AT_BARRIER, WAITS_FOR_PREVIOUS, MEETS_CLUSTER, GONE };
 
 struct Copy {
   char* to;
@@ -27,6 +27,8 @@ struct Fiber {
   State state;
   const u64* barrier;
   int parity, groups;  // groups: ended
+  bool arrived;        // at its cluster's barrier, without having waited
+  int meeting;         // of its cluster, at which it arrived
   std::vector<Copy> copies;
 };
 struct Warp {
@@ -34,11 +36,16 @@ struct Warp {
   int meetings, waiting, ready;
   const char* what;  // the meeting that is under way
 };
+struct Cluster {
+  int arrived, meetings;
+};
 // Shared variables have one address, so those of a block that pauses lie aside.
 struct Block {
   Fiber fibers[MOST_THREADS];
   Warp warps[MOST_WARPS];
   Place place;
+  Block* first;  // of its cluster
+  Cluster cluster;  // the first one's
   int alive, at_barrier, mood, favourite;
   bool busy = false, pauses;
   std::vector<char> dynamic, statics;
@@ -47,6 +54,7 @@ struct Block {
 extern Block* here;                       // the block at work,
 extern int me;                            // and its thread
 extern int threads, shared_bytes;         // of a block
+extern int cluster_size;                  // in blocks
 extern char *static_begin, *static_end;   // where __shared__ variables lie
 extern bool previous_ended;
 
@@ -67,5 +75,6 @@ void wake_all(Block& block, State state, Which which) {
 }
 inline bool anyone(const Fiber&) { return true; }
 void open_block_barrier();
+void open_cluster_barrier();  // if everyone has arrived
 
 }  // namespace emulator

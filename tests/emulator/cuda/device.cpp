@@ -54,6 +54,39 @@ void meet_block() {
   sleep(MEETS_BLOCK);
 }
 
+void open_cluster_barrier() {
+  Cluster& cluster = here->first->cluster;
+  int alive = 0;
+  for (int r = 0; r < cluster_size; r++) alive += here->first[r].alive;
+  if (!alive || cluster.arrived < alive) return;
+  cluster.arrived = 0, cluster.meetings++;
+  for (int r = 0; r < cluster_size; r++) wake_all(here->first[r], MEETS_CLUSTER, anyone);
+}
+void cluster_arrive() {
+  if (mine().arrived) fail("arrives twice at its cluster's barrier");
+  mine().arrived = true, mine().meeting = here->first->cluster.meetings;
+  here->first->cluster.arrived++;
+  open_cluster_barrier();
+}
+void cluster_wait() {
+  if (!mine().arrived) fail("waits for its cluster without having arrived");
+  mine().arrived = false;
+  if (mine().meeting == here->first->cluster.meetings) sleep(MEETS_CLUSTER);
+}
+void read_of_block(void* to, const void* from, size_t bytes, u32 rank) {
+  const char* at = static_cast<const char*>(from);
+  check_alignment(at, bytes);
+  if (!in_shared(at, bytes)) fail("what it reads of another block does not lie in shared memory");
+  if (rank >= (u32)cluster_size) fail("reads of block %d of a cluster of %d", (int)rank, cluster_size);
+  if (!here->first->cluster.meetings) fail("reads of another block that may not have begun");
+  if (!roll(16)) here->pauses = true, yield();  // others may go on in between
+  Block& other = here->first[rank];
+  if (!other.busy) fail("reads of block %d of its cluster, which has left", (int)rank);
+  if (&other != here)
+    at = at >= static_begin && at < static_end ? other.statics.data() + (at - static_begin) : other.dynamic.data() + (at - dynamic_shared);
+  std::memcpy(to, at, bytes);
+}
+
 void wait_for_previous() {
   if (!previous_ended) sleep(WAITS_FOR_PREVIOUS);
 }

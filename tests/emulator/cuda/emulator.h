@@ -25,7 +25,7 @@ struct Launch {
 };
 
 // Runs all blocks. Null, or what went wrong.
-const char* run(const char* kernel, const Launch& launch, void (*body)(const Launch&), char* statics, char* statics_end);
+const char* run(const char* kernel, const Launch& launch, int cluster, void (*body)(const Launch&), char* statics, char* statics_end);
 
 [[noreturn]] void fail(const char* format, ...);  // ends the launch with this error
 void check_alignment(const void* at, size_t bytes);
@@ -53,6 +53,10 @@ T meet(const char* what, T mine, All all) {
   return lanes[lane()];
 }
 void meet_block();
+
+void cluster_arrive();
+void cluster_wait();
+void read_of_block(void* to, const void* mine, size_t bytes, u32 rank);  // what the cluster's block of this rank has there
 
 void barrier_init(u64* barrier, int arrivals);
 void barrier_arrive(u64* barrier);
@@ -85,7 +89,7 @@ extern "C" char _end[] __attribute__((visibility("hidden")));
 #define EMULATE(kernel)                                                                                            \
   extern "C" __attribute__((visibility("default"))) const char* emulate_##kernel(const emulator::Launch* launch) { \
     auto body = [](const emulator::Launch& launch) { emulator::call(kernel, launch); };                            \
-    return emulator::run(#kernel, *launch, body, __bss_start, _end);                                                \
+    return emulator::run(#kernel, *launch, EMULATED_CLUSTER, body, __bss_start, _end);                               \
   }
 
 #define __global__
@@ -93,6 +97,7 @@ extern "C" char _end[] __attribute__((visibility("hidden")));
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(x, y, z)
 #define __align__(bytes) alignas(bytes)
 #define __shared__ static
 
@@ -123,6 +128,11 @@ To same_bits(From from) {
 inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline float __uint_as_float(u32 x) { return same_bits<float>(x); }
 inline u32 __float_as_uint(float x) { return same_bits<u32>(x); }
+inline float __fadd_rz(float a, float b) {
+  double sum = (double)a + b;  // exact but for floats far apart
+  float near = (float)sum;
+  return std::fabs((double)near) > std::fabs(sum) ? nextafterf(near, 0.0f) : near;
+}
 inline u32 __float2uint_rz(float x) { return x >= 4294967296.0f ? ~0u : x > 0 ? (u32)x : 0; }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline u32 __umulhi(u32 a, u32 b) { return (u64)a * b >> 32; }

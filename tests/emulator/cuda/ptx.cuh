@@ -17,6 +17,16 @@ inline float exp2_fast(float x) { return exp2f(x); }
 inline void let_next_start() {}
 inline void wait_for_previous() { emulator::wait_for_previous(); }
 
+inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
+template <typename T>
+T load_of_block(const T* mine, u32 rank) {
+  static_assert(std::is_same<T, u32>::value || std::is_same<T, u64>::value, "as kernels/ptx.cuh has it");
+  T there;
+  emulator::read_of_block(&there, mine, sizeof there, rank);
+  return there;
+}
+
 // Element `high` (0 or 1) of a register.
 inline float element(u32 word, int high) {
   elem x;

@@ -18,13 +18,13 @@ constexpr size_t STACK = 128 << 10, SHARED = 232 << 10;
 alignas(1024) char dynamic_shared[SHARED];
 
 Block* here;
-int me, threads, shared_bytes;
+int me, threads, shared_bytes, cluster_size;
 char *static_begin, *static_end;
 bool previous_ended;
 
 namespace {
 
-const char* const STATES[] = {"run", "meet their warp", "wait at __syncthreads", "wait at a barrier", "wait for the kernel before", "have left"};
+const char* const STATES[] = {"run", "meet their warp", "wait at __syncthreads", "wait at a barrier", "wait for the kernel before", "wait for their cluster", "have left"};
 
 Block blocks[MOST_BLOCKS];
 bool failed;
@@ -39,10 +39,12 @@ void life() {
   for (;;) {
     work(*launched);
     if (!mine().copies.empty()) fail("thread %d ends while %d of its copies are under way", me, (int)mine().copies.size());
+    if (mine().arrived) fail("thread %d ends without having waited for its cluster, where it arrived", me);
     here->alive--;
     mine().state = GONE;
     my_warp().ready--;
     if (here->alive && here->at_barrier == here->alive) open_block_barrier();  // the hardware counts only who is there
+    open_cluster_barrier();
     yield();
   }
 }
@@ -91,7 +93,8 @@ void enter(Block& block) {
   std::copy(block.statics.begin(), block.statics.end(), static_begin);
 }
 
-void start(Block& block, int number, int columns) {
+void start(Block& block, Block& first, int number, int columns) {
+  block.first = &first, block.cluster = {0, 0};
   block.place = {(unsigned)(number % columns), (unsigned)(number / columns), 0};
   block.dynamic.assign(shared_bytes, '\xff');
   block.statics.assign(static_end - static_begin, '\xff');
@@ -99,7 +102,7 @@ void start(Block& block, int number, int columns) {
   block.alive = threads, block.at_barrier = 0;
   block.mood = roll(3), block.favourite = roll(threads / 32);
   for (int i = 0; i < threads; i++) {
-    block.fibers[i].state = READY, block.fibers[i].groups = 0;
+    block.fibers[i].state = READY, block.fibers[i].groups = 0, block.fibers[i].arrived = false;
     block.fibers[i].copies.clear();
   }
   for (int w = 0; w < threads / 32; w++)
@@ -157,19 +160,21 @@ void fail(const char* format, ...) {
   _longjmp(scheduler, 1);
 }
 
-// Up to three blocks at once, at times only one. Then each begins before the end of the kernel before; else only the first ones do.
-const char* run(const char* kernel, const Launch& launch, void (*body)(const Launch&), char* statics, char* statics_end) {
+// Up to three blocks at once, or up to two clusters, at times only one. Then each begins before the end of the kernel before; else only the
+// first ones do.
+const char* run(const char* kernel, const Launch& launch, int cluster, void (*body)(const Launch&), char* statics, char* statics_end) {
   name = kernel, work = body, launched = &launch, failed = false, here = nullptr;
-  threads = launch.threads, shared_bytes = launch.shared_bytes;
+  threads = launch.threads, shared_bytes = launch.shared_bytes, cluster_size = cluster;
   static_begin = statics, static_end = statics_end;
   dice.seed(launch.seed + 1);
   gridDim = {(unsigned)launch.grid[0], (unsigned)launch.grid[1], (unsigned)launch.grid[2]};
   blockDim = {(unsigned)threads, 1, 1};
   std::memset(dynamic_shared, 0xff, SHARED);
-  std::vector<int> order(launch.grid[0] * launch.grid[1]);
+  if (launch.grid[0] % cluster) return "the grid is not whole clusters";
+  std::vector<int> order(launch.grid[0] * launch.grid[1] / cluster);  // of clusters
   for (size_t i = 0; i < order.size(); i++) order[i] = i;
   std::shuffle(order.begin(), order.end(), dice);
-  int most = 1 + roll(MOST_BLOCKS);
+  int most = 1 + roll(cluster > 1 ? MOST_BLOCKS / cluster : MOST_APART);
   auto previous = [&](bool ended) {
     previous_ended = ended || !launch.previous;
     if (launch.previous) launch.previous(ended);
@@ -177,15 +182,19 @@ const char* run(const char* kernel, const Launch& launch, void (*body)(const Lau
   previous(false);
   for (size_t next = 0; !failed;) {
     std::vector<Block*> busy, able;
-    for (int i = 0; i < most; i++) {
-      if (!blocks[i].busy && next < order.size()) {
+    for (Block* first = blocks; first < blocks + most * cluster; first += cluster) {
+      Block* end = first + cluster;
+      if (next < order.size() && std::none_of(first, end, [](const Block& block) { return block.busy; })) {
         if (most == 1 && next) previous(false);
-        start(blocks[i], order[next++], launch.grid[0]);
-        if (here == &blocks[i]) here = nullptr;
+        for (Block* block = first; block < end; block++) start(*block, *first, order[next] * cluster + (block - first), launch.grid[0]);
+        next++;
+        if (here >= first && here < end) here = nullptr;
       }
-      if (!roll(16)) blocks[i].pauses = false;
-      if (blocks[i].busy) busy.push_back(&blocks[i]);
-      if (can_go_on(blocks[i])) able.push_back(&blocks[i]);
+      for (Block* block = first; block < end; block++) {
+        if (!roll(16)) block->pauses = false;
+        if (block->busy) busy.push_back(block);
+        if (can_go_on(*block)) able.push_back(block);
+      }
     }
     if (busy.empty()) return nullptr;
     if (able.empty())
