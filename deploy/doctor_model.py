@@ -15,7 +15,7 @@ from octavo.doctor.findings import Finding, Run, note, ok, problem, size_of
 from octavo.doctor.gpu import Gpu
 
 from deploy.environment import ROOT
-from kernels.shapes import KernelShape, ShapeError, decode_split
+from kernels.shapes import KernelShape, ShapeError
 from worker.backend import BackendError
 from worker.backends.cuda_memory import GPU_FRACTION, MemoryPlan
 from worker.backends.torch_memory import choose_num_blocks
@@ -151,5 +151,4 @@ def kernel_shape(config: ModelConfig) -> KernelShape:
         block_size=_DEFAULTS.block_size,
         qk_norm=config.qk_norm,
         float16=config.dtype == "float16",
-        split=decode_split(config.head_dim),
     )

@@ -15,8 +15,10 @@ from kernels.operands import DecodeItems, DecodeScratch, Parts, SharedPrefixes, 
 from kernels.product_ops import ProductOps
 from kernels.shapes import (
     CLUSTER,
+    CLUSTER_ROWS,
     DECODE_FEW_ROWS,
     SAMPLE_PARTS,
+    TRUNCATED_SHARED_BYTES,
     KernelShape,
     decode_blocks,
     decode_shared_bytes,
@@ -49,6 +51,7 @@ class KernelOps(ProductOps):
                 shared_bytes = decode_shared_bytes(shape, name == "decode_attention-few")
                 library.allow_shared(name, "decode_attention", shared_bytes)
         library.allow_shared("prefill_attention", "prefill_attention", prefill_shared_bytes(shape))
+        library.allow_shared("truncated_sample", "choose_truncated", TRUNCATED_SHARED_BYTES)
         self._clustered = "truncated_sample-cluster" in library
         if self._clustered:
             library.allow_shared("truncated_sample-cluster", "choose_truncated_held", most_held(self._roomy))
@@ -318,11 +321,13 @@ class KernelOps(ProductOps):
         status: Tensor,
     ) -> None:
         """One token for each row with top_k, top_p or min_p."""
-        shared_bytes, holds = truncated_shared_bytes(vocab, self._roomy) if self._clustered else (0, False)
+        clustered, shared_bytes, holds = self._clustered and rows <= CLUSTER_ROWS, TRUNCATED_SHARED_BYTES, False
+        if clustered:
+            shared_bytes, holds = truncated_shared_bytes(vocab, self._roomy)
         self._launch(
-            "truncated_sample-cluster" if self._clustered else "truncated_sample",
+            "truncated_sample-cluster" if clustered else "truncated_sample",
             "choose_truncated_held" if holds else "choose_truncated",
-            (rows * CLUSTER if self._clustered else rows,), truncated_threads(self._clustered),
+            (rows * CLUSTER if clustered else rows,), truncated_threads(clustered),
             at(logits), at(processed), Int(logits.stride(0)), Int(vocab), at(sample_rows), at(fields), at(raw_state),
             at(chosen), at(status), shared_bytes=shared_bytes,
         )  # fmt: skip

@@ -13,8 +13,10 @@ FUSED_ROWS = 4
 SAMPLE_PARTS = 16
 CLUSTER = 8
 """Blocks that share a row with top_k, top_p or min_p where the architecture has clusters: as many as any that has them takes."""
-_CLUSTER_LISTED = 448
-"""Tokens that each of them can list."""
+CLUSTER_ROWS = 64
+"""With more rows a block has its row to itself: clusters would wait for room. On an H200 both take as long at some 75."""
+_LISTED, _CLUSTER_LISTED = 8192, 448
+"""Tokens that a block can list which has its row to itself, and one of a cluster."""
 _MOST_HELD = 144 << 10, 80 << 10
 """Bytes of its slice of the row that such a block holds in shared memory at most: where a device gives 160 KiB to a block, or not."""
 _SAMPLE_BLOCKS = 768
@@ -198,14 +200,18 @@ def capability(architecture: str) -> int:
 
 
 def truncated_threads(clustered: bool) -> int:
-    """Threads of a block of truncated_sample.cu. A multiprocessor has registers for two of 512. Of a cluster it has room for three of
+    """Threads of a block of truncated_sample.cu. Alone with its row it has a multiprocessor. Of a cluster there is room for three of
     384, each with its slice of a vocabulary of 128k: one copies its slice while the others work on theirs."""
-    return 384 if clustered else 512
+    return 384 if clustered else 1024
 
 
 def most_held(roomy: bool) -> int:
     """Bytes of a slice beyond which the row is read from device memory in every pass. No token depends on it."""
     return _MOST_HELD[0 if roomy else 1]
+
+
+TRUNCATED_SHARED_BYTES = _LISTED * 8
+"""Dynamic shared memory of a block that has its row to itself."""
 
 
 def truncated_shared_bytes(vocab: int, roomy: bool) -> tuple[int, bool]:
@@ -215,14 +221,13 @@ def truncated_shared_bytes(vocab: int, roomy: bool) -> tuple[int, bool]:
     return max(lists, part if holds else 0), holds
 
 
-def truncated_spec(architecture: str) -> KernelSpec:
+def truncated_spec(architecture: str, clustered: bool) -> KernelSpec:
     """Rows with top_k, top_p or min_p, by a cluster of blocks each (from sm_90 on) or by one block each."""
-    clustered = capability(architecture) >= 90
     threads = truncated_threads(clustered)
     # From sm_120 on a multiprocessor has shared memory for one slice.
     resident = 1 if capability(architecture) >= 120 else 3
-    blocks: Definitions = {"CLUSTER": CLUSTER, "BLOCKS": resident} if clustered else {"CLUSTER": 1, "BLOCKS": 2}
-    listed = _CLUSTER_LISTED if clustered else 2048
+    blocks: Definitions = {"CLUSTER": CLUSTER, "BLOCKS": resident} if clustered else {"CLUSTER": 1, "BLOCKS": 1}
+    listed = _CLUSTER_LISTED if clustered else _LISTED
     kernels = ("choose_truncated", "choose_truncated_held") if clustered else ("choose_truncated",)
     return KernelSpec("truncated_sample.cu", {"WIDE": threads, "LISTED": listed, **blocks}, kernels)
 
@@ -315,10 +320,11 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
         "row_state": KernelSpec("row_state.cu", {"BLOCK_SIZE": shape.block_size, "SPLIT": shape.split}, rows),
         "process_logits": KernelSpec("process_logits.cu", {"PARTS": SAMPLE_PARTS}, ("process_logits",)),
         "sample": KernelSpec("sample.cu", {"PARTS": SAMPLE_PARTS}, ("choose", "commit")),
+        "truncated_sample": truncated_spec(architecture, clustered=False),
         "logprobs": KernelSpec("logprobs.cu", {"WANTED": MAX_LOGPROBS}, ("logprobs",)),
     }
-    clustered = capability(architecture) >= 90
-    specs["truncated_sample-cluster" if clustered else "truncated_sample"] = truncated_spec(architecture)
+    if capability(architecture) >= 90:
+        specs["truncated_sample-cluster"] = truncated_spec(architecture, clustered=True)
     if roomy:
         specs["decode_attention-few"] = decode_spec(shape, True, few_blocks, heads)
     if architecture == WGMMA_ARCHITECTURE:

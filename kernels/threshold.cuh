@@ -1,23 +1,26 @@
 // The threshold of top_k or top_p in a row that a block, or a cluster of blocks, goes over. -DWIDE threads and -DLISTED tokens a block.
 //
-// Lists that would overflow are not used: the search then goes on over the row itself, with a histogram of 10 bits of x a pass.
+// Its best tokens are listed, as many as the guess brings; where the threshold is among them one block goes on with the list alone. Else, or
+// where the list would overflow, the search goes over the row itself, with a histogram of 10 bits of x a pass.
 #pragma once
 #include "choice.cuh"
 #include "histogram.cuh"
 #include "slice.cuh"
 
 constexpr int WARPS = WIDE / 32;
+constexpr int GROUP_LANES = CLUSTER > 1 ? 8 : 2;  // whose tokens the guess looks at together
 constexpr float LEAST = -3.402823466e38f;  // finite: a token of -inf is a forbidden one
 
 struct Shared {
   Histogram histogram;
-  u64 list[LISTED];              // entry_of: of the threshold's bin, and without KEEP of those above
-  u64 best[WARPS], last[WARPS];  // entry_of the best of each warp: of its slice, of all
-  u32 most, least, raw;          // of the slice, and the least that a warp and that a thread has as its most; ordered, but for raw
-  u32 warp_floor, thread_floor;
+  u64 list[CLUSTER > 1 ? LISTED : 1];  // entry_of, where `held` is for the slice or the lists of all: own_list
+  u64 best[WARPS], last[WARPS];        // entry_of the best of each warp: of its slice, of all
+  u32 most, least, raw, guess;         // of the slice; ordered, but for raw
   u32 num_listed, low_key, high_key;
+  u64 target;                          // of top_p alone, where the list does not hold all that count
 };
-__device__ __forceinline__ const u64* all_lists(const Shared& s) { return CLUSTER > 1 ? reinterpret_cast<const u64*>(held) : s.list; }
+__device__ __forceinline__ u64* all_lists() { return reinterpret_cast<u64*>(held); }
+__device__ __forceinline__ u64* own_list(Shared& s) { return CLUSTER > 1 ? s.list : all_lists(); }
 
 __device__ __forceinline__ u64 entry_of(float value, int token) { return (u64)__float_as_uint(value) << 32 | (u32)token; }
 __device__ __forceinline__ Best best_of(u64 entry) { return {__uint_as_float((u32)(entry >> 32)), (int)(u32)entry}; }
@@ -28,7 +31,7 @@ template <int AHEAD = 4, bool HELD, typename Visit>
 __device__ __forceinline__ void for_each(const Slice<HELD>& slice, const Shared& s, int listed, float bottom, Visit visit) {
   if (listed >= 0) {
     for (int i = threadIdx.x; i < listed; i += WIDE) {
-      Best entry = best_of(all_lists(s)[i]);
+      Best entry = best_of(all_lists()[i]);
       if (entry.value >= bottom) visit(entry.value, entry.token);
     }
     return;
@@ -48,6 +51,10 @@ __device__ __forceinline__ u32 place_in(u32& length, u32 most) {
   if (at >= most && *(volatile u32*)&length == most) atomicMax(&length, most + 1);
   return min(at, most);
 }
+__device__ __forceinline__ void list_token(Shared& s, float x, int token) {
+  u32 at = place_in(s.num_listed, LISTED);
+  if (at < LISTED) own_list(s)[at] = entry_of(x, token);
+}
 
 // What the warps of the cluster have found best, for block 0.
 __device__ __forceinline__ void leave(Shared& s, const Best& best) {
@@ -61,13 +68,16 @@ __device__ __forceinline__ void take(const Shared& s, Best& best) {
 
 // Block 0 takes all lists and goes on alone, the others are done. Returns the length.
 __device__ __forceinline__ int gather(const Shared& s, Best& best) {
-  if (CLUSTER == 1) return s.num_listed;
+  if (CLUSTER == 1) {
+    __syncthreads();
+    return s.num_listed;
+  }
   u32 all = 0;
   if (rank_in_cluster() == 0) {
     u32 rank = threadIdx.x % CLUSTER, length = of_block(s.num_listed, rank), own = threadIdx.x % 32 < CLUSTER ? length : 0;
     u32 end = running_sum(own), first = __shfl_sync(~0u, end - own, rank);
     all = __shfl_sync(~0u, end, 31);
-    u64* to = reinterpret_cast<u64*>(held) + first;
+    u64* to = all_lists() + first;
     for (u32 i = threadIdx.x / CLUSTER; i < length; i += WIDE / CLUSTER) to[i] = of_block(s.list[i], rank);
     take(s, best);
   }
@@ -81,6 +91,84 @@ __device__ __forceinline__ u64 whole(float units) {
   if (units < ONES) return __float_as_uint(__fadd_rz(units, ONES)) - __float_as_uint(ONES);
   if (units < 4294967296.0f) return (u32)units;
   return (u64)units;
+}
+
+// A sum of floats without their fractions, each at most 2^40: of what is a multiple of 2^23, and of the rest. Where all of a row are added up
+// conversions take longer than the row's way from memory.
+class Wholes {
+  u32 high = 0, low = 0, count = 0;
+  u64 sum = 0;
+
+ public:
+  __device__ __forceinline__ void add(float units) {
+    constexpr float ONES = 8388608.0f, STEPS = 70368744177664.0f;  // 2^23, and 2^46: a float of this size counts in steps of 2^23
+    float steps = __fadd_rz(units, STEPS);
+    high += __float_as_uint(steps) - __float_as_uint(STEPS);
+    low += __float_as_uint(__fadd_rz(units - (steps - STEPS), ONES)) - __float_as_uint(ONES);
+  }
+  __device__ __forceinline__ void may_carry() {  // at least once every 256 numbers
+    if (++count % 64 == 0) carry();
+  }
+  __device__ __forceinline__ void carry() { sum += ((u64)high << 23) + low, high = low = 0; }
+  __device__ __forceinline__ u64 of_warp() {
+    carry();
+    u64 all = sum;
+#pragma unroll
+    for (int d = 16; d; d >>= 1) all += __shfl_xor_sync(~0u, all, d);
+    return all;
+  }
+};
+
+// What the cluster knows of its row once its blocks have listed what is at or above `edge`. RULE: read by all, then they meet (gather does).
+struct Listed {
+  u32 longest, tokens;  // of the lists
+  u64 above, sum;       // weights of what is listed, and of all tokens
+};
+
+// Lists the tokens at or above `edge`; with `weighs` adds up whole(measure(x)) of those at or above `bottom`. The cluster meets once.
+template <bool HELD, typename Measure>
+__device__ __forceinline__ Listed list_above(const Slice<HELD>& slice, Shared& s, float edge, float bottom, bool weighs, Measure measure) {
+  Histogram& h = s.histogram;
+  Wholes all;
+  u64 above = 0;
+  if (threadIdx.x == 0) s.num_listed = 0, h.low[0] = h.high[0] = h.low[1] = h.high[1] = 0;
+  __syncthreads();
+  auto visit = [&](const float4& four, int v, bool weigh) {
+    float x[4] = {four.x, four.y, four.z, four.w}, units[4];
+    if (weigh) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) units[j] = x[j] >= bottom ? measure(x[j]) : 0, all.add(units[j]);
+      all.may_carry();
+    }
+    if (!(most_of(four) >= edge)) return;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (!(x[j] >= edge)) continue;
+      list_token(s, x[j], v + j);
+      if (weigh) above += whole(units[j]);
+    }
+  };
+  if (weighs)
+    for_each_four<true, HELD ? 2 : 4>(slice, [&](const float4& four, int v) { visit(four, v, true); });
+  else
+    for_each_four<true, HELD ? 2 : 4>(slice, [&](const float4& four, int v) { visit(four, v, false); });
+  u64 sum = all.of_warp();
+#pragma unroll
+  for (int d = 16; d; d >>= 1) above += __shfl_xor_sync(~0u, above, d);
+  if (threadIdx.x % 32 == 0 && weighs) add(h, 0, sum), add(h, 1, above);
+  meet_cluster();
+  u32 rank = threadIdx.x % CLUSTER;
+  Listed known{of_block(s.num_listed, rank), 0, 0, 0};
+  known.tokens = known.longest;
+  known.sum = ((u64)of_block(h.high[0], rank) << 32) + of_block(h.low[0], rank);
+  known.above = ((u64)of_block(h.high[1], rank) << 32) + of_block(h.low[1], rank);
+#pragma unroll
+  for (int d = CLUSTER / 2; d; d >>= 1) {
+    known.longest = max(known.longest, __shfl_xor_sync(~0u, known.longest, d));
+    known.tokens += __shfl_xor_sync(~0u, known.tokens, d);
+    known.sum += __shfl_xor_sync(~0u, known.sum, d), known.above += __shfl_xor_sync(~0u, known.above, d);
+  }
+  return known;
 }
 
 // The threshold's key: whole(measure(x)) is a token's weight, target_of(sum of all weights at or above `bottom`) at most that sum and at least 1.
@@ -133,10 +221,7 @@ __device__ __forceinline__ u32 threshold(const Slice<HELD>& slice, Shared& s, fl
   auto list = [&](float x, int token) {  // whether it lies above the bin
     u32 mine = x >= edge ? bin_of(x) : BINS;
     if (mine == bin) low = min(low, ordered(x)), high = max(high, ordered(x));
-    if (!alone && (KEEP ? mine == bin : mine <= bin)) {
-      u32 at = place_in(s.num_listed, LISTED);
-      if (at < LISTED) s.list[at] = entry_of(x, token);
-    }
+    if (!alone && (KEEP ? mine == bin : mine <= bin)) list_token(s, x, token);
     return mine < bin;
   };
   if (KEEP && !alone) {

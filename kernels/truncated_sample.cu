@@ -17,10 +17,13 @@
 //      once the threshold is known. Three passes for top_p, but for bins of too many
 //   5. a cluster of blocks shares a row and holds it: one reading of device memory, while other clusters are at their passes, and a row
 //      alone has eight multiprocessors. The blocks meet three times; then one of them goes on with all their lists, the others leave
-//   6. most tokens lie far below the threshold: they are passed over (top_k), or added up in registers instead of the histogram, since
-//      together they weigh less than what top_p leaves out (this one)
+//   6. where it comes to a histogram of the row, tokens far below the threshold are added up in registers, since together they weigh less
+//      than what top_p leaves out
+//   7. the threshold is nearly always among the row's best thousand or three: the least of what groups of threads have as their best says
+//      how good those are. They are listed while the weights of all are added up; if that does it, all else happens in the list.
+//      Two readings (this one)
 //
-// Lists that would overflow are not used: the search then goes on over the row itself, with a histogram of 10 bits of x a pass.
+// Many rows take a block each: with a cluster each they would wait for room, and for one another (kernels/shapes.py has the number).
 #include "threshold.cuh"
 
 // Leaves the row's token. Behind the cluster's last meeting nobody reads another block's memory.
@@ -48,7 +51,7 @@ __device__ __forceinline__ void choose_kept(const Slice<HELD>& slice, int vocab,
     }
   };
   if (threadIdx.x == 0) {
-    s.most = 0, s.least = s.warp_floor = s.thread_floor = ~0u;
+    s.most = 0, s.least = s.guess = ~0u;
     s.raw = changed && first_block ? *raw_state : 0;
   }
   __syncthreads();
@@ -57,11 +60,13 @@ __device__ __forceinline__ void choose_kept(const Slice<HELD>& slice, int vocab,
   else
     for_each_four(slice, look);
   u32 highest = __reduce_max_sync(~0u, ordered(most)), lowest = __reduce_min_sync(~0u, ordered(least));
-  u32 thread_floor = __reduce_min_sync(~0u, ordered(most)), warp_floor = highest;
+  u32 guess = ordered(most);
+#pragma unroll
+  for (int d = 1; d < GROUP_LANES; d *= 2) guess = max(guess, __shfl_xor_sync(~0u, guess, d));
+  guess = __reduce_min_sync(~0u, guess > ordered(-INF) ? guess : ~0u);  // of groups that have a token
   raw = __reduce_or_sync(~0u, raw);
   if (threadIdx.x % 32 == 0) {
-    atomicMax(&s.most, highest), atomicMin(&s.least, lowest);
-    atomicMin(&s.warp_floor, warp_floor), atomicMin(&s.thread_floor, thread_floor);
+    atomicMax(&s.most, highest), atomicMin(&s.least, lowest), atomicMin(&s.guess, guess);
     if (!changed) atomicOr(&s.raw, raw);
   }
   meet_cluster();
@@ -78,24 +83,41 @@ __device__ __forceinline__ void choose_kept(const Slice<HELD>& slice, int vocab,
   float inverse = 1.0f / f.temperature, bound = NOTHING.value;
   Best best = NOTHING;
   auto keep = [&](const float(&values)[4], int token) { compete(best, bound, values, token, f, inverse); };
-  if (f.top_k > 0 && f.top_k < vocab) {
-    // Each warp, each thread has a token at or above the floor, so where they are k or more the threshold is not below.
-    u32 floor = f.top_k <= CLUSTER * WARPS ? __reduce_min_sync(~0u, of_block(s.warp_floor, other))
-                : f.top_k <= CLUSTER * WIDE ? __reduce_min_sync(~0u, of_block(s.thread_floor, other)) : 0;
-    if (floor) least = fmaxf(least, from_ordered(floor));
+  const bool top_k = f.top_k > 0 && f.top_k < vocab, top_p = f.top_p < 1;
+  float base2 = LOG2_E * inverse;
+  auto mass = [&](float value) { return exp2_fast((value - most) * base2) * 1099511627776.0f; };
+  auto part_of = [&](u64 sum) { return max(1ull, (u64)((double)sum * (double)f.top_p)); };
+  float lightest = most - 41.0f / base2;  // below, the mass is 0
+  if (top_k || top_p) {
+    float bottom = top_k ? least : fmaxf(least, lightest);
+    // The best of the blocks' guesses (0, which is no number, for none): slices differ, and a bad one would fill the lists.
+    guess = of_block(s.guess, other);
+    float edge = fmaxf(from_ordered(__reduce_max_sync(~0u, guess == ~0u ? 0 : guess)), bottom);
+    if (CLUSTER > 1) leave(s, best);  // nothing yet
+    Listed known = list_above(slice, s, edge, bottom, !top_k, mass);
+    u64 target = part_of(known.sum);
+    if (known.longest <= LISTED && (edge <= bottom || (top_k ? known.tokens >= f.top_k : known.above >= target))) {
+      listed = gather(s, best);
+      if (!first_block) return;
+      if (threadIdx.x == 0) s.target = target;
+      least = edge;
+    } else {
+      meet_cluster();
+    }
+  }
+  if (top_k) {
     u32 key = threshold<false>(slice, s, most, least, least, listed, best, [](float) { return 1.0f; },
                                [&](u64 sum) { return min(sum, (u64)f.top_k); }, keep);
     if (listed >= 0 && !first_block) return;
     least = from_ordered(key);
   }
-  if (f.top_p < 1) {
-    float base2 = LOG2_E * inverse;
-    auto mass = [&](float value) { return exp2_fast((value - most) * base2) * 1099511627776.0f; };
-    float bottom = fmaxf(least, most - 41.0f / base2);  // below, the mass is 0
+  if (top_p) {
+    bool whole_sum = top_k || listed < 0;  // of what it goes over
+    float bottom = fmaxf(least, lightest);
     // All tokens below the floor together have less than 1 - p of the best one's mass.
-    float floor = fmaxf(bottom, most - LOG2_E * __logf(vocab / (1 - f.top_p)) / base2);
+    float floor = listed >= 0 ? bottom : fmaxf(bottom, most - LOG2_E * __logf(vocab / (1 - f.top_p)) / base2);
     u32 key = threshold<true>(slice, s, most, floor, bottom, listed, best, mass,
-                              [&](u64 sum) { return max(1ull, (u64)((double)sum * (double)f.top_p)); }, keep);
+                              [&](u64 sum) { return whole_sum ? part_of(sum) : s.target; }, keep);
     if (listed >= 0 && !first_block) return;
     least = from_ordered(key);
   }

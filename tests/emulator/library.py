@@ -157,8 +157,7 @@ class EmulatedOps(KernelOps):
         """`clusters`: a row with top_k, top_p or min_p is shared by a cluster of blocks, as from compute capability 9.0 on."""
         specs = kernel_specs(shape, 8, "sm_80")
         if clusters:
-            del specs["truncated_sample"]
-            specs["truncated_sample-cluster"] = truncated_spec("sm_90a")
+            specs["truncated_sample-cluster"] = truncated_spec("sm_90a", clustered=True)
         # On Hopper only, behind prefix_attention, which can't run here; what it leaves is made otherwise.
         names = ("HEADS", "KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")
         heads = {name: specs["decode_attention"].definitions[name] for name in names}

@@ -19,6 +19,7 @@ from tests.gpu.test_gpu_sampling import (
     Sampling,
     check_edges,
     check_logprobs,
+    check_masses,
     check_nan_and_infinity,
     check_penalties,
     check_places,
@@ -75,6 +76,15 @@ def test_rows_that_no_cluster_can_hold(builder: Builder, held: bool, monkeypatch
         monkeypatch.setattr("kernels.ops.truncated_shared_bytes", lambda vocab, roomy: (few, False))
     check_places(rows_for(builder, 40_003, 3, clusters=True), 40_003, [4999, 20_016, 40_002], "cpu")
     check_truncation(lambda vocab, rows: rows_for(builder, vocab, rows, True), "normal", 6001, 1, "cpu", large=3000)
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_top_p_knows_the_mass_of_all_tokens(builder: Builder, clusters: bool) -> None:
+    check_masses(lambda vocab, rows: rows_for(builder, vocab, rows, clusters), 6001, "cpu")
+
+
+def test_truncation_beyond_the_list_of_a_block(builder: Builder) -> None:
+    check_truncation(lambda vocab, rows: rows_for(builder, vocab, rows), "flat", 20_011, 1, "cpu", large=15_000)
 
 
 @pytest.mark.parametrize("clusters", [False, True])

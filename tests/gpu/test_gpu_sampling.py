@@ -302,6 +302,33 @@ def test_a_draw_at_the_edge_of_what_is_kept(vocab: int) -> None:
     check_edges(make_rows, vocab, (2, 5, 40), "cuda")
 
 
+def check_masses(make: Callable[[int, int], Sampling], vocab: int, device: str) -> None:
+    """top_p among tokens of masses 1, 1/2, 1/4, 1/8 and others that weigh some 1 together: as many are kept as the sum asks for."""
+    masses = torch.rand(vocab, generator=torch.Generator().manual_seed(vocab), dtype=torch.float64).add(0.5) / vocab
+    order = [vocab - 1, 0, vocab // 2, vocab // 3]
+    masses[order] = torch.tensor([1, 0.5, 0.25, 0.125], dtype=torch.float64)
+    logits, total = masses.log().float(), float(masses.sum())
+    known, blocks, seeds = np.arange(10, dtype=np.int32), np.array([0], np.int32), range(16)
+    params, expected = [], []
+    for kept in range(1, 5):
+        edge = (2 - 0.5 ** (kept - 1) - 0.5**kept) / total  # in the middle of the last one's mass
+        params.append(SamplingParams(temperature=1.0, top_p=edge))
+        contexts: list[RowContext | None] = [RowContext(params[-1], seed, known, 10) for seed in seeds]
+        expected += map(int, reference_sample(logits.expand(len(seeds), vocab), contexts)[0])
+        assert set(expected[-len(seeds) :]) == set(order[:kept])
+    _, rows, sampler = make(vocab, len(expected))
+    cases = [(one, seed) for one in params for seed in seeds]
+    rows.apply(new_step([NewRow(row, known, 10, 10, blocks, seed, one) for row, (one, seed) in enumerate(cases)]))
+    sampler.logits[: len(cases), :vocab] = logits.to(device)
+    sampler.sample(ints(list(range(len(cases))), device), len(cases), False, True)
+    assert sampler.result[0, : len(cases)].tolist() == expected
+
+
+@pytest.mark.parametrize("vocab", [6001, 128_256])
+def test_top_p_knows_the_mass_of_all_tokens(vocab: int) -> None:
+    check_masses(make_rows, vocab, "cuda")
+
+
 def check_places(made: Sampling, vocab: int, places: Sequence[int], device: str) -> None:
     """For as many rows as there are places, each of which is one row's best token: it is chosen, wherever blocks divide the row."""
     params = [SamplingParams(temperature=1.0, top_k=1), SamplingParams(temperature=1.0, top_p=0.1)]
@@ -318,9 +345,8 @@ def check_places(made: Sampling, vocab: int, places: Sequence[int], device: str)
 @pytest.mark.parametrize("vocab", [3, 1003, 128_256, 1_300_001])
 def test_a_token_is_chosen_wherever_it_stands(vocab: int) -> None:
     """Up to a vocabulary whose slices no block can hold."""
-    places = sorted(
-        {min(vocab - 1, part * vocab // 8 + more) for part in range(9) for more in (-4, -1, 0, 1, 3)} - {-4, -1}
-    )
+    near = {part * vocab // 8 + more for part in range(9) for more in (-4, -1, 0, 1, 3)}
+    places = sorted({min(vocab - 1, max(0, place)) for place in near})
     check_places(make_rows(vocab, len(places)), vocab, places, "cuda")
 
 

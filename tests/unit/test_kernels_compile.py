@@ -110,7 +110,7 @@ def test_decode_attention_fits_into_the_shared_memory_of_every_architecture(head
     ("architecture", "room", "blocks"), [("sm_90a", 228, 3), ("sm_100", 228, 3), ("sm_120", 100, 1)]
 )
 def test_slices_of_a_row_fit_into_shared_memory(architecture: str, room: int, blocks: int) -> None:
-    roomy, spec = room > 160, truncated_spec(architecture)
+    roomy, spec = room > 160, truncated_spec(architecture, clustered=True)
     (used,) = {
         resources.shared
         for resources in Compiler(architecture, CubinCache(default_directory()))
