@@ -22,6 +22,8 @@ __device__ __forceinline__ void add(Histogram& h, u32 bin, u64 weight) {
   if (carried) atomicAdd(&h.high[bin], carried);
 }
 
+__device__ __forceinline__ u64 sum_of(const Histogram& h, u32 bin) { return ((u64)h.high[bin] << 32) + h.low[bin]; }
+
 // Of the lanes up to and with this one.
 __device__ __forceinline__ u64 running_sum(u64 sum) {
   int lane = threadIdx.x % 32;

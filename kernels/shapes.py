@@ -14,7 +14,7 @@ SAMPLE_PARTS = 16
 CLUSTER = 8
 """Blocks that share a row with top_k, top_p or min_p where the architecture has clusters: as many as any that has them takes."""
 CLUSTER_ROWS = 64
-"""With more rows a block has its row to itself: clusters would wait for room. On an H200 both take as long at some 75."""
+"""With more rows a block has its row to itself, for clusters would wait for room. On an H200 both take as long at some 64."""
 _LISTED, _CLUSTER_LISTED = 8192, 448
 """Tokens that a block can list which has its row to itself, and one of a cluster."""
 _MOST_HELD = 144 << 10, 80 << 10

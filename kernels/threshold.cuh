@@ -1,23 +1,22 @@
 // The threshold of top_k or top_p in a row that a block, or a cluster of blocks, goes over. -DWIDE threads and -DLISTED tokens a block.
 //
-// Its best tokens are listed, as many as the guess brings; where the threshold is among them one block goes on with the list alone. Else, or
-// where the list would overflow, the search goes over the row itself, with a histogram of 10 bits of x a pass.
+// Lists that would overflow are not used: the search then goes on over the row itself, with a histogram of 10 bits of x a pass.
 #pragma once
 #include "choice.cuh"
 #include "histogram.cuh"
 #include "slice.cuh"
 
 constexpr int WARPS = WIDE / 32;
-constexpr int GROUP_LANES = CLUSTER > 1 ? 8 : 2;  // whose tokens the guess looks at together
 constexpr float LEAST = -3.402823466e38f;  // finite: a token of -inf is a forbidden one
 
 struct Shared {
   Histogram histogram;
   u64 list[CLUSTER > 1 ? LISTED : 1];  // entry_of, where `held` is for the slice or the lists of all: own_list
   u64 best[WARPS], last[WARPS];        // entry_of the best of each warp: of its slice, of all
-  u32 most, least, raw, guess;         // of the slice; ordered, but for raw
+  u32 most, least, raw;                // of the slice; ordered, but for raw
+  u32 floor, thread_floor;             // the least that a warp (a block alone: a pair of lanes) and that a thread has as its most; ordered
   u32 num_listed, low_key, high_key;
-  u64 target;                          // of top_p alone, where the list does not hold all that count
+  u64 sum, above, target;              // of list_above
 };
 __device__ __forceinline__ u64* all_lists() { return reinterpret_cast<u64*>(held); }
 __device__ __forceinline__ u64* own_list(Shared& s) { return CLUSTER > 1 ? s.list : all_lists(); }
@@ -68,10 +67,7 @@ __device__ __forceinline__ void take(const Shared& s, Best& best) {
 
 // Block 0 takes all lists and goes on alone, the others are done. Returns the length.
 __device__ __forceinline__ int gather(const Shared& s, Best& best) {
-  if (CLUSTER == 1) {
-    __syncthreads();
-    return s.num_listed;
-  }
+  if (CLUSTER == 1) return s.num_listed;
   u32 all = 0;
   if (rank_in_cluster() == 0) {
     u32 rank = threadIdx.x % CLUSTER, length = of_block(s.num_listed, rank), own = threadIdx.x % 32 < CLUSTER ? length : 0;
@@ -119,15 +115,10 @@ class Wholes {
   }
 };
 
-// What the cluster knows of its row once its blocks have listed what is at or above `edge`. RULE: read by all, then they meet (gather does).
-struct Listed {
-  u32 longest, tokens;  // of the lists
-  u64 above, sum;       // weights of what is listed, and of all tokens
-};
-
-// Lists the tokens at or above `edge`; with `weighs` adds up whole(measure(x)) of those at or above `bottom`. The cluster meets once.
+// A block alone with its row lists the tokens at or above `edge`; with `weighs` it adds up whole(measure(x)) of those at or above `bottom`
+// in s.sum, and of the listed ones in s.above.
 template <bool HELD, typename Measure>
-__device__ __forceinline__ Listed list_above(const Slice<HELD>& slice, Shared& s, float edge, float bottom, bool weighs, Measure measure) {
+__device__ __forceinline__ void list_above(const Slice<HELD>& slice, Shared& s, float edge, float bottom, bool weighs, Measure measure) {
   Histogram& h = s.histogram;
   Wholes all;
   u64 above = 0;
@@ -149,26 +140,16 @@ __device__ __forceinline__ Listed list_above(const Slice<HELD>& slice, Shared& s
     }
   };
   if (weighs)
-    for_each_four<true, HELD ? 2 : 4>(slice, [&](const float4& four, int v) { visit(four, v, true); });
+    for_each_four<true>(slice, [&](const float4& four, int v) { visit(four, v, true); });
   else
-    for_each_four<true, HELD ? 2 : 4>(slice, [&](const float4& four, int v) { visit(four, v, false); });
+    for_each_four<true>(slice, [&](const float4& four, int v) { visit(four, v, false); });
   u64 sum = all.of_warp();
 #pragma unroll
   for (int d = 16; d; d >>= 1) above += __shfl_xor_sync(~0u, above, d);
   if (threadIdx.x % 32 == 0 && weighs) add(h, 0, sum), add(h, 1, above);
-  meet_cluster();
-  u32 rank = threadIdx.x % CLUSTER;
-  Listed known{of_block(s.num_listed, rank), 0, 0, 0};
-  known.tokens = known.longest;
-  known.sum = ((u64)of_block(h.high[0], rank) << 32) + of_block(h.low[0], rank);
-  known.above = ((u64)of_block(h.high[1], rank) << 32) + of_block(h.low[1], rank);
-#pragma unroll
-  for (int d = CLUSTER / 2; d; d >>= 1) {
-    known.longest = max(known.longest, __shfl_xor_sync(~0u, known.longest, d));
-    known.tokens += __shfl_xor_sync(~0u, known.tokens, d);
-    known.sum += __shfl_xor_sync(~0u, known.sum, d), known.above += __shfl_xor_sync(~0u, known.above, d);
-  }
-  return known;
+  __syncthreads();
+  if (threadIdx.x == 0) s.sum = sum_of(h, 0), s.above = sum_of(h, 1);
+  __syncthreads();
 }
 
 // The threshold's key: whole(measure(x)) is a token's weight, target_of(sum of all weights at or above `bottom`) at most that sum and at least 1.

@@ -19,11 +19,10 @@
 //      alone has eight multiprocessors. The blocks meet three times; then one of them goes on with all their lists, the others leave
 //   6. where it comes to a histogram of the row, tokens far below the threshold are added up in registers, since together they weigh less
 //      than what top_p leaves out
-//   7. the threshold is nearly always among the row's best thousand or three: the least of what groups of threads have as their best says
-//      how good those are. They are listed while the weights of all are added up; if that does it, all else happens in the list.
-//      Two readings (this one)
-//
-// Many rows take a block each: with a cluster each they would wait for room, and for one another (kernels/shapes.py has the number).
+//   7. many rows take a block each, for clusters would wait for room and for one another (kernels/shapes.py has the number). There the
+//      threshold is nearly always among the row's best three thousand, of which the least that a pair of lanes has as its best is one.
+//      They are listed while the weights of all are added up; if that does it, all else happens in the list. Two readings (this one).
+//      (In a cluster: slower, since one block then has the whole list to itself)
 #include "threshold.cuh"
 
 // Leaves the row's token. Behind the cluster's last meeting nobody reads another block's memory.
@@ -51,7 +50,7 @@ __device__ __forceinline__ void choose_kept(const Slice<HELD>& slice, int vocab,
     }
   };
   if (threadIdx.x == 0) {
-    s.most = 0, s.least = s.guess = ~0u;
+    s.most = 0, s.least = s.floor = s.thread_floor = ~0u;
     s.raw = changed && first_block ? *raw_state : 0;
   }
   __syncthreads();
@@ -60,13 +59,15 @@ __device__ __forceinline__ void choose_kept(const Slice<HELD>& slice, int vocab,
   else
     for_each_four(slice, look);
   u32 highest = __reduce_max_sync(~0u, ordered(most)), lowest = __reduce_min_sync(~0u, ordered(least));
-  u32 guess = ordered(most);
-#pragma unroll
-  for (int d = 1; d < GROUP_LANES; d *= 2) guess = max(guess, __shfl_xor_sync(~0u, guess, d));
-  guess = __reduce_min_sync(~0u, guess > ordered(-INF) ? guess : ~0u);  // of groups that have a token
+  u32 thread_floor = __reduce_min_sync(~0u, ordered(most)), floor = highest;
+  if (CLUSTER == 1) {
+    u32 pair = max(ordered(most), __shfl_xor_sync(~0u, ordered(most), 1));
+    floor = __reduce_min_sync(~0u, pair > ordered(-INF) ? pair : ~0u);  // of those that have a token
+  }
   raw = __reduce_or_sync(~0u, raw);
   if (threadIdx.x % 32 == 0) {
-    atomicMax(&s.most, highest), atomicMin(&s.least, lowest), atomicMin(&s.guess, guess);
+    atomicMax(&s.most, highest), atomicMin(&s.least, lowest);
+    atomicMin(&s.floor, floor), atomicMin(&s.thread_floor, thread_floor);
     if (!changed) atomicOr(&s.raw, raw);
   }
   meet_cluster();
@@ -88,22 +89,20 @@ __device__ __forceinline__ void choose_kept(const Slice<HELD>& slice, int vocab,
   auto mass = [&](float value) { return exp2_fast((value - most) * base2) * 1099511627776.0f; };
   auto part_of = [&](u64 sum) { return max(1ull, (u64)((double)sum * (double)f.top_p)); };
   float lightest = most - 41.0f / base2;  // below, the mass is 0
-  if (top_k || top_p) {
-    float bottom = top_k ? least : fmaxf(least, lightest);
-    // The best of the blocks' guesses (0, which is no number, for none): slices differ, and a bad one would fill the lists.
-    guess = of_block(s.guess, other);
-    float edge = fmaxf(from_ordered(__reduce_max_sync(~0u, guess == ~0u ? 0 : guess)), bottom);
-    if (CLUSTER > 1) leave(s, best);  // nothing yet
-    Listed known = list_above(slice, s, edge, bottom, !top_k, mass);
-    u64 target = part_of(known.sum);
-    if (known.longest <= LISTED && (edge <= bottom || (top_k ? known.tokens >= f.top_k : known.above >= target))) {
-      listed = gather(s, best);
-      if (!first_block) return;
+  if (CLUSTER == 1 && (top_k || top_p)) {
+    float bottom = top_k ? least : fmaxf(least, lightest), edge = fmaxf(from_ordered(s.floor), bottom);
+    list_above(slice, s, edge, bottom, !top_k, mass);
+    u64 target = part_of(s.sum);
+    if (s.num_listed <= LISTED && (edge <= bottom || (top_k ? s.num_listed >= f.top_k : s.above >= target))) {
+      listed = s.num_listed;
       if (threadIdx.x == 0) s.target = target;
       least = edge;
-    } else {
-      meet_cluster();
     }
+  } else if (top_k) {
+    // Each warp, each thread has a token at or above the floor, so where they are k or more the threshold is not below.
+    u32 floor = f.top_k <= CLUSTER * WARPS ? __reduce_min_sync(~0u, of_block(s.floor, other))
+                : f.top_k <= CLUSTER * WIDE ? __reduce_min_sync(~0u, of_block(s.thread_floor, other)) : 0;
+    if (floor) least = fmaxf(least, from_ordered(floor));
   }
   if (top_k) {
     u32 key = threshold<false>(slice, s, most, least, least, listed, best, [](float) { return 1.0f; },

@@ -101,8 +101,12 @@ def masses(make: Make) -> None:
     check_masses(lambda vocab, rows: make_rows(vocab, rows, make(make_shape()), "cpu"), 6001, "cpu")
 
 
-def masses_by_clusters(make: Make) -> None:
-    check_masses(lambda vocab, rows: make_rows(vocab, rows, make(make_shape(), clusters=True), "cpu"), 6001, "cpu")
+def longer_than_the_list(make: Make) -> None:
+    def rows_for(vocab: int, rows: int) -> Sampling:
+        return make_rows(vocab, rows, make(make_shape()), "cpu")
+
+    check_truncation(rows_for, "flat", 6001, 6, "cpu", large=5000)
+    check_truncation(rows_for, "equal", 20_011, 1, "cpu", large=15_000)
 
 
 def lists_that_overflow(make: Make) -> None:
@@ -110,7 +114,6 @@ def lists_that_overflow(make: Make) -> None:
         return make_rows(vocab, rows, make(make_shape(), clusters=True), "cpu")
 
     check_truncation(rows_for, "outlier", 6001, 3, "cpu", large=5000)
-    check_truncation(rows_for, "equal", 6001, 1, "cpu", large=5000)
 
 
 def wide_rows(make: Make) -> None:
@@ -264,22 +267,18 @@ MUTANTS = {
         truncation_by_clusters,
         Mutation(THRESHOLD, "all_lists() + first;", "all_lists() + rank;"),
     ),
-    "a sum is cleared while others read it": (
-        truncation,
-        Mutation(THRESHOLD, "    __syncthreads();\n    return s.num_listed;", "    return s.num_listed;"),
-    ),
     "a warp's part of the sum is left out": (
         masses,
         Mutation(THRESHOLD, "== 0 && weighs) add", "== 0 && weighs && threadIdx.x) add"),
     ),
-    "what is large is not added up": (masses, Mutation(THRESHOLD, "((u64)high << 23)", "((u64)high << 22)")),
-    "another block's sum is left out": (
-        masses_by_clusters,
-        Mutation(THRESHOLD, "known.sum += __shfl", "known.sum = __shfl"),
+    "a sum is read before it is whole": (
+        masses,
+        Mutation(THRESHOLD, "  __syncthreads();\n  if (threadIdx.x == 0) s.sum", "  if (threadIdx.x == 0) s.sum"),
     ),
-    "the threshold is not in the list": (truncation, Mutation(TRUNCATED, "known.above >= target", "true")),
-    "the list is not long enough": (truncation_by_clusters, Mutation(TRUNCATED, "known.tokens >= f.top_k", "true")),
-    "a list that is not whole": (lists_that_overflow, Mutation(TRUNCATED, "known.longest <= LISTED &&", "")),
+    "what is large is not added up": (masses, Mutation(THRESHOLD, "((u64)high << 23)", "((u64)high << 22)")),
+    "the threshold is not in the list": (longer_than_the_list, Mutation(TRUNCATED, "s.above >= target", "true")),
+    "the list is not long enough": (longer_than_the_list, Mutation(TRUNCATED, "s.num_listed >= f.top_k", "true")),
+    "a list that is not whole": (longer_than_the_list, Mutation(TRUNCATED, "s.num_listed <= LISTED &&", "")),
     "a block leaves before its list is taken": (
         truncation_by_clusters,
         Mutation(THRESHOLD, "  meet_cluster();\n  return all;", "  return all;"),
