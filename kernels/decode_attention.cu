@@ -247,7 +247,9 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   const uint4* keys = cache + (size_t)kv_head * BLOCK_SIZE * CHUNKS;
   const uint4* values = keys + values_offset;
   uint4* ring = shared + warp * RING_VECTORS;
-  __shared__ u64 stored, merged;  // a phase an item: all warps have stored its slots' results, all have read them
+  // A phase an item: all warps have stored its slots' results, all have read them. One lane arrives for its warp, behind __syncwarp: its
+  // release holds what the other lanes did before. (compute-sanitizer's racecheck does not see that.)
+  __shared__ u64 stored, merged;
   bool next_may_start = false;
   int count = __ldcg(num_items);
   if (blockIdx.x >= count) {
