@@ -10,8 +10,8 @@ from octavo.v1 import common_pb2, scheduler_pb2
 
 from router.http.errors import HttpError
 from tests.unit.http_door import Connection, Door, Reply, data_of, door, text_of
+from tests.unit.router_calls import EOS, IDS, TEXT, Message, ask, say_text, stay_silent
 from tests.unit.test_router_fakes import Say, eventually, tokens
-from tests.unit.test_router_service import EOS, IDS, TEXT, Message, ask, say_text, stay_silent
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "resume_grace_ms": 60_000}
