@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -9,7 +10,7 @@ import pytest
 from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 
 from service.errors import OctavoError, from_rpc_error
-from tests.unit.test_router_fakes import Say, byte_level_tokenizer, tokens
+from tests.unit.test_router_fakes import Say, byte_level_tokenizer, eventually, tokens
 
 TOKENIZER = byte_level_tokenizer()
 TEXT = "hello world, 你好 😀!"
@@ -63,3 +64,37 @@ async def full_queue(message: Message, say: Say) -> None:
             handle=message.submit.handle, reason=common_pb2.ERROR_REASON_QUEUE_FULL, retry_after_ms=10_000
         )
         await say(scheduler_pb2.AttachResponse(failed=failed))
+
+
+class Slowly:
+    """A scheduler's script: each token waits for `more`, so that a test decides when it comes."""
+
+    def __init__(self) -> None:
+        self.steps = asyncio.Queue[None]()
+        self.said = 0
+
+    def more(self, count: int) -> None:
+        for _ in range(count):
+            self.steps.put_nowait(None)
+
+    async def until(self, events: Any) -> str:
+        """The next event, with as many tokens as that takes."""
+        following = asyncio.create_task(anext(events))
+        while not following.done():
+            self.more(1)
+            said = self.said
+            await eventually(lambda said=said: self.said > said)  # type: ignore[misc]
+            await asyncio.wait([following], timeout=0.1)
+        return await following
+
+    async def __call__(self, message: Message, say: Say) -> None:
+        if message.HasField("submit"):
+            self.task = asyncio.create_task(self._say(message.submit, say))
+
+    async def _say(self, submit: scheduler_pb2.Submit, say: Say) -> None:
+        ids = [*IDS, EOS]
+        for index in range(len(submit.output_token_ids) // 4, len(ids)):
+            await self.steps.get()
+            final = common_pb2.FINISH_REASON_STOP if index == len(IDS) else 0
+            await say(tokens(0, (submit.handle, index, [ids[index]], final)))
+            self.said += 1

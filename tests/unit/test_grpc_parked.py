@@ -11,9 +11,8 @@ from octavo.v1 import inference_pb2
 
 from router.parking import rewind
 from service.errors import Reason
-from tests.unit.router_calls import IDS, TEXT, ask, collect, refuse, say_text
+from tests.unit.router_calls import IDS, TEXT, Slowly, ask, collect, refuse, say_text
 from tests.unit.router_calls import text_of as grpc_text_of
-from tests.unit.test_http_resume import Slowly
 from tests.unit.test_router_fakes import cluster, eventually
 
 
