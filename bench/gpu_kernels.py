@@ -10,104 +10,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from cuda.core import Device, Stream
 
-from kernels.cache import CubinCache, default_directory
-from kernels.compiler import Compiler, architecture_of
-from kernels.launcher import KernelLibrary
-from kernels.operands import DecodeItems, DecodeScratch, SharedPrefixes, StepTensors
+from bench.gpu_attention_kernels import attention, behind_prefix
+from bench.gpu_kernel_times import Bench, make_ops, random
 from kernels.ops import KernelOps
-from kernels.shapes import PARTS_ROWS, KernelShape, kernel_specs
-from worker.backends.cuda_model import prefill_tiles
+from kernels.shapes import PARTS_ROWS, KernelShape
 from worker.backends.cuda_rows import DeviceRows
 from worker.backends.cuda_sampler import CudaSampler
-from worker.backends.shared_prefix import MOST_PARTS, prefix_work, shared_prefixes
 from worker.step import NewRow, SamplingParams, Step
 
 LLAMA_1B = KernelShape(2048, 8192, 32, 8, 64, 16, qk_norm=False, float16=False)
 LLAMA_8B = KernelShape(4096, 14336, 32, 8, 128, 16, qk_norm=False, float16=False)
 VOCAB = 128_256
-DECODE_CASES = ((1, 640), (1, 8192), (32, 4096), (256, 384), (256, 1024))  # rows and their context
-
-Body = Callable[[], object]
-
-
-def seconds_of(bodies: Sequence[Body], repeats: int = 15) -> float:
-    """Time of one body, from replays of a graph of all of them."""
-    for body in bodies:
-        body()
-    torch.cuda.current_stream().synchronize()
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin()
-    for body in bodies:
-        body()
-    graph.capture_end()
-    times = []
-    for _ in range(repeats):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        began.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) / 1e3 / len(bodies))
-    return float(statistics.median(times))
-
-
-def random(*size: int) -> torch.Tensor:
-    return torch.randn(size, device="cuda", dtype=torch.bfloat16) * 0.05
-
-
-def ints(values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device="cuda")
-
-
-class Bench:
-    """Collects rows of (name, seconds, bytes, operations)."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        copied = torch.zeros(1 << 30, dtype=torch.int32, device="cuda")
-        target = torch.empty_like(copied)
-        self.bandwidth = 8 * copied.numel() / seconds_of([lambda: torch.neg(copied, out=target)])
-        a, b = random(8192, 8192), random(8192, 8192)
-        self.operations = 2 * 8192**3 / seconds_of([lambda: torch.mm(a, b)], 7)
-
-    def add(self, name: str, bodies: Sequence[Body], num_bytes: float = 0, operations: float = 0) -> None:
-        """Time it and print its row."""
-        seconds = seconds_of(bodies)
-        row: dict[str, Any] = {"name": name, "us": round(seconds * 1e6, 2)}
-        if num_bytes:
-            row |= {
-                "TB_per_s": round(num_bytes / seconds / 1e12, 3),
-                "share": round(num_bytes / seconds / self.bandwidth, 3),
-            }
-        if operations:
-            row |= {
-                "TFLOP_per_s": round(operations / seconds / 1e12, 1),
-                "share": round(operations / seconds / self.operations, 3),
-            }
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
-
-
-def make_ops(shape: KernelShape) -> KernelOps:
-    Device(0).set_current()
-    properties = torch.cuda.get_device_properties(0)
-    architecture = architecture_of(properties.major, properties.minor)
-    compiler = Compiler(architecture, CubinCache(default_directory()))
-    depth = 8 if Device(0).properties.max_shared_memory_per_block_optin >= 160 * 1024 else 4
-    library = KernelLibrary(compiler, kernel_specs(shape, depth, architecture), 0, overlap=properties.major >= 9)
-    stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
-    return KernelOps(library, shape, stream, properties.multi_processor_count, depth)
 
 
 def products(bench: Bench, ops: KernelOps) -> None:
@@ -171,96 +91,6 @@ def _tensor_core_products(bench: Bench, ops: KernelOps, layers: list[list[torch.
             [partial(torch.mm, x[2048][:tokens], head.t(), out_dtype=torch.float32, out=out)],
             2.0 * head.numel(),
         )
-
-
-def attention(bench: Bench, shape: KernelShape, name: str) -> None:
-    """Decode over several batch shapes, prefill of 8,192 tokens."""
-    ops = make_ops(shape)
-    cases = {f"{rows} rows of {context}": [context] * rows for rows, context in DECODE_CASES}
-    cases["256 rows of 100 to 1500"] = np.random.default_rng(1).integers(100, 1501, 256).tolist()
-    for text, contexts in cases.items():
-        rows, blocks = len(contexts), -(-max(contexts) // 16)
-        copies = 4 if sum(contexts) < 50_000 else 1
-        caches = [random(2, rows * blocks, shape.num_kv_heads, 16, shape.head_dim) for _ in range(copies)]
-        table = torch.randperm(rows * blocks, device="cuda").to(torch.int32).view(rows, blocks)
-        step = StepTensors(ints(range(rows)), ints([1] * rows), ints(range(rows)), ints(contexts), table)
-        most = rows * (max(contexts) // shape.split + 2)
-        work = DecodeItems(ints([[0] * 8] * most), ints([0]), 0)
-        partials = torch.empty((most, shape.num_heads * (shape.head_dim + 2)), dtype=torch.float32, device="cuda")
-        scratch = DecodeScratch(partials, ints([0] * rows * shape.num_heads))
-        qkv, out = random(rows, shape.qkv_size), random(rows, shape.q_size)
-        ops.plan_decode(step, rows, work)
-        bodies = [partial(ops.decode_attention, qkv, cache, step, work, scratch, out, rows) for cache in caches] * (
-            8 // copies
-        )
-        size = 4.0 * sum(contexts) * shape.num_kv_heads * shape.head_dim
-        bench.add(f"{name} decode attention, {text}", bodies, size)
-    tokens = 8192
-    cache = random(2, tokens // 16, shape.num_kv_heads, 16, shape.head_dim)
-    table = torch.randperm(tokens // 16, device="cuda").to(torch.int32)[None]
-    step = StepTensors(ints([0]), ints([tokens]), ints([0]), ints([tokens]), table)
-    tiles = prefill_tiles(
-        step.num_scheduled.cpu().numpy(),
-        step.context_lens.cpu().numpy(),
-        shape.num_heads // shape.num_kv_heads,
-        ops.prefill_tile_rows,
-    )
-    on_device = torch.from_numpy(tiles).cuda()
-    qkv, out = random(tokens, shape.qkv_size), random(tokens, shape.q_size)
-    operations = 2.0 * tokens * tokens * shape.head_dim * shape.num_heads
-    bench.add(
-        f"{name} prefill attention, {tokens}",
-        [lambda: ops.prefill_attention(qkv, cache, step, on_device, 0, out)],
-        0,
-        operations,
-    )
-    q = random(1, shape.num_heads, tokens, shape.head_dim)
-    bench.add(
-        f"{name} torch SDPA, {tokens}", [lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)], 0, operations
-    )
-
-
-def behind_prefix(bench: Bench, shape: KernelShape, name: str, rows: int, prefix: int, own: int) -> None:
-    """Decode attention of rows that share a prefix: each by itself, and with the prefix read once for all."""
-    ops = make_ops(shape)
-    if not ops.shares_prefixes:
-        return
-    shared, each = prefix // 16, -(-own // 16)
-    order = torch.randperm(shared + rows * each).to(torch.int32)
-    table = torch.cat((order[:shared].expand(rows, shared), order[shared:].view(rows, each)), dim=1).contiguous()
-    places = np.arange(rows, dtype=np.int32)
-    groups = shared_prefixes(table.numpy(), places, np.full(rows, prefix + own - 1), 16)
-    most = rows * ((prefix + own) // shape.split + 2)
-    group = shape.num_heads // shape.num_kv_heads
-    tile_rows = ops.prefill_tile_rows
-    work = prefix_work(groups, places, places, np.arange(rows), group, shape.num_kv_heads, tile_rows, most)
-    lists = SharedPrefixes(ints(work.prefixes), ints(work.query_tokens), ints(work.works), ints([len(work.works)]))
-    # As many layers as keep each one's keys and values from staying in the cache.
-    caches = [random(2, shared + rows * each, shape.num_kv_heads, 16, shape.head_dim) for _ in range(4)]
-    step = StepTensors(ints(places), ints([1] * rows), ints(places), ints([prefix + own] * rows), table.cuda())
-    columns = shape.num_heads * (shape.head_dim + 2)
-    partials = torch.empty((most + rows * MOST_PARTS, columns), dtype=torch.float32, device="cuda")
-    scratch = DecodeScratch(partials, ints([0] * rows * shape.num_heads))
-    work_lists = [DecodeItems(ints([[0] * 8] * most), ints([0]), 0) for _ in range(2)]
-    ops.plan_decode(step, rows, work_lists[0])
-    ops.plan_decode(step, rows, work_lists[1], lists)
-    qkv, out = random(rows, shape.qkv_size), random(rows, shape.q_size)
-
-    def alone(cache: torch.Tensor) -> None:
-        ops.decode_attention(qkv, cache, step, work_lists[0], scratch, out, rows)
-
-    def together(cache: torch.Tensor) -> None:
-        ops.prefix_attention(qkv, cache, step, lists, scratch)
-        ops.decode_attention(qkv, cache, step, work_lists[1], scratch, out, rows, after_prefix=True)
-
-    def prefix_only(cache: torch.Tensor) -> None:
-        ops.prefix_attention(qkv, cache, step, lists, scratch)
-
-    text = f"{name} decode attention, {rows} rows of {prefix} + {own}"
-    operations = 4.0 * rows * prefix * shape.num_heads * shape.head_dim
-    bench.add(f"{text}, each its prefix", [partial(alone, cache) for cache in caches] * 2)
-    bench.add(f"{text}, the prefix together", [partial(together, cache) for cache in caches] * 2)
-    bench.add(f"{text}, the prefix's part of it", [partial(prefix_only, cache) for cache in caches] * 2, 0, operations)
 
 
 def elementwise(bench: Bench, ops: KernelOps) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tests.unit.http_door import Connection, Door
+from tests.unit.router_calls import IDS, Message
 from tests.unit.test_router_fakes import Say, tokens
-from tests.unit.test_router_service import IDS, Message
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"

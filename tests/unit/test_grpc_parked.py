@@ -11,10 +11,9 @@ from octavo.v1 import inference_pb2
 
 from router.parking import rewind
 from service.errors import Reason
-from tests.unit.test_http_resume import Slowly
+from tests.unit.router_calls import IDS, TEXT, Slowly, ask, collect, refuse, say_text
+from tests.unit.router_calls import text_of as grpc_text_of
 from tests.unit.test_router_fakes import cluster, eventually
-from tests.unit.test_router_service import IDS, TEXT, ask, collect, refuse, say_text
-from tests.unit.test_router_service import text_of as grpc_text_of
 
 
 @pytest.mark.parametrize("delivered", [0, 1, 3, 5])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.unit.http_door import data_of, door, text_of
-from tests.unit.test_router_service import TEXT, say_text
+from tests.unit.router_calls import TEXT, say_text
 
 STREAM: dict[str, Any] = {"model": "tiny", "stream": True, "stream_options": {"include_usage": True}}
 OPTIONS: dict[str, Any] = {  # of its command line, each a field of the request

@@ -13,8 +13,8 @@ import pytest
 from router.http.protocol import Limits
 from tests.fuzz.values import flip
 from tests.unit.http_door import Door, door
+from tests.unit.router_calls import TEXT, say_text
 from tests.unit.test_router_fakes import eventually
-from tests.unit.test_router_service import TEXT, say_text
 
 _BODY = json.dumps({"prompt": "hello", "max_tokens": 40}).encode()
 _REQUEST = (

@@ -13,8 +13,8 @@ from octavo.v1 import scheduler_pb2
 from router.http.protocol import Limits
 from tests.unit.http_door import Door, door
 from tests.unit.http_requests import CHAT, HELLO, one_token, stream
+from tests.unit.router_calls import TEXT, say_text
 from tests.unit.test_router_fakes import eventually
-from tests.unit.test_router_service import TEXT, say_text
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -18,7 +18,7 @@ from router.http.chat import ChatView, read_chat
 from router.http.completions import CompletionView, read_completions
 from router.http.jsontext import Each, dumps, dumps_long
 from tests.unit.http_door import door
-from tests.unit.test_router_service import say_text
+from tests.unit.router_calls import say_text
 
 PROMPTS, TOKENS, TOP = 32, 64, 20
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.unit.http_door import data_of, door
-from tests.unit.test_router_service import IDS, TEXT, say_text
+from tests.unit.router_calls import IDS, TEXT, say_text
 
 
 def test_a_response_is_answered_whole_and_in_events() -> None:

@@ -6,51 +6,16 @@ import asyncio
 from typing import Any
 
 import pytest
-from octavo.v1 import common_pb2, scheduler_pb2
 
 from router.http.errors import HttpError
 from tests.unit.http_door import Connection, Door, Reply, data_of, door, text_of
-from tests.unit.test_router_fakes import Say, eventually, tokens
-from tests.unit.test_router_service import EOS, IDS, TEXT, Message, ask, say_text, stay_silent
+from tests.unit.router_calls import IDS, TEXT, Slowly, ask, say_text, stay_silent
+from tests.unit.test_router_fakes import eventually
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "resume_grace_ms": 60_000}
 KEYS = "key-of-somebody-0123 team-a\nkey-of-another-01234 team-b\n"
 A, B = {"authorization": "Bearer key-of-somebody-0123"}, {"authorization": "Bearer key-of-another-01234"}
-
-
-class Slowly:
-    """A scheduler's script: each token waits for `more`, so that a test decides when it comes."""
-
-    def __init__(self) -> None:
-        self.steps = asyncio.Queue[None]()
-        self.said = 0
-
-    def more(self, count: int) -> None:
-        for _ in range(count):
-            self.steps.put_nowait(None)
-
-    async def until(self, events: Any) -> str:
-        """The next event, with as many tokens as that takes."""
-        following = asyncio.create_task(anext(events))
-        while not following.done():
-            self.more(1)
-            said = self.said
-            await eventually(lambda said=said: self.said > said)  # type: ignore[misc]
-            await asyncio.wait([following], timeout=0.1)
-        return await following
-
-    async def __call__(self, message: Message, say: Say) -> None:
-        if message.HasField("submit"):
-            self.task = asyncio.create_task(self._say(message.submit, say))
-
-    async def _say(self, submit: scheduler_pb2.Submit, say: Say) -> None:
-        ids = [*IDS, EOS]
-        for index in range(len(submit.output_token_ids) // 4, len(ids)):
-            await self.steps.get()
-            final = common_pb2.FINISH_REASON_STOP if index == len(IDS) else 0
-            await say(tokens(0, (submit.handle, index, [ids[index]], final)))
-            self.said += 1
 
 
 async def begin(at: Door, body: dict[str, Any] | None = None, **headers: str) -> tuple[Connection, Any]:

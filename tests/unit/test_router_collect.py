@@ -12,8 +12,8 @@ from router import collect
 from router.collect import Collector, encoded, size_of
 from service.columns import pack
 from service.errors import Reason
+from tests.unit.router_calls import IDS, Message, ask, refuse, say_text
 from tests.unit.test_router_fakes import Say, cluster, eventually, tokens
-from tests.unit.test_router_service import IDS, Message, ask, refuse, say_text
 
 TOP, COUNT = 4, 40
 

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from scheduler.core import QueueFull, Scheduler, WorkerSpec
-from tests.unit.test_scheduler_core_steps import SPEC, answer, planned, request, scheduler_with
+from tests.unit.core_steps import SPEC, answer, planned, request, scheduler_with
 
 EIGHT_ROWS: WorkerSpec = replace(SPEC, max_rows=8, max_num_batched_tokens=64, max_model_len=256, num_blocks=1024)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scheduler.core import Reason, Scheduler, StepPlan, StepResult
-from tests.unit.test_scheduler_core_steps import SPEC, answer, request, scheduler_with
+from tests.unit.core_steps import SPEC, answer, request, scheduler_with
 
 NONE = np.empty(0, np.int32)
 

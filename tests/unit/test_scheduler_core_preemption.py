@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scheduler.core import Scheduler, StepPlan, StepResult
-from tests.unit.test_scheduler_core_steps import SPEC, answer, planned, request, scheduler_with, step
+from tests.unit.core_steps import SPEC, answer, planned, request, scheduler_with, step
 
 TWO_ROWS = replace(SPEC, max_rows=2)
 

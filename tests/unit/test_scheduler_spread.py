@@ -11,7 +11,7 @@ import pytest
 
 from scheduler.hub import Hub, HubSettings
 from scheduler.spread import Spreader, choose_move
-from tests.unit.test_scheduler_hub import DIGEST, Cluster, hello, submit
+from tests.unit.hub_cluster import DIGEST, Cluster, hello, submit
 
 A, B = b"a" * 32, b"b" * 32
 
