@@ -74,6 +74,7 @@ __device__ __forceinline__ void choose_kept(const Slice<HELD>& slice, int vocab,
   u32 other = threadIdx.x % CLUSTER;
   most = from_ordered(__reduce_max_sync(~0u, of_block(s.most, other))), least = from_ordered(__reduce_min_sync(~0u, of_block(s.least, other)));
   raw = __reduce_or_sync(~0u, of_block(s.raw, other));
+  if (most == INF) raw |= 1;  // penalties have made it of finite logits: no mass is a number then
   if (raw & 1 || most == -INF) {
     if (first_block && threadIdx.x == 0) decide(NOTHING, raw, chosen, status), *raw_state = 0;
     if (CLUSTER > 1) meet_cluster();

@@ -12,10 +12,11 @@ from octavo.v1 import common_pb2, inference_pb2
 from router.assets import ModelAssets
 from router.output import FinishRules
 from router.stop import StopStrings
-from router.validate import Violations, fail
+from router.validate import LEAST_PENALTY, MOST_PENALTY, Violations, fail
 from service.columns import pack
 from service.errors import FieldViolation, OctavoError, Reason
 
+_GREEDY_BELOW = 9.9999e-7  # temperature; 1e-6 as a float is a little less
 MAX_PROMPT_LOGPROBS = 131_072  # of all positions together: about 4 MiB of the one message that holds them
 _MASK64 = (1 << 64) - 1
 
@@ -134,12 +135,14 @@ def sequence_seed(seed: int, index: int) -> int:
 
 
 def _sampling(params: inference_pb2.SamplingParams, defaults: Any) -> common_pb2.SamplingSpec:
+    temperature = _choose(params, "temperature", defaults, 1.0, 0.0, 1e6)
     spec = common_pb2.SamplingSpec(
-        temperature=_choose(params, "temperature", defaults, 1.0, 0.0, 1e6),
+        # Below, a logit over it may be beyond float32, and which token is the best would be lost.
+        temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
         top_p=_choose(params, "top_p", defaults, 1.0, 1e-6, 1.0),
         top_k=int(_choose(params, "top_k", defaults, 0, 0, 2**31 - 1)),
         min_p=_choose(params, "min_p", defaults, 0.0, 0.0, 1.0),
-        repetition_penalty=_choose(params, "repetition_penalty", defaults, 1.0, 1e-6, 1e6),
+        repetition_penalty=_choose(params, "repetition_penalty", defaults, 1.0, LEAST_PENALTY, MOST_PENALTY),
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         logit_bias=params.logit_bias,

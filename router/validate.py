@@ -30,6 +30,7 @@ MAX_STRUCT_BYTES = 1 << 20  # tools, template arguments and arguments of tool ca
 MAX_DETOKENIZE_IDS = 1 << 20
 MAX_KEY_CHARACTERS = 256
 MAX_PRIORITY = 100
+LEAST_PENALTY, MOST_PENALTY = 9.9999e-7, 1e6  # of repetition; 1e-6 as a float is a little less
 MAX_GRACE_MS = 300_000
 # Variables of a chat template that are set from elsewhere, and where that is.
 SET_ELSEWHERE: Mapping[str, str] = {
@@ -100,9 +101,9 @@ def check_sampling(params: inference_pb2.SamplingParams, wrong: Violations) -> N
     _range(wrong, params, "min_p", 0.0, 1.0, "must be in [0, 1]")
     penalty = params.repetition_penalty
     wrong.require(
-        0.0 < penalty < math.inf or not params.HasField("repetition_penalty"),
+        LEAST_PENALTY <= penalty <= MOST_PENALTY or not params.HasField("repetition_penalty"),
         "sampling.repetition_penalty",
-        "must be a number above 0",
+        "must be in [1e-6, 1e6]",
     )
     _range(wrong, params, "presence_penalty", -2.0, 2.0, "must be in [-2, 2]")
     _range(wrong, params, "frequency_penalty", -2.0, 2.0, "must be in [-2, 2]")

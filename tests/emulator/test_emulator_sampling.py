@@ -21,6 +21,7 @@ from tests.gpu.test_gpu_sampling import (
     check_logprobs,
     check_masses,
     check_nan_and_infinity,
+    check_overflow,
     check_penalties,
     check_places,
     check_prepare,
@@ -51,6 +52,11 @@ def test_sampling_equals_the_reference(builder: Builder, vocab: int, clusters: b
 @pytest.mark.parametrize("clusters", [False, True])
 def test_nan_and_infinity_fail_their_row_alone(builder: Builder, clusters: bool) -> None:
     check_nan_and_infinity(rows_for(builder, 5000, 12, clusters), "cpu")
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_logits_that_penalties_make_infinite_fail_their_row(builder: Builder, clusters: bool) -> None:
+    check_overflow(rows_for(builder, 1000, 2, clusters), "cpu")
 
 
 def test_penalties_count_what_is_sampled(builder: Builder) -> None:

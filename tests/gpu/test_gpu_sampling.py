@@ -181,6 +181,21 @@ def test_nan_and_infinity_fail_their_row_alone() -> None:
     check_nan_and_infinity(make_rows(5000, 12), "cuda")
 
 
+def check_overflow(made: Sampling, device: str) -> None:
+    """Penalties, such as no request may have, make finite logits infinite: who truncates fails, whatever the number of blocks."""
+    params = [SamplingParams(top_p=0.9, repetition_penalty=1e-38), SamplingParams(top_k=5, repetition_penalty=1e-38)]
+    _, rows, sampler = made
+    known, block = np.arange(10, dtype=np.int32), np.array([0], np.int32)
+    rows.apply(new_step([NewRow(row, known, 10, 10, block, 1, params[row]) for row in range(2)]))
+    sampler.logits[:, :1000] = torch.rand(1000, generator=torch.Generator().manual_seed(1)).add(4).to(device)
+    sampler.sample(ints([0, 1], device), 2, True, True)
+    assert sampler.result[1, :2].tolist() == [int(RowStatus.NAN)] * 2
+
+
+def test_logits_that_penalties_make_infinite_fail_their_row() -> None:
+    check_overflow(make_rows(1000, 2), "cuda")
+
+
 def check_penalties(made: Sampling, device: str) -> None:
     """For 2 rows and a vocabulary of 100."""
     params = SamplingParams(temperature=0, frequency_penalty=10.0)

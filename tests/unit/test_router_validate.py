@@ -44,6 +44,8 @@ def refused(request: inference_pb2.GenerateRequest) -> list[str]:
         ({"min_p": math.nan}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-7}, "repetition_penalty"),
+        ({"repetition_penalty": 1e7}, "repetition_penalty"),
         ({"presence_penalty": 2.1}, "presence_penalty"),
         ({"frequency_penalty": math.nan}, "frequency_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -121,6 +123,14 @@ def test_defaults_of_the_contracts() -> None:
     assert (spec.temperature, spec.top_p, spec.top_k, spec.min_p, spec.repetition_penalty) == (1.0, 1.0, 0, 0.0, 1.0)
     assert spec.max_tokens == 90 and not spec.HasField("logprobs")
     assert unpack("x", spec.stop_token_ids, np.int32).tolist() == [1]
+
+
+def test_the_least_temperature_and_the_bounds_of_the_repetition_penalty() -> None:
+    spec = resolved(PARAMS(temperature=1e-6, repetition_penalty=1e-6))
+    assert spec.temperature == np.float32(1e-6) and spec.repetition_penalty == np.float32(1e-6)
+    assert resolved(PARAMS(repetition_penalty=1e6)).repetition_penalty == 1e6
+    assert resolved(PARAMS(temperature=9e-7)).temperature == 0
+    assert resolved(PARAMS(temperature=1e-45)).temperature == 0
 
 
 def test_defaults_of_the_model_and_values_of_the_request() -> None:
