@@ -29,6 +29,7 @@ from service.errors import FieldViolation, OctavoError, Reason
 log = logging.getLogger("octavo.router.grammar")
 
 _KEPT = 1_024
+_NICE = 5  # of the helper: streams that flow, or are resumed here in hundreds, go before grammars that come
 _MAX_WAITING = 64  # for one tenant alone; for all together twice as many
 _ANSWER_BYTES = 1 << 16
 _TOO_MUCH = "it can't be compiled: it takes too much time or memory, or is nested too deeply"
@@ -232,6 +233,9 @@ class GrammarChecker:
             stderr=asyncio.subprocess.DEVNULL,
             env=environment,
         )
+        with contextlib.suppress(ProcessLookupError):  # it may have ended: the first answer that does not come says so
+            nice = os.getpriority(os.PRIO_PROCESS, self._helper.pid)
+            os.setpriority(os.PRIO_PROCESS, self._helper.pid, min(19, nice + _NICE))
         log.info("compiling grammars in process %d", self._helper.pid)
         return self._helper
 

@@ -344,6 +344,17 @@ def test_the_helper_ends_with_its_router_and_knows_none_of_its_secrets() -> None
         time.sleep(0.02)
 
 
+def test_the_helper_gives_way_to_its_router() -> None:
+    async def main() -> None:
+        async with checker() as grammars:
+            assert await reason_of(grammars.check(regex("a"), MODEL, ASSETS, "t")) is None
+            assert grammars._helper is not None
+            nice = os.getpriority(os.PRIO_PROCESS, 0)
+            assert os.getpriority(os.PRIO_PROCESS, grammars._helper.pid) == min(19, nice + 5)
+
+    asyncio.run(main())
+
+
 def in_child(work: Any) -> tuple[int, float]:
     """Runs `work` in a forked child; its wait status, and the processor time that it used in seconds."""
     child = os.fork()
