@@ -14,7 +14,8 @@ struct Shared {
   u64 list[CLUSTER > 1 ? LISTED : 1];  // entry_of, where `held` is for the slice or the lists of all: own_list
   u64 best[WARPS], last[WARPS];        // entry_of the best of each warp: of its slice, of all
   u32 most, least, raw;                // of the slice; ordered, but for raw
-  u32 floor, thread_floor;             // the least that a warp (a block alone: a pair of lanes) and that a thread has as its most; ordered
+  u32 floor;                           // the least that a warp (a block alone: a pair of lanes) has as its most; ordered
+  u32 thread_floor;                    // that a thread of a cluster has; ordered
   u32 num_listed, low_key, high_key;
   u64 sum, above, target;              // of list_above
 };

@@ -59,15 +59,17 @@ __device__ __forceinline__ void choose_kept(const Slice<HELD>& slice, int vocab,
   else
     for_each_four(slice, look);
   u32 highest = __reduce_max_sync(~0u, ordered(most)), lowest = __reduce_min_sync(~0u, ordered(least));
-  u32 thread_floor = __reduce_min_sync(~0u, ordered(most)), floor = highest;
-  if (CLUSTER == 1) {
+  u32 floor = highest, thread_floor = 0;
+  if (CLUSTER > 1) {
+    thread_floor = __reduce_min_sync(~0u, ordered(most));
+  } else {
     u32 pair = max(ordered(most), __shfl_xor_sync(~0u, ordered(most), 1));
     floor = __reduce_min_sync(~0u, pair > ordered(-INF) ? pair : ~0u);  // of those that have a token
   }
   raw = __reduce_or_sync(~0u, raw);
   if (threadIdx.x % 32 == 0) {
-    atomicMax(&s.most, highest), atomicMin(&s.least, lowest);
-    atomicMin(&s.floor, floor), atomicMin(&s.thread_floor, thread_floor);
+    atomicMax(&s.most, highest), atomicMin(&s.least, lowest), atomicMin(&s.floor, floor);
+    if (CLUSTER > 1) atomicMin(&s.thread_floor, thread_floor);
     if (!changed) atomicOr(&s.raw, raw);
   }
   meet_cluster();
@@ -99,7 +101,7 @@ __device__ __forceinline__ void choose_kept(const Slice<HELD>& slice, int vocab,
       if (threadIdx.x == 0) s.target = target;
       least = edge;
     }
-  } else if (top_k) {
+  } else if (CLUSTER > 1 && top_k) {
     // Each warp, each thread has a token at or above the floor, so where they are k or more the threshold is not below.
     u32 floor = f.top_k <= CLUSTER * WARPS ? __reduce_min_sync(~0u, of_block(s.floor, other))
                 : f.top_k <= CLUSTER * WIDE ? __reduce_min_sync(~0u, of_block(s.thread_floor, other)) : 0;
