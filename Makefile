@@ -18,8 +18,6 @@ export PYTHONDONTWRITEBYTECODE := 1
 # CUDA's Python packages ask an older driver for functions it lacks, which is no error.
 OUR_KERNELS := embedding rms_norm silu_mul qkv_epilogue attention matvec apply_plan prepare_tokens plan_decode count_tokens \
     process_logits choose commit logprobs
-# racecheck does not follow an mbarrier at which one lane arrives for its warp, as in decode attention; tests/emulator looks for its races.
-RACED := $(filter-out attention,$(OUR_KERNELS)) prefill prefix_attention
 SANITIZE := --report-api-errors no --error-exitcode 1
 KERNEL_TESTS := tests/gpu/test_gpu_sampling.py tests/gpu/test_gpu_layers.py tests/gpu/test_gpu_attention.py \
     tests/gpu/test_gpu_shared_prefix.py
@@ -60,9 +58,9 @@ test: dev ## all tests that need no GPU (PYTEST_ARGS=)
 test-gpu: dev ## the tests that need a CUDA device; on a machine without one they say so
 	@$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
-test-gpu-sanitize: dev ## the tests of single kernels under compute-sanitizer: memory accesses, then races (but decode attention's)
+test-gpu-sanitize: dev ## the tests of single kernels under compute-sanitizer: memory accesses, then races
 	compute-sanitizer --tool memcheck $(SANITIZE) $(addprefix --kernel-name kns=,$(OUR_KERNELS)) $(BIN)/python -m pytest -m gpu $(KERNEL_TESTS)
-	compute-sanitizer --tool racecheck $(SANITIZE) $(addprefix --kernel-name kns=,$(RACED)) $(BIN)/python -m pytest -m gpu $(KERNEL_TESTS)
+	compute-sanitizer --tool racecheck $(SANITIZE) $(addprefix --kernel-name kns=,$(OUR_KERNELS) prefill) $(BIN)/python -m pytest -m gpu $(KERNEL_TESTS)
 
 test-clients: dev ## OpenAI's and other clients, each in its own environment, against a cluster (installs them: needs a network once)
 	@$(BIN)/python -m tests.clients.environments

@@ -241,14 +241,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, const int* block_table, int max_blocks,
                  const int4* items, const int* num_items, float scale, float* partials, int* arrived, elem* __restrict__ out) {
   constexpr int STRIDE = HEADS * PARTIAL / 2;  // float2 from one item's partials to the next's
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int warp = threadIdx.x / 32;
   int kv_head = blockIdx.y / M_TILES, tile = blockIdx.y % M_TILES;
   int heads = min(GROUP - tile * 16, 16), first_head = kv_head * GROUP + tile * 16;
   const uint4* keys = cache + (size_t)kv_head * BLOCK_SIZE * CHUNKS;
   const uint4* values = keys + values_offset;
   uint4* ring = shared + warp * RING_VECTORS;
-  // A phase an item: all warps have stored its slots' results, all have read them. One lane arrives for its warp, behind __syncwarp: its
-  // release holds what the other lanes did before. (compute-sanitizer's racecheck does not see that.)
+  // A phase an item: all threads have stored its slots' results, all have read them. Every lane arrives: one for its warp, behind
+  // __syncwarp, would do and is no faster, but compute-sanitizer's racecheck does not follow it.
   __shared__ u64 stored, merged;
   bool next_may_start = false;
   int count = __ldcg(num_items);
@@ -256,7 +256,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
     if (blockIdx.x == 0) wait_for_previous();  // some block must: this kernel's end implies the end of all before it
     return;
   }
-  if (threadIdx.x == 0) barrier_init(&stored, WARPS), barrier_init(&merged, WARPS);
+  if (threadIdx.x == 0) barrier_init(&stored, WARPS * 32), barrier_init(&merged, WARPS * 32);
   Walk fed;
   fed.start(items, count, block_table, max_blocks);
   Item item = fed.now, next = fed.next;
@@ -323,8 +323,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
                                 reinterpret_cast<float2*>(partials) + (first_head + head) * (PARTIAL / 2),
                                 arrived + before.row * HEADS + first_head + head,
                                 out + ((size_t)before.token * HEADS + first_head + head) * HEAD_DIM);
-          __syncwarp();
-          if (lane == 0) barrier_arrive(&merged);
+          barrier_arrive(&merged);
         }
       } while (++i < end);
       // Nothing is loaded in vain: a block does not end before its loads, which stand behind the next kernels' weights.
@@ -333,8 +332,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
       barrier_wait(&merged, parity);  // at the first item that of the phase before the first
       store_slot(run, slot);
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&stored);
+    barrier_arrive(&stored);
     before = item, item = next, to_merge = true;
     at += stride, stride = other_stride(stride), parity ^= 1;
     if (at + stride < count) next = load_item(items, at + stride, block_table, max_blocks);
