@@ -20,7 +20,8 @@ import torch
 from bench.gpu_attention_kernels import attention, behind_prefix
 from bench.gpu_kernel_times import Bench, make_ops, random
 from kernels.ops import KernelOps
-from kernels.shapes import PARTS_ROWS, KernelShape
+from kernels.product_rows import PARTS_ROWS
+from kernels.shapes import KernelShape
 from worker.backends.cuda_rows import DeviceRows
 from worker.backends.cuda_sampler import CudaSampler
 from worker.step import NewRow, SamplingParams, Step

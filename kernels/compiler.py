@@ -97,8 +97,9 @@ class Compiler:
 
 def sources_digest() -> str:
     """SHA-256 (hex) over every kernel source of this folder and the tables that choose between them: what decides a backend's bits."""
+    tables = (SOURCE_DIR / "shapes.py", SOURCE_DIR / "product_rows.py")
     digest = hashlib.sha256(nvrtc_version().encode())
-    for path in sorted([*SOURCE_DIR.glob("*.cu"), *SOURCE_DIR.glob("*.cuh"), SOURCE_DIR / "shapes.py"]):
+    for path in sorted([*SOURCE_DIR.glob("*.cu"), *SOURCE_DIR.glob("*.cuh"), *tables]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -10,14 +10,12 @@ from cuda.core import Stream
 
 from kernels.launcher import Argument, Float, Int, KernelLibrary, TensorMap
 from kernels.operands import NormInput, Parts, Placing, at
+from kernels.product_rows import MATVEC_ROWS, PARTS_ROWS, cublas_rows
 from kernels.shapes import (
     FUSED_ROWS,
-    GEMM_ROWS,
     GEMM_THREADS,
     GEMM_TILES,
-    MATVEC_ROWS,
     NORM_KERNELS,
-    PARTS_ROWS,
     KernelShape,
     gemm_splits,
     gemm_tile,
@@ -50,10 +48,10 @@ class ProductOps:
                     for kernel in ("matvec", "matvec_float", "matvec_silu"):
                         library.allow_shared(name, kernel, matvec_shared_bytes(k, rows, matvec_depth))
         self._maps: dict[tuple[int, ...], TensorMap] = {}  # by what a descriptor holds: address, sizes and tile
-        for tile in GEMM_TILES:
-            if tile.name in library:
-                for kernel in ("gemm_parts", "gemm_float", "gemm_silu"):
-                    library.allow_shared(tile.name, kernel, tile.shared_bytes)
+        self._gemm_tiles = [tile for tile in GEMM_TILES if tile.name in library]
+        for tile in self._gemm_tiles:
+            for kernel in ("gemm_parts", "gemm_float", "gemm_silu"):
+                library.allow_shared(tile.name, kernel, tile.shared_bytes)
         for rows in (8, 16):
             if f"fused-{rows}" in library:
                 shared = matvec_shared_bytes(shape.hidden_size, rows, matvec_depth)
@@ -169,11 +167,18 @@ class ProductOps:
 
     def fits_gemm(self, tokens: int) -> bool:
         """Whether gemm_silu takes `tokens` rows."""
-        return MATVEC_ROWS < tokens <= GEMM_ROWS and GEMM_TILES[0].name in self._library
+        return bool(self._gemm_tiles) and MATVEC_ROWS < tokens <= self._gemm_tiles[-1].rows
 
     def fits_parts(self, tokens: int) -> bool:
         """Whether gemm_parts and gemm_float take `tokens` rows."""
         return self.fits_gemm(tokens) and tokens <= PARTS_ROWS
+
+    def cublas_rows(self, weight: Tensor, tokens: int, most: int) -> int:
+        """How many rows, at most `most`, cuBLAS is best asked for in a product of `tokens` rows."""
+        n, k = weight.shape
+        # The table is of the devices and models that gemm_wgmma.cu was measured with.
+        rows = cublas_rows(n, k, tokens) if self._gemm_tiles else tokens
+        return rows if rows <= most else tokens
 
     def gemm_parts(self, weight: Tensor, x: Tensor, scratch: Tensor, tokens: int) -> Parts:
         """x weight^T for at most 64 tokens, in parts in `scratch` float32 (any shape, large enough)."""

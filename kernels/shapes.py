@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MATVEC_ROWS = 16
-"""Products with at most so many rows take the matrix-vector kernel, larger ones cuBLAS."""
+from kernels.product_rows import GEMM_SHAPES
 
 FUSED_ROWS = 4
 """Products with at most so many rows normalise their input themselves (matvec_fused.cu)."""
@@ -88,12 +87,6 @@ class KernelSpec:
     kernels: tuple[str, ...]
 
 
-GEMM_ROWS = 128
-"""Products with more rows than MATVEC_ROWS and at most so many may take gemm_wgmma.cu (`gemm_fits`)."""
-
-PARTS_ROWS = 64
-"""Of those, at most so many rows take it for QKV, O and DOWN too, whose sums are then left in parts."""
-
 GEMM_KERNELS = ("gemm_parts", "gemm_float", "gemm_silu", "sum_parts")
 GEMM_THREADS = 320
 _GEMM_BLOCKS = 132  # of a Hopper chip; a constant, since the order of K follows from it
@@ -121,19 +114,15 @@ class GemmTile:
 GEMM_TILES = (GemmTile(64, 9, 8), GemmTile(128, 6, 7))
 """208 KiB each: what is left is enough for the blocks of the small kernels between."""
 
-GEMM_SHAPES = frozenset({(2048, 3072, 2048, 8192), (4096, 6144, 4096, 14336)})
-"""(hidden, qkv, q, intermediate) for which gemm_wgmma.cu was measured ahead of cuBLAS on sm_90a: Llama-3.2-1B and Llama-3.1-8B. Any
-other shape stays with cuBLAS until it is measured."""
 
-
-def gemm_fits(shape: KernelShape, architecture: str) -> bool:
-    """The table of gemm_wgmma.cu."""
+def gemm_rows(shape: KernelShape, architecture: str) -> int:
+    """GATE_UP of more than MATVEC_ROWS and at most so many rows takes gemm_wgmma.cu; 0: it takes none of this model's products."""
     sizes = (shape.hidden_size, shape.qkv_size, shape.q_size, shape.intermediate_size)
-    return architecture == WGMMA_ARCHITECTURE and sizes in GEMM_SHAPES
+    return GEMM_SHAPES.get(sizes, 0) if architecture == WGMMA_ARCHITECTURE else 0
 
 
 def gemm_tile(rows: int) -> GemmTile:
-    """The build that takes `rows` rows, at most GEMM_ROWS."""
+    """The build that takes `rows` rows, at most as many as the largest."""
     return next(tile for tile in GEMM_TILES if rows <= tile.rows)
 
 
@@ -331,8 +320,8 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
         specs["prefill_wgmma"] = KernelSpec("prefill_wgmma.cu", heads, ("prefill_wgmma",))
         specs["prefix_attention"] = KernelSpec("prefix_attention.cu", heads, ("prefix_attention",))
         specs["decode_attention-prefix"] = decode_spec(shape, False, blocks, heads, after_prefix=True)
-    if gemm_fits(shape, architecture):
-        specs |= {tile.name: gemm_spec(tile, common) for tile in GEMM_TILES}
+    if most := gemm_rows(shape, architecture):
+        specs |= {tile.name: gemm_spec(tile, common) for tile in GEMM_TILES[: GEMM_TILES.index(gemm_tile(most)) + 1]}
     for k in sorted({shape.hidden_size, shape.q_size, shape.intermediate_size}):
         if matvec_warps(k):
             for max_rows in (8, 16):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from kernels.operands import NormInput, Placing
 from kernels.ops import KernelOps
-from kernels.shapes import PARTS_ROWS, KernelShape
+from kernels.product_rows import PARTS_ROWS
+from kernels.shapes import KernelShape
 from tests.gpu.gpu_harness import error, ints, make_ops, make_shape, makers, poisoned, random
 
 pytestmark = pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""What the host refuses of products before it launches any kernel."""
+"""What the host decides and refuses of products before it launches any kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import torch
 
 from kernels.launcher import KernelLibrary
 from kernels.product_ops import ProductOps
-from kernels.shapes import PARTS_ROWS, KernelShape
+from kernels.product_rows import _CUBLAS_ROWS, PARTS_ROWS, cublas_rows
+from kernels.shapes import KernelShape
+from worker.backends.cuda_columns import MixedShapes
+from worker.backends.cuda_graphs import buckets
 
 
 @pytest.mark.parametrize("product", ["gemm_parts", "gemm_float"])
@@ -28,3 +31,25 @@ def test_products_in_parts_take_no_more_rows_than_their_scratch_holds(
     with pytest.raises(AssertionError):
         getattr(ops, product)(weight, x, out, PARTS_ROWS + 1)
     library.launch.assert_called_once()
+
+
+def test_cublas_is_asked_for_more_rows_where_that_was_measured_faster() -> None:
+    padded = set(buckets(512)) | {shape.tokens for shape in MixedShapes(256, 8192, 4, 128)}
+    assert _CUBLAS_ROWS
+    for (n, k), table in _CUBLAS_ROWS.items():
+        for rows, more in table.items():
+            assert rows in padded, "no step has so many"
+            assert PARTS_ROWS < rows < more == cublas_rows(n, k, rows)
+            assert more not in table, "and more still would be faster"
+    assert cublas_rows(6144, 4096, 225) == 225
+    assert cublas_rows(17, 4096, 224) == 224
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_cublas_is_never_asked_for_rows_that_the_tensors_do_not_have(measured: bool) -> None:
+    library = MagicMock(KernelLibrary)
+    library.__contains__.side_effect = lambda name: measured and name == "gemm-64"
+    ops = ProductOps(library, MagicMock(KernelShape), MagicMock(), 132, 4)
+    weight = torch.empty(6144, 4096, device="meta")
+    assert ops.cublas_rows(weight, 224, 8192) == (256 if measured else 224)
+    assert ops.cublas_rows(weight, 224, 255) == 224

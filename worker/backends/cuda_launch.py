@@ -15,7 +15,7 @@ import torch
 
 from kernels.operands import SharedPrefixes
 from kernels.ops import KernelOps
-from kernels.shapes import PARTS_ROWS
+from kernels.product_rows import PARTS_ROWS
 from worker.backends.cuda_columns import (
     MixedShape,
     MixedShapes,

@@ -1,7 +1,7 @@
 """The decoder of the Llama family as a sequence of kernels and cuBLAS products.
 
-A layer, with the matrix products in capitals (at most 16 tokens: our matrix-vector kernel; at most 64, GATE_UP at most
-128, where gemm_wgmma.cu's table says so: our tensor-core kernel; else cuBLAS):
+A layer, with the matrix products in capitals (at most 16 tokens: our matrix-vector kernel; at most 64, GATE_UP in some models at
+most 128, where kernels/product_rows.py says so: our tensor-core kernel; else cuBLAS):
 
     norm · QKV · epilogue (bias, QK norm, rotation, cache append) · attention · O · residual + norm · GATE_UP, silu * up · DOWN
 
@@ -18,7 +18,8 @@ import torch
 
 from kernels.operands import DecodeItems, DecodeScratch, NormInput, Parts, Placing, SharedPrefixes, StepTensors
 from kernels.ops import KernelOps
-from kernels.shapes import FUSED_ROWS, PARTS_ROWS, WGMMA_ARCHITECTURE, KernelShape, gemm_fits, gemm_splits
+from kernels.product_rows import PARTS_ROWS
+from kernels.shapes import FUSED_ROWS, WGMMA_ARCHITECTURE, KernelShape, gemm_rows, gemm_splits
 from worker.checkpoint.config import ModelConfig
 from worker.checkpoint.weights import LayerWeights, Weights
 from worker.model.rope import rotary_table
@@ -94,7 +95,7 @@ def allocate_workspace(
 
 
 def _parts_size(shape: KernelShape) -> int:
-    if not gemm_fits(shape, WGMMA_ARCHITECTURE):
+    if not gemm_rows(shape, WGMMA_ARCHITECTURE):
         return 0
     hidden = shape.hidden_size
     products = [(shape.qkv_size, hidden), (hidden, shape.q_size), (hidden, shape.intermediate_size)]
@@ -222,8 +223,9 @@ class CudaDecoder:
         elif ops.fits_parts(count) and weights.lm_head.shape[0] % 128 == 0:
             ops.gemm_float(weights.lm_head, space.normed, out, count)
         else:
-            target = out[:count, : self.config.vocab_size]
-            torch.mm(space.normed[:count], weights.lm_head.t(), out_dtype=torch.float32, out=target)
+            rows = ops.cublas_rows(weights.lm_head, count, min(len(space.normed), len(out)))
+            target = out[:rows, : self.config.vocab_size]
+            torch.mm(space.normed[:rows], weights.lm_head.t(), out_dtype=torch.float32, out=target)
 
     def _qkv(self, number: int, layer: LayerWeights, previous_bias: Tensor | None, tokens: int) -> None:
         ops, space, epsilon = self._ops, self.workspace, self.config.rms_norm_eps
@@ -285,7 +287,7 @@ class CudaDecoder:
         elif ops.fits_gemm(tokens):
             ops.gemm_silu(layer.gate_up, layer.gate_up_bias, space.normed, space.activated, tokens)
         else:
-            torch.mm(space.normed[:tokens], layer.gate_up.t(), out=space.gate_up[:tokens])
+            self._cublas(layer.gate_up, space.normed, space.gate_up, tokens)
             ops.silu_mul(space.gate_up, layer.gate_up_bias, space.activated, tokens)
         self._product(layer.down, space.activated, space.projected, tokens)
 
@@ -299,7 +301,12 @@ class CudaDecoder:
         if self._ops.fits_matvec(weight.shape[1], tokens):
             self._ops.matvec(weight, x, out, tokens)
         else:
-            torch.mm(x[:tokens], weight.t(), out=out[:tokens])
+            self._cublas(weight, x, out, tokens)
+
+    def _cublas(self, weight: Tensor, x: Tensor, out: Tensor, tokens: int) -> None:
+        """out[:tokens] = x weight^T. Rows of `out` behind those may be written, too: of what an older step left in x."""
+        rows = self._ops.cublas_rows(weight, tokens, len(x))
+        torch.mm(x[:rows], weight.t(), out=out[:rows])
 
 
 def prefill_tiles(num_scheduled: np.ndarray, context_lens: np.ndarray, group: int, tile_rows: int) -> np.ndarray:

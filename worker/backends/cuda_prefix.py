@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kernels.operands import SharedPrefixes
-from kernels.shapes import PARTS_ROWS
+from kernels.product_rows import PARTS_ROWS
 from worker.backends.cuda_columns import same
 from worker.backends.cuda_rows import DeviceRows, upload
 from worker.backends.shared_prefix import MIN_ROWS, most_works, prefix_work, shared_prefixes
