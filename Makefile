@@ -19,8 +19,8 @@ export PYTHONDONTWRITEBYTECODE := 1
 OUR_KERNELS := embedding rms_norm silu_mul qkv_epilogue attention matvec apply_plan prepare_tokens plan_decode count_tokens \
     process_logits choose commit logprobs
 SANITIZE := --report-api-errors no --error-exitcode 1
-KERNEL_TESTS := tests/gpu/test_gpu_sampling.py tests/gpu/test_gpu_layers.py tests/gpu/test_gpu_attention.py \
-    tests/gpu/test_gpu_shared_prefix.py
+KERNEL_TESTS := tests/gpu/test_gpu_sampling.py tests/gpu/test_gpu_truncation.py tests/gpu/test_gpu_layers.py \
+    tests/gpu/test_gpu_attention.py tests/gpu/test_gpu_shared_prefix.py
 
 .DEFAULT_GOAL := help
 .PHONY: help up down logs ps worker env dev client test test-gpu test-gpu-sanitize test-clients soak lint protos protos-check bench clean

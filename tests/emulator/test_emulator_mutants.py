@@ -11,22 +11,12 @@ pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not
 from tests.emulator.compile import Builder, Mutation
 from tests.emulator.library import EmulatedOps, EmulatorError
 from tests.gpu.gpu_harness import PagedRows, make_shape
+from tests.gpu.sampling_rows import PARAMS, Sampling, make_rows
 from tests.gpu.test_gpu_attention import check_decode, check_prefill
 from tests.gpu.test_gpu_layers import check_embedding_norms_and_silu, check_matvec, check_qkv_epilogue
-from tests.gpu.test_gpu_sampling import (
-    PARAMS,
-    Sampling,
-    check_edges,
-    check_masses,
-    check_nan_and_infinity,
-    check_penalties,
-    check_places,
-    check_prepare,
-    check_sampling,
-    check_truncation,
-    make_rows,
-)
+from tests.gpu.test_gpu_sampling import check_nan_and_infinity, check_penalties, check_prepare, check_sampling
 from tests.gpu.test_gpu_shared_prefix import Decode, SharedRows, check_shared
+from tests.gpu.test_gpu_truncation import check_edges, check_masses, check_places, check_truncation
 
 Make = Callable[..., EmulatedOps]  # of a shape
 

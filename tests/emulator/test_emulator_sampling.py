@@ -14,22 +14,16 @@ from kernels.shapes import truncated_shared_bytes
 from tests.emulator.compile import Builder
 from tests.emulator.library import EmulatedOps
 from tests.gpu.gpu_harness import make_shape, makers
+from tests.gpu.sampling_rows import PARAMS, Sampling, make_rows
 from tests.gpu.test_gpu_sampling import (
-    PARAMS,
-    Sampling,
-    check_edges,
     check_logprobs,
-    check_masses,
     check_nan_and_infinity,
     check_overflow,
     check_penalties,
-    check_places,
     check_prepare,
     check_sampling,
-    check_truncation,
-    hard_logits,
-    make_rows,
 )
+from tests.gpu.test_gpu_truncation import check_edges, check_masses, check_places, check_truncation, hard_logits
 
 SAMPLING = ("row_state", "process_logits", "sample")
 

@@ -13,7 +13,7 @@ import torch
 from bench.gpu_models import write_model
 from service.grammar import Grammar
 from tests.gpu.gpu_harness import ints
-from tests.gpu.test_gpu_sampling import PARAMS, make_rows, new_step
+from tests.gpu.sampling_rows import PARAMS, make_rows, new_step
 from worker.backends.cuda_backend import CudaBackend
 from worker.backends.cuda_settings import CudaSettings
 from worker.backends.mock import EOS_TOKEN_ID
