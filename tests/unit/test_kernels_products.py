@@ -16,6 +16,7 @@ from kernels.product_rows import _CUBLAS_ROWS, PARTS_ROWS, cublas_rows
 from kernels.shapes import KernelShape
 from worker.backends.cuda_columns import MixedShapes
 from worker.backends.cuda_graphs import buckets
+from worker.backends.cuda_model import CudaDecoder
 
 
 @pytest.mark.parametrize("product", ["gemm_parts", "gemm_float"])
@@ -53,3 +54,17 @@ def test_cublas_is_never_asked_for_rows_that_the_tensors_do_not_have(measured: b
     weight = torch.empty(6144, 4096, device="meta")
     assert ops.cublas_rows(weight, 224, 8192) == (256 if measured else 224)
     assert ops.cublas_rows(weight, 224, 255) == 224
+
+
+def test_more_rows_than_there_are_change_nothing_for_those() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(5, 16, generator=generator), torch.randn(8, 16, generator=generator)
+    x[4:] = torch.nan  # what an older step left
+    out = torch.full((8, 5), 7.0)
+    decoder = MagicMock(CudaDecoder)
+    decoder._ops = MagicMock(**{"cublas_rows.return_value": 6})
+    CudaDecoder._cublas(decoder, weight, x, out, 4)
+    decoder._ops.cublas_rows.assert_called_once_with(weight, 4, 8)
+    assert torch.allclose(out[:4], x[:4] @ weight.t())
+    assert out[4:6].isnan().all()
+    assert bool((out[6:] == 7).all())
