@@ -256,6 +256,14 @@ def decode_depth(few: bool) -> int:
     return 4 if few else 2
 
 
+def decode_merge_ahead(shape: KernelShape, few: bool) -> int:
+    """Splits of a row, a multiple of 4, that are fetched in one trip to memory where they are merged: what registers are there for, of
+    which those of a few rows leave a block of the QKV product its own."""
+    if not few:
+        return 4
+    return 16 if shape.num_heads // shape.num_kv_heads <= 8 else 8
+
+
 def decode_shared_bytes(shape: KernelShape, few: bool) -> int:
     """Dynamic shared memory of a decode-attention block: the rings of its warps and its slots' results."""
     rings = decode_warps(shape.head_dim, few) * decode_depth(few) * shape.head_dim // 8 * 512
@@ -273,6 +281,7 @@ def decode_spec(
         "WARPS": decode_warps(shape.head_dim, few),
         "DEPTH": decode_depth(few),
         "BLOCKS": blocks,
+        "MERGE_AHEAD": decode_merge_ahead(shape, few),
     }
     after: Definitions = {"AFTER_PREFIX": 1} if after_prefix else {}
     return KernelSpec("decode_attention.cu", {**heads, **sizes, **after}, ("decode_attention",))

@@ -47,6 +47,18 @@ def test_decode_on_few_and_many_multiprocessors(builder: Builder, multiprocessor
     check_decode(ops, shape, paged, 0, [[6, 3], [0, 9, 2, 5, 6, 7, 8, 11]])
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (32, 1, 64), (8, 2, 128), (32, 1, 128)])
+def test_decode_of_more_splits_than_are_fetched_at_once(
+    builder: Builder, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Of few rows more at once than of many: in the same order."""
+    shape = make_shape(heads, kv_heads, head_dim, split=128)
+    paged = PagedRows(
+        [128 * 16, 128 * 16 + 1, 128 * 20 + 5, 128 * 33 - 1, 900, 513, 1, 128, 129], kv_heads, head_dim, device="cpu"
+    )
+    check_decode(EmulatedOps(builder, shape, DECODE), shape, paged, 0, [[3], [2, 0, 1], [4, 5, 6, 7, 8]])
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(2, 2, 64), (8, 2, 64), (16, 1, 64), (32, 1, 64), (8, 2, 128)]
 )

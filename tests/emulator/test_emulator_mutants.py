@@ -41,6 +41,11 @@ def decode(make: Make) -> None:
         check_decode(make(shape, multiprocessors=2), shape, paged, 0, [])
 
 
+def decode_of_many_splits(make: Make) -> None:
+    shape = make_shape(8, 2, 64, split=128)
+    check_decode(make(shape), shape, PagedRows([128 * 18, 128 * 5, 77], 2, 64, device="cpu"), 0, [])
+
+
 def decode_behind_prefix(make: Make) -> None:
     shape, prefixes, members = make_shape(4, 2, 64), [640], [(0, 1 + i) for i in range(32)] + [(0, 300)]
     check_shared(Decode(make(shape), shape, SharedRows(prefixes, members, 2, 64, "cpu")), prefixes, members)
@@ -140,6 +145,23 @@ MUTANTS = {
     "the last one to arrive is another": (
         decode,
         Mutation(MERGE, "< splits - 1) return", "< splits) return"),
+    ),
+    "a later trip fetches the same parts": (
+        decode_of_many_splits,
+        Mutation(MERGE, ", parts += MERGE_AHEAD * stride)", ")"),
+    ),
+    "four parts are not fetched": (
+        decode_of_many_splits,
+        Mutation(
+            MERGE,
+            "first + four >= count) continue;\n#pragma unroll\n        for (int i = four; i < four + 4; i++) {\n          const",
+            "first + four + 4 >= count) continue;\n#pragma unroll\n        for (int i = four; i < four + 4; i++) {\n          const",
+        ),
+    ),
+    "the last part is added again": (decode, Mutation(MERGE, "if (first + i < count) *this = with;", "*this = with;")),
+    "a lane fetches another part's sum": (
+        decode_of_many_splits,
+        Mutation(MERGE, "min(lane % MERGE_AHEAD,", "min(lane % 8,"),
     ),
     "results are overwritten while they are read": (decode, Mutation(DECODE, "barrier_wait(&merged, parity);", "")),
     "slots are merged before they are there": (decode, Mutation(DECODE, "barrier_wait(&stored, parity);", "")),

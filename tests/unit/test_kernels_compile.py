@@ -106,6 +106,30 @@ def test_decode_attention_fits_into_the_shared_memory_of_every_architecture(head
     assert "decode_attention-few" not in kernel_specs(shape, 4, "sm_89")
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 8, 32])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+def test_decode_attention_keeps_everything_in_registers(architecture: str, group: int, head_dim: int) -> None:
+    shape = KernelShape(2048, 8192, 2 * group, 2, head_dim, 16, qk_norm=False, float16=False)
+    compiler, specs = Compiler(architecture, CubinCache(default_directory())), kernel_specs(shape, 8, architecture)
+    for name in ("decode_attention", "decode_attention-few"):
+        module = compiler.compile(specs[name].source, specs[name].definitions)
+        (resources,) = module.resources.values()
+        assert (resources.spill_stores, resources.spill_loads, resources.stack) == (0, 0, 0), module.log
+
+
+@pytest.mark.parametrize("shape", [LLAMA_1B, LLAMA_8B])
+def test_decode_attention_of_few_rows_starts_beside_the_product_before_it(shape: KernelShape) -> None:
+    compiler, specs = Compiler("sm_90a", CubinCache(default_directory())), kernel_specs(shape, 8, "sm_90a")
+
+    def registers(module: str, kernel: str) -> int:
+        resources = compiler.compile(specs[module].source, specs[module].definitions).resources[kernel]
+        return -(-resources.registers // 8) * 8 * 32 * int(specs[module].definitions["WARPS"])
+
+    few = registers("decode_attention-few", "decode_attention")
+    assert all(few + registers("fused-8", kernel) <= 64 << 10 for kernel in ("matvec_norm_qkv", "matvec_qkv"))
+
+
 @pytest.mark.parametrize(
     ("architecture", "room", "blocks"), [("sm_90a", 228, 3), ("sm_100", 228, 3), ("sm_120", 100, 1)]
 )
