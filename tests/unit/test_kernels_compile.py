@@ -18,8 +18,10 @@ from kernels.shapes import (
     KernelSpec,
     ShapeError,
     decode_shared_bytes,
+    decode_split,
     kernel_specs,
     matvec_warps,
+    most_decode_items,
     most_held,
     truncated_shared_bytes,
     truncated_spec,
@@ -178,7 +180,24 @@ def test_float16_compiles_too() -> None:
         assert compiler.compile(spec.source, spec.definitions).cubin
 
 
+@pytest.mark.parametrize(("split", "few_split"), [(1024, 512), (512, 1024), (256, 128)])
+def test_work_lists_hold_what_any_step_needs(split: int, few_split: int) -> None:
+    shape = replace(LLAMA_1B, split=split, few_split=few_split)
+    assert [decode_split(shape, tokens) for tokens in (1, 16, 17, 512)] == [few_split, few_split, split, split]
+    assert f"'LARGEST_SPLIT': {max(split, few_split)}" in str(kernel_specs(shape, 8, "sm_90a")["row_state"].definitions)
+    for context in (1, 511, 512, 513, 8192, 9000):
+        for rows in (1, 16, 17, 40):
+            for begin in {0, max(0, context - 300)}:
+                sizes = [decode_split(shape, tokens) for tokens in range(1, 41) if tokens >= rows]
+                needed = max(rows * ((context - 1) // size - begin // size + 1) for size in sizes)
+                assert needed <= most_decode_items(shape, rows, context)
+                assert needed <= most_decode_items(shape, 40, context)
+
+
 def test_shapes_that_the_kernels_do_not_cover_are_named() -> None:
+    for name in ("split", "few_split"):
+        with pytest.raises(ShapeError, match=f"^{name}: must be a multiple of 128, not 192"):
+            replace(LLAMA_1B, **{name: 192})
     with pytest.raises(ShapeError, match="head_dim"):
         KernelShape(2048, 8192, 32, 8, 80, 16, qk_norm=False, float16=False)
     with pytest.raises(ShapeError, match="block_size"):
