@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bench.gpu_kernel_times import Bench, ints, make_ops, random
 from kernels.operands import DecodeItems, DecodeScratch, SharedPrefixes, StepTensors
-from kernels.shapes import KernelShape
+from kernels.shapes import KernelShape, most_decode_items
 from worker.backends.cuda_model import prefill_tiles
 from worker.backends.shared_prefix import MOST_PARTS, prefix_work, shared_prefixes
 
@@ -28,12 +28,12 @@ def attention(bench: Bench, shape: KernelShape, name: str) -> None:
         caches = [random(2, rows * blocks, shape.num_kv_heads, 16, shape.head_dim) for _ in range(copies)]
         table = torch.randperm(rows * blocks, device="cuda").to(torch.int32).view(rows, blocks)
         step = StepTensors(ints(range(rows)), ints([1] * rows), ints(range(rows)), ints(contexts), table)
-        most = rows * (max(contexts) // shape.split + 2)
+        most = most_decode_items(shape, rows, max(contexts))
         work = DecodeItems(ints([[0] * 8] * most), ints([0]), 0)
         partials = torch.empty((most, shape.num_heads * (shape.head_dim + 2)), dtype=torch.float32, device="cuda")
         scratch = DecodeScratch(partials, ints([0] * rows * shape.num_heads))
         qkv, out = random(rows, shape.qkv_size), random(rows, shape.q_size)
-        ops.plan_decode(step, rows, work)
+        ops.plan_decode(step, rows, work, tokens=rows)
         bodies = [partial(ops.decode_attention, qkv, cache, step, work, scratch, out, rows) for cache in caches] * (
             8 // copies
         )
@@ -74,7 +74,7 @@ def behind_prefix(bench: Bench, shape: KernelShape, name: str, rows: int, prefix
     table = torch.cat((order[:shared].expand(rows, shared), order[shared:].view(rows, each)), dim=1).contiguous()
     places = np.arange(rows, dtype=np.int32)
     groups = shared_prefixes(table.numpy(), places, np.full(rows, prefix + own - 1), 16)
-    most = rows * ((prefix + own) // shape.split + 2)
+    most = most_decode_items(shape, rows, prefix + own)
     group = shape.num_heads // shape.num_kv_heads
     tile_rows = ops.prefill_tile_rows
     work = prefix_work(groups, places, places, np.arange(rows), group, shape.num_kv_heads, tile_rows, most)
@@ -86,8 +86,8 @@ def behind_prefix(bench: Bench, shape: KernelShape, name: str, rows: int, prefix
     partials = torch.empty((most + rows * MOST_PARTS, columns), dtype=torch.float32, device="cuda")
     scratch = DecodeScratch(partials, ints([0] * rows * shape.num_heads))
     work_lists = [DecodeItems(ints([[0] * 8] * most), ints([0]), 0) for _ in range(2)]
-    ops.plan_decode(step, rows, work_lists[0])
-    ops.plan_decode(step, rows, work_lists[1], lists)
+    ops.plan_decode(step, rows, work_lists[0], tokens=rows)
+    ops.plan_decode(step, rows, work_lists[1], tokens=rows, shared=lists)
     qkv, out = random(rows, shape.qkv_size), random(rows, shape.q_size)
 
     def alone(cache: torch.Tensor) -> None:

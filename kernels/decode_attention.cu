@@ -3,8 +3,8 @@
 //
 // qkv    [tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM], queries rotated
 // cache  one layer, as in qkv_epilogue.cu; block_table int32 [max_rows, max_blocks]
-// items  work list of plan_decode (row_state.cu), 8 int32 each: SPLIT tokens of a row at an absolute position; num_items[0] of them, the
-//        longest first
+// items  work list of plan_decode (row_state.cu), 8 int32 each: a split of a row, or what its window or prefix leaves of one; num_items[0]
+//        of them, the longest first
 // -DAFTER_PREFIX: some rows' items begin behind a shared prefix, whose results lie in `partials` (prefix_attention.cu). A build of its
 //        own, so that the other one's code does not change
 //
@@ -33,14 +33,17 @@
 //      nothing new was asked for. Block ids come an iteration early for the same reason. In p.v the values are the rows of the product and
 //      eight heads its columns: half the products and half the sums, so that a third block fits for HEAD_DIM 128
 //  12. items longest first, dealt out forth and back: of rows of 100 to 1,500 tokens in the order of the rows some blocks had half as many
-//      tokens again as others, and what is left when most have ended does not fill the memory's queue (this one)
+//      tokens again as others, and what is left when most have ended does not fill the memory's queue
+//  13. where a step has at most 16 tokens, items of 512, so that a row has twice the blocks; and for few rows, which leave registers for
+//      it, sixteen splits come in one trip to memory where they are merged, until then the end of long rows (this one)
 //
-// The split size is fixed and splits lie at absolute positions, so a row's result does not depend on its neighbours.
+// Splits lie at absolute positions, and their size follows from the number of the step's tokens (kernels/shapes.py), as does the order of
+// the products' sums: up to 16 tokens, and beyond, a row's result does not depend on its neighbours.
 #include "barrier.cuh"
 #include "decode_merge.cuh"
 
 // A block's tokens go to SLOTS, every SLOTS-th 16 tokens to one. Its WARPS take the slots one after the other, a slot's sums stay apart: a
-// result's bits follow from SLOTS and SPLIT alone. BLOCKS are resident at once; iterations of 16 tokens in flight in each warp: DEPTH.
+// result's bits follow from SLOTS and the split alone. BLOCKS are resident at once; iterations of 16 tokens in flight in each warp: DEPTH.
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int M_TILES = (GROUP + 15) / 16;             // blocks of 16 query heads
 constexpr int HALVES = GROUP <= 8 ? 1 : 2;             // of the tile: rows 8..15 may be empty
@@ -53,7 +56,7 @@ constexpr int COPIES_UNROLLED = WARPS < SLOTS ? 2 : PIECES;
 #endif
 constexpr int TILE_HEADS = GROUP < 16 ? GROUP : 16;    // of its rows, those that hold a query head
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim must be 64 or 128");
-static_assert(BLOCK_SIZE % 16 == 0 && SPLIT % STEP == 0 && SLOTS % WARPS == 0, "a warp's 16 tokens must lie in one block");
+static_assert(BLOCK_SIZE % 16 == 0 && SLOTS % WARPS == 0, "a warp's 16 tokens must lie in one block");
 
 constexpr int STAGE_VECTORS = 2 * PIECES * 32;        // keys, then values of 16 tokens
 constexpr int RING_VECTORS = DEPTH * STAGE_VECTORS;   // of a warp
@@ -293,7 +296,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
       Running run = {};
 #pragma unroll
       for (int half = 0; half < HALVES; half++) run.maximum[half] = -INF;
-      int i = live ? item.first_iteration(slot) : 0, end = live ? item.iterations(slot) : 0;
+      int i = live ? item.first_iteration(slot) : 0, end = live ? item.end_iteration(slot) : 0;
 #pragma unroll 1
       do {
         if (i < end) {

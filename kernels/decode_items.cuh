@@ -6,7 +6,7 @@ constexpr int STEP = 16 * SLOTS;  // tokens of a block in one iteration
 
 // Words 0 to 6 of an item, as plan_decode writes them; word 5 names the permanent row.
 struct Item {
-  int row, begin, end, token;  // row of the step, tokens [begin, end) of the split, the query's token
+  int row, begin, end, token;  // row of the step, tokens [begin, end) of its split, the query's token
   int first_partial, which;    // of the row's partials; which of its splits * 65536 + how many there are
   const int* blocks;
 #ifdef AFTER_PREFIX
@@ -15,10 +15,11 @@ struct Item {
   static constexpr int prefix = 0;
 #endif
 
-  // Slots lie at absolute positions; what lies outside [begin, end) is left out.
-  __device__ int token_of(int slot, int iteration) const { return begin / SPLIT * SPLIT + iteration * STEP + slot * 16; }
-  __device__ int first_iteration(int slot) const { return (begin % SPLIT / 16 + SLOTS - 1 - slot) / SLOTS; }
-  __device__ int iterations(int slot) const { return ((end - 1) % SPLIT / 16 + SLOTS - slot) / SLOTS; }
+  // Slots lie at absolute positions, iterations of all of them STEP tokens apart, wherever splits begin; what lies outside [begin, end)
+  // is left out.
+  __device__ int token_of(int slot, int iteration) const { return begin / STEP * STEP + iteration * STEP + slot * 16; }
+  __device__ int first_iteration(int slot) const { return (begin % STEP / 16 + SLOTS - 1 - slot) / SLOTS; }
+  __device__ int end_iteration(int slot) const { return ((end - 1 - begin / STEP * STEP) / 16 + SLOTS - slot) / SLOTS; }
   __device__ int split() const { return which >> 16; }
   __device__ int splits() const { return which & 0xffff; }
 };
@@ -62,7 +63,7 @@ struct Walk {
     skip();
   }
   __device__ __forceinline__ void skip() {  // slots and items that have nothing for this warp
-    while (more() && iteration >= now.iterations(slot)) {
+    while (more() && iteration >= now.end_iteration(slot)) {
       if (slot + WARPS < SLOTS) enter_slot(slot + WARPS);
       else next_item();
     }

@@ -26,22 +26,34 @@ struct Result {
     maximum = next;
   }
 
-  // `count` results of one head in device memory, `stride` apart, in their order: four a trip.
+  // `count` results of one head in device memory, `stride` apart, in their order: MERGE_AHEAD a trip, asked for in fours as far as there
+  // are any. Each lane fetches one's maximum and sum, which costs fewer registers.
   __device__ __forceinline__ void add_parts(const float2* parts, int count, size_t stride) {
     int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int first = 0; first < count; first += 4, parts += 4 * stride) {
-      float2 part[4][PAIRS], stats[4];
+    for (int first = 0; first < count; first += MERGE_AHEAD, parts += MERGE_AHEAD * stride) {
+      float2 part[MERGE_AHEAD][PAIRS];
+      float2 mine = __ldcg(parts + min(lane % MERGE_AHEAD, count - 1 - first) * stride + HEAD_DIM / 2);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float2* from = parts + min(i, count - 1 - first) * stride;
+      for (int four = 0; four < MERGE_AHEAD; four += 4) {
+        if (four > 0 && first + four >= count) continue;
 #pragma unroll
-        for (int k = 0; k < PAIRS; k++) part[i][k] = __ldcg(from + k * 32 + lane);
-        stats[i] = __ldcg(from + HEAD_DIM / 2);
+        for (int i = four; i < four + 4; i++) {
+          const float2* from = parts + min(i, count - 1 - first) * stride;
+#pragma unroll
+          for (int k = 0; k < PAIRS; k++) part[i][k] = __ldcg(from + k * 32 + lane);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (first + i < count) add(stats[i], part[i]);
+      for (int four = 0; four < MERGE_AHEAD; four += 4) {
+        if (four > 0 && first + four >= count) continue;
+#pragma unroll
+        for (int i = four; i < four + 4; i++) {
+          Result with = *this;  // and no branch, so that all weights are on their way at once
+          with.add(make_float2(__shfl_sync(~0u, mine.x, i), __shfl_sync(~0u, mine.y, i)), part[i]);
+          if (first + i < count) *this = with;
+        }
+      }
     }
   }
 

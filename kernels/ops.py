@@ -22,6 +22,7 @@ from kernels.shapes import (
     KernelShape,
     decode_blocks,
     decode_shared_bytes,
+    decode_split,
     decode_warps,
     is_roomy,
     most_held,
@@ -146,12 +147,18 @@ class KernelOps(ProductOps):
 
     # Attention
 
-    def plan_decode(self, step: StepTensors, rows: int, out: DecodeItems, shared: SharedPrefixes | None = None) -> None:
-        """Fill the work list of the step's single-token rows, of those in `shared` behind their prefixes only (no window then)."""
+    def plan_decode(
+        self, step: StepTensors, rows: int, out: DecodeItems, *, tokens: int, shared: SharedPrefixes | None = None
+    ) -> None:
+        """Fill the work list of the step's single-token rows, of those in `shared` behind their prefixes only (no window then).
+
+        `tokens`: of the whole step, of a graph those that it was captured for; the items' size follows from it.
+        """
         self._launch(
             "row_state", "plan_decode", (1,), 1024,
             at(step.rows), at(step.num_scheduled), at(step.q_start), at(step.context_lens),
-            at(None if shared is None else shared.prefixes), Int(rows), Int(out.window), at(out.items), at(out.num_items),
+            at(None if shared is None else shared.prefixes), Int(rows), Int(out.window),
+            Int(decode_split(self._shape, tokens)), at(out.items), at(out.num_items),
         )  # fmt: skip
 
     @property

@@ -37,8 +37,8 @@ _CUBLAS_ROWS: dict[tuple[int, int], dict[int, int]] = {
 
 
 PADDED = 512
-"""Steps of at most so many tokens are graphs, which the worker pads. Longer ones are asked for as multiples of 16 rows: 777 rows take the
-8B's products 12 % longer than 784."""
+"""Steps of at most so many tokens are graphs, which the worker pads. Longer ones are asked for as multiples of 16 rows: 777 rows take
+the 8B's products 12 % longer than 784."""
 
 
 def cublas_rows(n: int, k: int, rows: int) -> int:

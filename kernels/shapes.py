@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernels.product_rows import GEMM_SHAPES
+from kernels.product_rows import GEMM_SHAPES, MATVEC_ROWS
 
 FUSED_ROWS = 4
 """Products with at most so many rows normalise their input themselves (matvec_fused.cu)."""
@@ -40,7 +40,7 @@ class ShapeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KernelShape:
-    """What the kernels are specialised for. Sizes in elements; `split` in tokens."""
+    """What the kernels are specialised for. Sizes in elements; splits in tokens."""
 
     hidden_size: int
     intermediate_size: int
@@ -53,6 +53,8 @@ class KernelShape:
     split: int = 1024
     """Tokens of a decode-attention item, a multiple of 128: what one block streams well, so that most rows need no merging across
     blocks."""
+    few_split: int = 512
+    """The same in steps of at most MATVEC_ROWS tokens, where blocks are idle otherwise. Of 256 a row of 8,192 is slower."""
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 128):
@@ -61,6 +63,9 @@ class KernelShape:
             raise ShapeError(f"block_size: must be a multiple of 16 on the cuda backend, not {self.block_size}")
         if self.hidden_size % 8 or self.intermediate_size % 8:
             raise ShapeError("hidden_size and intermediate_size: must be multiples of 8 on the cuda backend")
+        for name, split in (("split", self.split), ("few_split", self.few_split)):
+            if split <= 0 or split % 128:
+                raise ShapeError(f"{name}: must be a multiple of 128, not {split}")
 
     @property
     def q_size(self) -> int:
@@ -221,6 +226,22 @@ def truncated_spec(architecture: str, clustered: bool) -> KernelSpec:
     return KernelSpec("truncated_sample.cu", {"WIDE": threads, "LISTED": listed, **blocks}, kernels)
 
 
+def decode_split(shape: KernelShape, tokens: int) -> int:
+    """Tokens of a decode-attention item in a step of so many tokens. A row's bits follow from it, so it hangs on nothing else: as
+    the order of the products' sums, it is one up to MATVEC_ROWS tokens and another one beyond."""
+    return shape.few_split if tokens <= MATVEC_ROWS else shape.split
+
+
+def largest_split(shape: KernelShape) -> int:
+    """The largest that decode_split gives, for which plan_decode has its table."""
+    return max(shape.split, shape.few_split)
+
+
+def most_decode_items(shape: KernelShape, rows: int, context: int) -> int:
+    """Items of at most `rows` rows of at most `context` tokens each, in a step of however many tokens."""
+    return max(min(rows, MATVEC_ROWS) * (context // shape.few_split + 2), rows * (context // shape.split + 2))
+
+
 def decode_slots(head_dim: int) -> int:
     """Parts of a decode-attention item whose sums stay apart until the end."""
     return 8 if head_dim == 64 else 4
@@ -245,6 +266,14 @@ def decode_depth(few: bool) -> int:
     return 4 if few else 2
 
 
+def decode_merge_ahead(shape: KernelShape, few: bool) -> int:
+    """Splits of a row, a multiple of 4, that are fetched in one trip to memory where they are merged: what registers are there for, of
+    which those of a few rows leave a block of the QKV product its own."""
+    if not few:
+        return 4
+    return 16 if shape.num_heads // shape.num_kv_heads <= 8 else 8
+
+
 def decode_shared_bytes(shape: KernelShape, few: bool) -> int:
     """Dynamic shared memory of a decode-attention block: the rings of its warps and its slots' results."""
     rings = decode_warps(shape.head_dim, few) * decode_depth(few) * shape.head_dim // 8 * 512
@@ -257,11 +286,11 @@ def decode_spec(
 ) -> KernelSpec:
     """Decode attention, for a step of few rows or of many, or after prefix attention; `blocks` as decode_blocks says."""
     sizes: Definitions = {
-        "SPLIT": shape.split,
         "SLOTS": decode_slots(shape.head_dim),
         "WARPS": decode_warps(shape.head_dim, few),
         "DEPTH": decode_depth(few),
         "BLOCKS": blocks,
+        "MERGE_AHEAD": decode_merge_ahead(shape, few),
     }
     after: Definitions = {"AFTER_PREFIX": 1} if after_prefix else {}
     return KernelSpec("decode_attention.cu", {**heads, **sizes, **after}, ("decode_attention",))
@@ -306,7 +335,9 @@ def kernel_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> di
         "qkv_epilogue": KernelSpec("qkv_epilogue.cu", {**heads, **qk_norm}, ("qkv_epilogue", "qkv_epilogue_parts")),
         "decode_attention": decode_spec(shape, False, blocks, heads),
         "prefill_attention": KernelSpec("prefill_attention.cu", heads, ("prefill_attention",)),
-        "row_state": KernelSpec("row_state.cu", {"BLOCK_SIZE": shape.block_size, "SPLIT": shape.split}, rows),
+        "row_state": KernelSpec(
+            "row_state.cu", {"BLOCK_SIZE": shape.block_size, "LARGEST_SPLIT": largest_split(shape)}, rows
+        ),
         "process_logits": KernelSpec("process_logits.cu", {"PARTS": SAMPLE_PARTS}, ("process_logits",)),
         "sample": KernelSpec("sample.cu", {"PARTS": SAMPLE_PARTS}, ("choose", "commit")),
         "truncated_sample": truncated_spec(architecture, clustered=False),

@@ -9,7 +9,17 @@ pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not
 from tests.emulator.compile import Builder
 from tests.emulator.library import EmulatedOps
 from tests.gpu.gpu_harness import PagedRows, make_shape
-from tests.gpu.test_gpu_attention import check_decode, check_prefill, check_prefill_behind_a_window
+from tests.gpu.test_gpu_attention import (
+    BORDER_STEPS,
+    MANY_SPLITS,
+    PLANS,
+    SPLITS,
+    borders,
+    check_decode,
+    check_plan_decode,
+    check_prefill,
+    check_prefill_behind_a_window,
+)
 from tests.gpu.test_gpu_shared_prefix import Decode, SharedRows, check_shared
 
 GROUPS = [
@@ -45,6 +55,38 @@ def test_decode_on_few_and_many_multiprocessors(builder: Builder, multiprocessor
     ops = EmulatedOps(builder, shape, DECODE, multiprocessors=multiprocessors)
     paged = PagedRows([300, 1, 17, 513, 40, 256, 800, 31, 128, 600, 3, 77], 2, 64, device="cpu")
     check_decode(ops, shape, paged, 0, [[6, 3], [0, 9, 2, 5, 6, 7, 8, 11]])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (4, 1, 128)])
+@pytest.mark.parametrize("window", [0, 100, 600])
+@pytest.mark.parametrize("splits", SPLITS)
+def test_decode_at_the_borders_of_splits(
+    builder: Builder, heads: int, kv_heads: int, head_dim: int, window: int, splits: tuple[int, int]
+) -> None:
+    few, many = splits
+    shape = make_shape(heads, kv_heads, head_dim, split=many, few_split=few)
+    paged = PagedRows(borders(few, many), kv_heads, head_dim, window=window, device="cpu")
+    check_decode(EmulatedOps(builder, shape, DECODE, seed=window), shape, paged, window, BORDER_STEPS)
+
+
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize(("count", "tokens"), PLANS)
+@pytest.mark.parametrize("splits", SPLITS)
+def test_plan_decode_lists_the_items_of_single_tokens(
+    builder: Builder, count: int, tokens: int, window: int, splits: tuple[int, int]
+) -> None:
+    shape = make_shape(few_split=splits[0], split=splits[1])
+    check_plan_decode(EmulatedOps(builder, shape), shape, count, tokens, window, "cpu")
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (32, 1, 64), (8, 2, 128), (32, 1, 128)])
+def test_decode_of_more_splits_than_are_fetched_at_once(
+    builder: Builder, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Of few rows more at once than of many: in the same order."""
+    shape = make_shape(heads, kv_heads, head_dim)
+    paged = PagedRows(MANY_SPLITS, kv_heads, head_dim, device="cpu")
+    check_decode(EmulatedOps(builder, shape, DECODE), shape, paged, 0, [[3], [2, 0, 1], [4, 5, 6, 7, 8]])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.emulator.compile import Builder, Mutation
 from tests.emulator.library import EmulatedOps, EmulatorError
 from tests.gpu.gpu_harness import PagedRows, make_shape
 from tests.gpu.sampling_rows import PARAMS, Sampling, make_rows
-from tests.gpu.test_gpu_attention import check_decode, check_prefill
+from tests.gpu.test_gpu_attention import check_decode, check_plan_decode, check_prefill
 from tests.gpu.test_gpu_layers import check_embedding_norms_and_silu, check_matvec, check_qkv_epilogue
 from tests.gpu.test_gpu_sampling import check_nan_and_infinity, check_penalties, check_prepare, check_sampling
 from tests.gpu.test_gpu_shared_prefix import Decode, SharedRows, check_shared
@@ -29,6 +29,22 @@ def decode(make: Make) -> None:
     ):  # the second: every item is a row's last
         paged = PagedRows(lengths, 2, 64, device="cpu")
         check_decode(make(shape, multiprocessors=2), shape, paged, 0, [])
+
+
+def decode_of_many_splits(make: Make) -> None:
+    shape = make_shape(8, 2, 64)
+    check_decode(make(shape), shape, PagedRows([128 * 18, 128 * 5, 77], 2, 64, device="cpu"), 0, [])
+
+
+def decode_behind_a_window(make: Make) -> None:
+    shape = make_shape(8, 2, 64)
+    check_decode(make(shape), shape, PagedRows([300, 129, 401], 2, 64, window=150, device="cpu"), 150, [])
+
+
+def plan(make: Make) -> None:
+    shape = make_shape()
+    for tokens in (16, 17):
+        check_plan_decode(make(shape), shape, 9, tokens, 0, "cpu")
 
 
 def decode_behind_prefix(make: Make) -> None:
@@ -110,7 +126,7 @@ def wide_rows(make: Make) -> None:
     check_places(make_rows(40_003, 2, make(make_shape(), clusters=True), "cpu"), 40_003, [4999, 40_002], "cpu")
 
 
-DECODE, MERGE = "decode_attention.cu", "decode_merge.cuh"
+DECODE, ITEMS, MERGE = "decode_attention.cu", "decode_items.cuh", "decode_merge.cuh"
 PREFILL, MATVEC = "prefill_attention.cu", "matvec.cuh"
 ROWS, TRUNCATED, THRESHOLD, HISTOGRAM = "row_state.cu", "truncated_sample.cu", "threshold.cuh", "histogram.cuh"
 MUTANTS = {
@@ -130,6 +146,47 @@ MUTANTS = {
     "the last one to arrive is another": (
         decode,
         Mutation(MERGE, "< splits - 1) return", "< splits) return"),
+    ),
+    "items lie in units of another size": (
+        decode,
+        Mutation(ITEMS, "return begin / STEP * STEP +", "return begin / (2 * STEP) * (2 * STEP) +"),
+    ),
+    "an item begins a step too late": (
+        decode_behind_a_window,
+        Mutation(ITEMS, "(begin % STEP / 16 + SLOTS - 1 - slot)", "(begin % STEP / 16 + SLOTS - slot)"),
+    ),
+    "an item begins where its split does": (
+        decode_behind_a_window,
+        Mutation(ROWS, "return max(begin, (", "return max(0, ("),
+    ),
+    "an item ends a step too early": (
+        decode,
+        Mutation(ITEMS, "/ 16 + SLOTS - slot) / SLOTS", "/ 16 - slot) / SLOTS"),
+    ),
+    "the table of sizes is too short": (
+        plan,
+        Mutation(ROWS, "SIZES = LARGEST_SPLIT / 16;", "SIZES = LARGEST_SPLIT / 32;"),
+    ),
+    "the splits before the first item count": (
+        plan,
+        Mutation(ROWS, "(row.context - 1) / split - row.skipped + 1", "(row.context - 1) / split + 1"),
+    ),
+    "a later trip fetches the same parts": (
+        decode_of_many_splits,
+        Mutation(MERGE, ", parts += MERGE_AHEAD * stride)", ")"),
+    ),
+    "four parts are not fetched": (
+        decode_of_many_splits,
+        Mutation(
+            MERGE,
+            "first + four >= count) continue;\n#pragma unroll\n        for (int i = four; i < four + 4; i++) {\n          const",
+            "first + four + 4 >= count) continue;\n#pragma unroll\n        for (int i = four; i < four + 4; i++) {\n          const",
+        ),
+    ),
+    "the last part is added again": (decode, Mutation(MERGE, "if (first + i < count) *this = with;", "*this = with;")),
+    "a lane fetches another part's sum": (
+        decode_of_many_splits,
+        Mutation(MERGE, "min(lane % MERGE_AHEAD,", "min(lane % 8,"),
     ),
     "results are overwritten while they are read": (decode, Mutation(DECODE, "barrier_wait(&merged, parity);", "")),
     "slots are merged before they are there": (decode, Mutation(DECODE, "barrier_wait(&stored, parity);", "")),

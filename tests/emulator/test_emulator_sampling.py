@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 
 pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
 
-from kernels.operands import DecodeItems, SharedPrefixes, StepTensors
 from kernels.shapes import truncated_shared_bytes
 from tests.emulator.compile import Builder
 from tests.emulator.library import EmulatedOps
@@ -97,39 +94,6 @@ def test_truncation_of_hard_distributions(builder: Builder, kind: str, clusters:
 @pytest.mark.parametrize("clusters", [False, True])
 def test_a_draw_at_the_edge_of_what_is_kept(builder: Builder, clusters: bool) -> None:
     check_edges(lambda vocab, rows: rows_for(builder, vocab, rows, clusters), 6001, (2, 5, 11, 40), "cpu")
-
-
-@pytest.mark.parametrize("window", [0, 300])
-@pytest.mark.parametrize("count", [5, 1500])
-def test_plan_decode_lists_the_items_of_single_tokens(builder: Builder, count: int, window: int) -> None:
-    random = torch.Generator().manual_seed(count)
-    shape = make_shape()
-    _, ints, _ = makers("cpu")
-    contexts = torch.randint(1, 1100, (count,), generator=random).tolist()
-    scheduled = torch.randint(0, 3, (count,), generator=random).tolist()
-    prefixes = [(256 if context > 700 and not window else 0, 32 * i + 2) for i, context in enumerate(contexts)]
-    rows, starts = [3 * i + 1 for i in range(count)], [7 * i for i in range(count)]
-    expected: list[list[int]] = []
-    partials = 0
-    for i, context in enumerate(contexts):
-        if scheduled[i] != 1:
-            continue
-        begin = max(0, context - window) if window else prefixes[i][0]
-        edges = [begin, *range((begin // shape.split + 1) * shape.split, context, shape.split), context]
-        splits = len(edges) - 1
-        for k, (left, right) in enumerate(pairwise(edges)):
-            which = k << 16 | splits
-            expected.append([i, left, right, starts[i], partials, rows[i], which, 0 if window else prefixes[i][1]])
-        partials += splits
-    work = DecodeItems(ints([[-1] * 8] * len(expected)), ints([-1]), window)
-    step = StepTensors(ints(rows), ints(scheduled), ints(starts), ints(contexts), ints([[0]]))
-    shared = None if window else SharedPrefixes(ints(prefixes), ints([]), ints([]), ints([0]))
-    EmulatedOps(builder, shape).plan_decode(step, count, work, shared)
-    assert int(work.num_items) == len(expected)
-    items = work.items.tolist()
-    assert sorted(items) == expected
-    sizes = [-(-(end - begin) // 16) for _, begin, end, *_ in items]
-    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_words_are_copied(builder: Builder) -> None:

@@ -30,8 +30,9 @@ def make_shape(
     wide: int = 1024,
     qk_norm: bool = False,
     split: int = 256,
+    few_split: int = 128,
 ) -> KernelShape:
-    return KernelShape(hidden, wide, heads, kv_heads, head_dim, BLOCK, qk_norm, False, split)
+    return KernelShape(hidden, wide, heads, kv_heads, head_dim, BLOCK, qk_norm, False, split, few_split)
 
 
 def make_ops(shape: KernelShape) -> KernelOps:

@@ -8,7 +8,7 @@ import torch
 
 from kernels.operands import DecodeItems, DecodeScratch, SharedPrefixes, StepTensors
 from kernels.ops import KernelOps
-from kernels.shapes import KernelShape
+from kernels.shapes import KernelShape, most_decode_items
 from tests.gpu.gpu_harness import BLOCK, PagedRows, error, make_ops, make_shape, makers, on
 from worker.backends.shared_prefix import MOST_PARTS, PrefixWork, most_works, prefix_work, shared_prefixes
 
@@ -83,7 +83,7 @@ class Decode:
         self.step = StepTensors(
             paged.rows.clone(), ints([1] * count), self.q_start, ints(paged.lengths), paged.block_table
         )
-        self.most = sum(length // shape.split + 2 for length in paged.lengths)
+        self.most = sum(most_decode_items(shape, 1, length) for length in paged.lengths)
         self.work = DecodeItems(ints([[0] * 8] * self.most), ints([0]), 0)
         slots = self.most + count * MOST_PARTS
         self.scratch = DecodeScratch(
@@ -116,7 +116,7 @@ class Decode:
 
     def enqueue(self, shared: bool) -> None:
         count = len(self.paged.lengths)
-        self.ops.plan_decode(self.step, count, self.work, self.lists if shared else None)
+        self.ops.plan_decode(self.step, count, self.work, tokens=count, shared=self.lists if shared else None)
         # Stands for qkv_epilogue: after plan_decode attention may not follow at once.
         self.out.fill_(float("nan"))
         if shared:

@@ -18,8 +18,10 @@ from kernels.shapes import (
     KernelSpec,
     ShapeError,
     decode_shared_bytes,
+    decode_split,
     kernel_specs,
     matvec_warps,
+    most_decode_items,
     most_held,
     truncated_shared_bytes,
     truncated_spec,
@@ -106,6 +108,30 @@ def test_decode_attention_fits_into_the_shared_memory_of_every_architecture(head
     assert "decode_attention-few" not in kernel_specs(shape, 4, "sm_89")
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 8, 32])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+def test_decode_attention_keeps_everything_in_registers(architecture: str, group: int, head_dim: int) -> None:
+    shape = KernelShape(2048, 8192, 2 * group, 2, head_dim, 16, qk_norm=False, float16=False)
+    compiler, specs = Compiler(architecture, CubinCache(default_directory())), kernel_specs(shape, 8, architecture)
+    for name in ("decode_attention", "decode_attention-few"):
+        module = compiler.compile(specs[name].source, specs[name].definitions)
+        (resources,) = module.resources.values()
+        assert (resources.spill_stores, resources.spill_loads, resources.stack) == (0, 0, 0), module.log
+
+
+@pytest.mark.parametrize("shape", [LLAMA_1B, LLAMA_8B])
+def test_decode_attention_of_few_rows_starts_beside_the_product_before_it(shape: KernelShape) -> None:
+    compiler, specs = Compiler("sm_90a", CubinCache(default_directory())), kernel_specs(shape, 8, "sm_90a")
+
+    def registers(module: str, kernel: str) -> int:
+        resources = compiler.compile(specs[module].source, specs[module].definitions).resources[kernel]
+        return -(-resources.registers // 8) * 8 * 32 * int(specs[module].definitions["WARPS"])
+
+    few = registers("decode_attention-few", "decode_attention")
+    assert all(few + registers("fused-8", kernel) <= 64 << 10 for kernel in ("matvec_norm_qkv", "matvec_qkv"))
+
+
 @pytest.mark.parametrize(
     ("architecture", "room", "blocks"), [("sm_90a", 228, 3), ("sm_100", 228, 3), ("sm_120", 100, 1)]
 )
@@ -154,7 +180,24 @@ def test_float16_compiles_too() -> None:
         assert compiler.compile(spec.source, spec.definitions).cubin
 
 
+@pytest.mark.parametrize(("split", "few_split"), [(1024, 512), (512, 1024), (256, 128)])
+def test_work_lists_hold_what_any_step_needs(split: int, few_split: int) -> None:
+    shape = replace(LLAMA_1B, split=split, few_split=few_split)
+    assert [decode_split(shape, tokens) for tokens in (1, 16, 17, 512)] == [few_split, few_split, split, split]
+    assert f"'LARGEST_SPLIT': {max(split, few_split)}" in str(kernel_specs(shape, 8, "sm_90a")["row_state"].definitions)
+    for context in (1, 511, 512, 513, 8192, 9000):
+        for rows in (1, 16, 17, 40):
+            for begin in {0, max(0, context - 300)}:
+                sizes = [decode_split(shape, tokens) for tokens in range(1, 41) if tokens >= rows]
+                needed = max(rows * ((context - 1) // size - begin // size + 1) for size in sizes)
+                assert needed <= most_decode_items(shape, rows, context)
+                assert needed <= most_decode_items(shape, 40, context)
+
+
 def test_shapes_that_the_kernels_do_not_cover_are_named() -> None:
+    for name in ("split", "few_split"):
+        with pytest.raises(ShapeError, match=f"^{name}: must be a multiple of 128, not 192"):
+            replace(LLAMA_1B, **{name: 192})
     with pytest.raises(ShapeError, match="head_dim"):
         KernelShape(2048, 8192, 32, 8, 80, 16, qk_norm=False, float16=False)
     with pytest.raises(ShapeError, match="block_size"):

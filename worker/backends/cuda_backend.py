@@ -103,9 +103,10 @@ class CudaBackend:
         self._attach_cache(config, num_blocks, dtype)
         windows = set(config.windows)
         window = windows.pop() if len(windows) == 1 else None
+        splits = f"split={shape.few_split}/{shape.split}"
         return BackendInfo(
             name="cuda",
-            numerics=f"cuda {architecture} {dtype} kernels={sources_digest()} split={shape.split} torch={torch.__version__}",
+            numerics=f"cuda {architecture} {dtype} kernels={sources_digest()} {splits} torch={torch.__version__}",
             kv_dtype=str(dtype).removeprefix("torch."),
             vocab_size=config.vocab_size,
             max_model_len=min(longest, num_blocks * settings.block_size),

@@ -19,7 +19,7 @@ import torch
 from kernels.operands import DecodeItems, DecodeScratch, NormInput, Parts, Placing, SharedPrefixes, StepTensors
 from kernels.ops import KernelOps
 from kernels.product_rows import PARTS_ROWS
-from kernels.shapes import FUSED_ROWS, WGMMA_ARCHITECTURE, KernelShape, gemm_rows, gemm_splits
+from kernels.shapes import FUSED_ROWS, WGMMA_ARCHITECTURE, KernelShape, gemm_rows, gemm_splits, most_decode_items
 from worker.checkpoint.config import ModelConfig
 from worker.checkpoint.weights import LayerWeights, Weights
 from worker.model.rope import rotary_table
@@ -66,7 +66,7 @@ def allocate_workspace(
     def elements(columns: int) -> Tensor:
         return torch.zeros((tokens, columns), dtype=dtype, device=device)
 
-    max_items = max_rows * (max_model_len // shape.split + 2)
+    max_items = most_decode_items(shape, max_rows, max_model_len)
     windows = {window or 0 for window in config.windows}
     return Workspace(
         token_ids=ints(tokens),
@@ -147,7 +147,7 @@ class CudaDecoder:
         ops, space, config = self._ops, self.workspace, self.config
         if decodes:
             for window, items in space.items.items():
-                ops.plan_decode(step, rows, items, None if window else shared)
+                ops.plan_decode(step, rows, items, tokens=tokens, shared=None if window else shared)
         if ops.fits_parts(tokens):
             self._forward_in_parts(tokens, step, rows, tiles, decodes)
             return
