@@ -1,4 +1,4 @@
-"""Products of 24 to 2,048 rows by cuBLAS, ours beside them, and where cuBLAS should be asked for more rows than there are.
+"""Products of 24 to 512 rows by cuBLAS, ours beside them, and where cuBLAS should be asked for more rows than there are.
 
     python -m bench.gpu_products llama-1b|llama-8b [--out FILE]
 
@@ -22,14 +22,11 @@ from bench.gpu_engine import driver_version
 from bench.gpu_kernel_times import Body, make_ops, random, seconds_of
 from bench.gpu_kernels import LLAMA_1B, LLAMA_8B, VOCAB
 from kernels.ops import KernelOps
-from kernels.product_rows import PADDED, PARTS_ROWS
 from kernels.shapes import KernelShape
 from worker.backends.cuda_graphs import buckets
 
 SHAPES = {"llama-1b": LLAMA_1B, "llama-8b": LLAMA_8B}
-ROWS = (24, 32, 48, 64, *range(72, 257, 8), *range(272, 2049, 16))
-ODD = (513, 777, 1001, 1503)  # no multiples of 16: why steps that are no graph are asked for as such
-MOST_LOGITS = 512
+ROWS = (24, 32, 48, 64, *range(72, 257, 8), *range(272, 513, 16))
 WORTH = 0.95  # of the time at the number of rows itself: in a step less may turn round (1B, DOWN of 256 rows as 288: 2 % less alone)
 L2_BYTES = 128 << 20
 
@@ -47,7 +44,7 @@ def times(ops: KernelOps, shape: KernelShape) -> dict[str, dict[int, float]]:
     x = {k: random(most, k) for k in {hidden, shape.q_size, shape.intermediate_size}}
     activated = random(most, shape.intermediate_size)
     parts = torch.empty(8 * 64 * max(shape.qkv_size, hidden), dtype=torch.float32, device="cuda")
-    logits = torch.empty((MOST_LOGITS, VOCAB), dtype=torch.float32, device="cuda")
+    logits = torch.empty((most, VOCAB), dtype=torch.float32, device="cuda")
     found: dict[str, dict[int, float]] = {}
 
     def measure(name: str, rows: int, body: Callable[..., object], weights: list[torch.Tensor], *rest: Any) -> None:
@@ -62,9 +59,7 @@ def times(ops: KernelOps, shape: KernelShape) -> dict[str, dict[int, float]]:
         def cublas(weight: torch.Tensor, rows: int, k: int = k, out: Any = out, precision: Any = precision) -> None:
             torch.mm(x[k][:rows], weight.t(), out=out[:rows], **precision)
 
-        for rows in (*ROWS, *ODD):
-            if name == "HEAD" and rows > MOST_LOGITS:
-                continue
+        for rows in ROWS:
             measure(name, rows, cublas, weights, rows)
             if name == "GATE_UP":
                 measure("silu_mul", rows, lambda _, *rest: ops.silu_mul(*rest), weights, out, None, activated, rows)
@@ -73,16 +68,17 @@ def times(ops: KernelOps, shape: KernelShape) -> dict[str, dict[int, float]]:
             elif ops.fits_parts(rows):
                 ours, to = (ops.gemm_float, logits) if name == "HEAD" else (ops.gemm_parts, parts)
                 measure(f"{name}, ours", rows, ours, weights, x[k], to, rows)
-        print(json.dumps({name: found[name]}), flush=True)
+        print(json.dumps({name: found[name] for name in found}), flush=True)
     return found
 
 
 def paddings(of: dict[int, float]) -> dict[int, int]:
-    """For a number of rows that a step is padded to the larger one that cuBLAS takes less time for, where there is one."""
-    asked = [
-        rows for rows in (*buckets(PADDED), *range(PADDED + 16, max(ROWS) + 1, 16)) if rows in of and rows > PARTS_ROWS
-    ]
-    best = {rows: min((more for more in of if more >= rows and more % 8 == 0), key=of.__getitem__) for rows in asked}
+    """For a captured number of rows the larger one that cuBLAS takes less time for, where there is one."""
+    best = {
+        rows: min((more for more in of if more >= rows), key=of.__getitem__)
+        for rows in buckets(max(ROWS))
+        if rows in of and rows > 64
+    }
     return {rows: more for rows, more in best.items() if of[more] < WORTH * of[rows]}
 
 

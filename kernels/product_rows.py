@@ -36,13 +36,6 @@ _CUBLAS_ROWS: dict[tuple[int, int], dict[int, int]] = {
 """By (n, k) of a product: for a number of rows that workers pad steps to, a larger one that cuBLAS takes less time for."""
 
 
-PADDED = 512
-"""Steps of at most so many tokens are graphs, which the worker pads. Longer ones are asked for as multiples of 16 rows: 777 rows take
-the 8B's products 12 % longer than 784."""
-
-
 def cublas_rows(n: int, k: int, rows: int) -> int:
     """How many rows cuBLAS is best asked for, at least `rows`, in a product with a weight of n x k."""
-    if rows > PADDED:
-        rows = -(-rows // 16) * 16
     return _CUBLAS_ROWS.get((n, k), {}).get(rows, rows)
