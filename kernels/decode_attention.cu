@@ -34,8 +34,8 @@
 //      eight heads its columns: half the products and half the sums, so that a third block fits for HEAD_DIM 128
 //  12. items longest first, dealt out forth and back: of rows of 100 to 1,500 tokens in the order of the rows some blocks had half as many
 //      tokens again as others, and what is left when most have ended does not fill the memory's queue
-//  13. where a step has at most 16 tokens, items of 512, so that a row has twice the blocks; and for few rows, which leave registers for
-//      it, sixteen splits come in one trip to memory where they are merged, until then the end of long rows (this one)
+//  13. where a step has at most 16 tokens, items of 512 for rows of up to sixteen of them, so that a row has twice the blocks; and for few
+//      rows, which leave registers for it, sixteen splits come in one trip to memory where they are merged (this one)
 //
 // Splits lie at absolute positions, and their size follows from the number of the step's tokens (kernels/shapes.py), as does the order of
 // the products' sums: up to 16 tokens, and beyond, a row's result does not depend on its neighbours.

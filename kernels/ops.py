@@ -24,6 +24,7 @@ from kernels.shapes import (
     decode_shared_bytes,
     decode_split,
     decode_warps,
+    few_attended,
     is_roomy,
     most_held,
     norm_threads,
@@ -152,13 +153,15 @@ class KernelOps(ProductOps):
     ) -> None:
         """Fill the work list of the step's single-token rows, of those in `shared` behind their prefixes only (no window then).
 
-        `tokens`: of the whole step, of a graph those that it was captured for; the items' size follows from it.
+        `tokens`: of the whole step, of a graph those that it was captured for; with them the items' size follows (decode_split).
         """
+        shape = self._shape
         self._launch(
             "row_state", "plan_decode", (1,), 1024,
             at(step.rows), at(step.num_scheduled), at(step.q_start), at(step.context_lens),
             at(None if shared is None else shared.prefixes), Int(rows), Int(out.window),
-            Int(decode_split(self._shape, tokens)), at(out.items), at(out.num_items),
+            Int(decode_split(shape, tokens, 0)), Int(shape.split), Int(few_attended(shape)),
+            at(out.items), at(out.num_items),
         )  # fmt: skip
 
     @property

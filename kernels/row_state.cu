@@ -77,11 +77,12 @@ __device__ __forceinline__ int scan_warp(int sum) {
 //   (its row's first partial, permanent row, which of the row's splits * 65536 + how many there are, word 1 of its prefix)
 // where a row's partials stand one behind another, in the order of the rows.
 // prefixes: of each row of the step the tokens of its shared prefix, where its items begin, and where prefix_attention leaves its
-// results (decode_attention.cu); both 0 without one. Null: no row has any. split: tokens of an item, LARGEST_SPLIT at most.
+// results (decode_attention.cu); both 0 without one. Null: no row has any. split: tokens of an item, long_split of a row that attends to
+// more than `most`; LARGEST_SPLIT at most.
 extern "C" __global__ void __launch_bounds__(1024)
 plan_decode(const int* __restrict__ rows, const int* __restrict__ num_scheduled, const int* __restrict__ q_start,
             const int* __restrict__ context_lens, const int2* __restrict__ prefixes, int num_rows, int window,
-            int split, int4* __restrict__ items, int* __restrict__ num_items) {
+            int split, int long_split, int most, int4* __restrict__ items, int* __restrict__ num_items) {
   constexpr int SIZES = LARGEST_SPLIT / 16;  // an item's size: tokens / 16, less 1
   __shared__ int warp_sums[32], places[SIZES];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, base = 0;
@@ -90,19 +91,20 @@ plan_decode(const int* __restrict__ rows, const int* __restrict__ num_scheduled,
   wait_for_previous();
   __syncthreads();
   struct Row {
-    int split, begin = 0, skipped = 0, count = 0, context = 0, prefix = 0;  // skipped: splits before the first item's
+    int split = 1, begin = 0, skipped = 0, count = 0, context = 0, prefix = 0;  // skipped: splits before the first item's
     __device__ int first(int i) const { return max(begin, (skipped + i) * split); }
     __device__ int end(int i) const { return min(context, (skipped + i + 1) * split); }
     __device__ int size(int i) const { return (end(i) - first(i) - 1) / 16; }
   };
   auto row_of = [&](int r) {
-    Row row{split};
+    Row row;
     if (r >= num_rows || num_scheduled[r] != 1) return row;
     row.context = context_lens[r];
     row.begin = window > 0 ? max(0, row.context - window) : 0;
     if (prefixes) row.begin = prefixes[r].x, row.prefix = prefixes[r].y;
-    row.skipped = row.begin / split;
-    row.count = (row.context - 1) / split - row.skipped + 1;
+    row.split = row.context - row.begin > most ? long_split : split;
+    row.skipped = row.begin / row.split;
+    row.count = (row.context - 1) / row.split - row.skipped + 1;
     return row;
   };
   for (int first = 0; first < num_rows; first += 1024) {

@@ -26,6 +26,8 @@ WGMMA_ARCHITECTURE = "sm_90a"
 DECODE_FEW_ROWS = 8
 """Decode attention of at most so many rows fetches more of a row before it waits, at one block a multiprocessor."""
 
+_FEW_SPLITS = 16
+
 PREFIX_TILE = 128
 """Tokens of a tile of prefix_attention.cu; shared prefixes and their parts are whole tiles."""
 
@@ -54,7 +56,7 @@ class KernelShape:
     """Tokens of a decode-attention item, a multiple of 128: what one block streams well, so that most rows need no merging across
     blocks."""
     few_split: int = 512
-    """The same in steps of at most MATVEC_ROWS tokens, where blocks are idle otherwise. Of 256 a row of 8,192 is slower."""
+    """The same in steps of at most MATVEC_ROWS tokens, where blocks are idle otherwise, of rows that make at most 16 of them."""
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 128):
@@ -226,10 +228,16 @@ def truncated_spec(architecture: str, clustered: bool) -> KernelSpec:
     return KernelSpec("truncated_sample.cu", {"WIDE": threads, "LISTED": listed, **blocks}, kernels)
 
 
-def decode_split(shape: KernelShape, tokens: int) -> int:
-    """Tokens of a decode-attention item in a step of so many tokens. A row's bits follow from it, so it hangs on nothing else: as
-    the order of the products' sums, it is one up to MATVEC_ROWS tokens and another one beyond."""
-    return shape.few_split if tokens <= MATVEC_ROWS else shape.split
+def decode_split(shape: KernelShape, tokens: int, attended: int) -> int:
+    """Tokens of an item of a row that attends to so many, in a step of so many tokens. A row's bits follow from it, so it hangs on
+    nothing else: as the order of the products' sums, it is one up to MATVEC_ROWS tokens and another one beyond."""
+    few = tokens <= MATVEC_ROWS and attended <= few_attended(shape)
+    return shape.few_split if few else shape.split
+
+
+def few_attended(shape: KernelShape) -> int:
+    """Tokens beyond which a row's items are of `split` in any step: to add up more of `few_split` takes longer than it saves."""
+    return _FEW_SPLITS * shape.few_split
 
 
 def largest_split(shape: KernelShape) -> int:
@@ -239,7 +247,8 @@ def largest_split(shape: KernelShape) -> int:
 
 def most_decode_items(shape: KernelShape, rows: int, context: int) -> int:
     """Items of at most `rows` rows of at most `context` tokens each, in a step of however many tokens."""
-    return max(min(rows, MATVEC_ROWS) * (context // shape.few_split + 2), rows * (context // shape.split + 2))
+    of_few = min(context, few_attended(shape)) // shape.few_split + 2
+    return max(min(rows, MATVEC_ROWS) * of_few, rows * (context // shape.split + 2))
 
 
 def decode_slots(head_dim: int) -> int:

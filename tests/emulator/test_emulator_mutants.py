@@ -33,7 +33,7 @@ def decode(make: Make) -> None:
 
 def decode_of_many_splits(make: Make) -> None:
     shape = make_shape(8, 2, 64)
-    check_decode(make(shape), shape, PagedRows([128 * 18, 128 * 5, 77], 2, 64, device="cpu"), 0, [])
+    check_decode(make(shape), shape, PagedRows([256 * 18, 128 * 5, 77], 2, 64, device="cpu"), 0, [])
 
 
 def decode_behind_a_window(make: Make) -> None:
@@ -167,9 +167,11 @@ MUTANTS = {
         plan,
         Mutation(ROWS, "SIZES = LARGEST_SPLIT / 16;", "SIZES = LARGEST_SPLIT / 32;"),
     ),
-    "the splits before the first item count": (
+    "a row's last item is left out": (plan, Mutation(ROWS, "- row.skipped + 1;", "- row.skipped;")),
+    "a row of as many items as may be is a long one": (plan, Mutation(ROWS, "> most ?", ">= most ?")),
+    "a long row's items are as short as any": (
         plan,
-        Mutation(ROWS, "(row.context - 1) / split - row.skipped + 1", "(row.context - 1) / split + 1"),
+        Mutation(ROWS, "most ? long_split : split", "most ? split : split"),
     ),
     "a later trip fetches the same parts": (
         decode_of_many_splits,

@@ -17,8 +17,8 @@ from worker.backends.cuda_model import prefill_tiles
 pytestmark = pytest.mark.gpu
 
 SPLITS = [(128, 256), (512, 1024), (1024, 512)]  # up to MATVEC_ROWS tokens, and beyond
-PLANS = [(5, 16), (5, 17), (16, 16), (1500, 1500)]  # rows and tokens of a step
-MANY_SPLITS = [128 * 16, 128 * 16 + 1, 128 * 20 + 5, 128 * 33 - 1, 900, 513, 1, 128, 129]
+PLANS = [(7, 16), (7, 17), (16, 16), (1500, 1500)]  # rows and tokens of a step
+MANY_SPLITS = [128 * 16, 128 * 16 + 1, 256 * 20 + 5, 256 * 33 - 1, 900, 513, 1, 128, 129]
 BORDER_STEPS = [[0], [4], [3, 5], [11, 9, 6, 1], [2, 4, 5, 7, 8, 9, 10, 11]]
 HEADS = [(8, 8, 64), (8, 2, 64), (9, 3, 64), (14, 2, 64), (32, 1, 64), (8, 2, 128), (16, 1, 128)]
 
@@ -101,16 +101,19 @@ def check_plan_decode(ops: KernelOps, shape: KernelShape, count: int, tokens: in
     _, ints, _ = makers(device)
     contexts = torch.randint(1, 1100, (count,), generator=generator).tolist()
     scheduled = torch.randint(0, 3, (count,), generator=generator).tolist()
-    contexts[:4], scheduled[:4] = [shape.split - 1, shape.split, 2 * shape.split + 1, shape.few_split], [1] * 4
+    few = 16 * shape.few_split + (0 if window else 256)  # behind its prefix
+    special = [shape.split - 1, shape.split, 2 * shape.split + 1, shape.few_split, few, few + 1]
+    contexts[: len(special)], scheduled[: len(special)] = special, [1] * len(special)
     prefixes = [(256 if context > 700 and not window else 0, 32 * i + 2) for i, context in enumerate(contexts)]
     rows, starts = [3 * i + 1 for i in range(count)], [7 * i for i in range(count)]
-    size = shape.few_split if tokens <= MATVEC_ROWS else shape.split
     expected: list[list[int]] = []
     partials = 0
     for i, context in enumerate(contexts):
         if scheduled[i] != 1:
             continue
         begin = max(0, context - window) if window else prefixes[i][0]
+        most = 16 * shape.few_split if tokens <= MATVEC_ROWS else 0
+        size = shape.few_split if context - begin <= most else shape.split
         edges = [begin, *range((begin // size + 1) * size, context, size), context]
         splits = len(edges) - 1
         for k, (left, right) in enumerate(pairwise(edges)):
@@ -118,12 +121,15 @@ def check_plan_decode(ops: KernelOps, shape: KernelShape, count: int, tokens: in
             expected.append([i, left, right, starts[i], partials, rows[i], which, 0 if window else prefixes[i][1]])
         partials += splits
     assert len(expected) <= sum(most_decode_items(shape, 1, context) for context in contexts)
-    work = DecodeItems(ints([[-1] * 8] * len(expected)), ints([-1]), window)
+    untouched = [[-1] * 8] * 64
+    work = DecodeItems(ints([[-1] * 8] * len(expected) + untouched), ints([-1]), window)
     step = StepTensors(ints(rows), ints(scheduled), ints(starts), ints(contexts), ints([[0]]))
     shared = None if window else SharedPrefixes(ints(prefixes), ints([]), ints([]), ints([0]))
     ops.plan_decode(step, count, work, tokens=tokens, shared=shared)
     assert int(work.num_items) == len(expected)
     items = work.items.tolist()
+    assert items[len(expected) :] == untouched
+    items = items[: len(expected)]
     assert sorted(items) == expected
     sizes = [-(-(end - begin) // 16) for _, begin, end, *_ in items]
     assert sizes == sorted(sizes, reverse=True)

@@ -183,12 +183,13 @@ def test_float16_compiles_too() -> None:
 @pytest.mark.parametrize(("split", "few_split"), [(1024, 512), (512, 1024), (256, 128)])
 def test_work_lists_hold_what_any_step_needs(split: int, few_split: int) -> None:
     shape = replace(LLAMA_1B, split=split, few_split=few_split)
-    assert [decode_split(shape, tokens) for tokens in (1, 16, 17, 512)] == [few_split, few_split, split, split]
+    assert [decode_split(shape, tokens, 900) for tokens in (1, 16, 17, 512)] == [few_split, few_split, split, split]
+    assert [decode_split(shape, 1, 16 * few_split + more) for more in (0, 1)] == [few_split, split]
     assert f"'LARGEST_SPLIT': {max(split, few_split)}" in str(kernel_specs(shape, 8, "sm_90a")["row_state"].definitions)
-    for context in (1, 511, 512, 513, 8192, 9000):
+    for context in (1, 511, 512, 513, 8192, 8193, 9000, 40_000):
         for rows in (1, 16, 17, 40):
             for begin in {0, max(0, context - 300)}:
-                sizes = [decode_split(shape, tokens) for tokens in range(1, 41) if tokens >= rows]
+                sizes = [decode_split(shape, tokens, context - begin) for tokens in range(1, 41) if tokens >= rows]
                 needed = max(rows * ((context - 1) // size - begin // size + 1) for size in sizes)
                 assert needed <= most_decode_items(shape, rows, context)
                 assert needed <= most_decode_items(shape, 40, context)
