@@ -14,7 +14,7 @@ from kernels.cache import CubinCache, default_directory
 from kernels.compiler import Compiler, architecture_of
 from kernels.launcher import KernelLibrary
 from kernels.ops import KernelOps
-from kernels.shapes import KernelShape, kernel_specs
+from kernels.shapes import GEMM_TILES, KernelShape, KernelSpec, gemm_rows, gemm_spec, kernel_specs
 
 Body = Callable[[], object]
 
@@ -77,12 +77,20 @@ class Bench:
         print(json.dumps(row), flush=True)
 
 
+def measured_specs(shape: KernelShape, matvec_depth: int, architecture: str) -> dict[str, KernelSpec]:
+    """What a worker compiles, and gemm_wgmma.cu for all numbers of rows that it takes: which of them cuBLAS gets is to be measured."""
+    specs = kernel_specs(shape, matvec_depth, architecture)
+    if gemm_rows(shape, architecture):
+        specs |= {tile.name: gemm_spec(tile, {"FLOAT16": 1} if shape.float16 else {}) for tile in GEMM_TILES}
+    return specs
+
+
 def make_ops(shape: KernelShape) -> KernelOps:
     Device(0).set_current()
     properties = torch.cuda.get_device_properties(0)
     architecture = architecture_of(properties.major, properties.minor)
     compiler = Compiler(architecture, CubinCache(default_directory()))
     depth = 8 if Device(0).properties.max_shared_memory_per_block_optin >= 160 * 1024 else 4
-    library = KernelLibrary(compiler, kernel_specs(shape, depth, architecture), 0, overlap=properties.major >= 9)
+    library = KernelLibrary(compiler, measured_specs(shape, depth, architecture), 0, overlap=properties.major >= 9)
     stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
     return KernelOps(library, shape, stream, properties.multi_processor_count, depth)

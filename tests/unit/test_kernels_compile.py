@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
 
+from bench.gpu_kernel_times import measured_specs
 from kernels.cache import CubinCache, default_directory
 from kernels.compiler import ARCHITECTURES, SOURCE_DIR, CompileError, Compiler, architecture_of
 from kernels.resources import parse_resources
@@ -155,6 +156,15 @@ def test_only_measured_shapes_leave_cublas() -> None:
     assert "gemm-64" not in kernel_specs(LLAMA_1B, 8, "sm_100")
     assert "gemm-64" in kernel_specs(LLAMA_8B, 8, "sm_90a")
     assert "gemm-64" not in kernel_specs(replace(LLAMA_8B, intermediate_size=14_208), 8, "sm_90a")
+    assert "gemm-128" in kernel_specs(LLAMA_1B, 8, "sm_90a")
+    assert "gemm-128" not in kernel_specs(LLAMA_8B, 8, "sm_90a")
+
+
+def test_measurements_have_what_a_model_leaves_to_cublas() -> None:
+    for shape in (LLAMA_1B, LLAMA_8B):
+        assert {"gemm-64", "gemm-128"} <= measured_specs(shape, 8, "sm_90a").keys()
+    assert measured_specs(LLAMA_1B, 8, "sm_90a") == kernel_specs(LLAMA_1B, 8, "sm_90a")
+    assert measured_specs(LLAMA_8B, 8, "sm_100") == kernel_specs(LLAMA_8B, 8, "sm_100")
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
