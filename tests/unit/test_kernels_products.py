@@ -56,6 +56,31 @@ def test_cublas_is_never_asked_for_rows_that_the_tensors_do_not_have(measured: b
     assert ops.cublas_rows(weight, 224, 255) == 224
 
 
+@pytest.mark.parametrize(("tiles", "most"), [((), 0), ((64,), 64), ((64, 128), 128)])
+def test_silu_takes_as_many_rows_as_the_largest_build_that_there_is(tiles: tuple[int, ...], most: int) -> None:
+    library = MagicMock(KernelLibrary)
+    library.__contains__.side_effect = lambda name: name in {f"gemm-{rows}" for rows in tiles}
+    ops = ProductOps(library, MagicMock(KernelShape), MagicMock(), 132, 4)
+    assert [rows for rows in range(1, 300) if ops.fits_gemm(rows)] == list(range(17, most + 1))
+    assert [rows for rows in range(1, 300) if ops.fits_parts(rows)] == list(range(17, min(most, PARTS_ROWS) + 1))
+
+
+@pytest.mark.parametrize(("normed", "logits"), [(96, 84), (84, 96)])
+def test_the_heads_rows_are_bounded_by_both_of_its_tensors(
+    normed: int, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, product = MagicMock(CudaDecoder), MagicMock()
+    decoder._ops = MagicMock(**{f"fits_{which}.return_value": False for which in ("fused", "matvec", "parts")})
+    decoder._ops.cublas_rows.side_effect = lambda weight, tokens, most: most
+    decoder.workspace, decoder.config, decoder._weights = MagicMock(), MagicMock(vocab_size=5), MagicMock()
+    decoder.workspace.normed = torch.zeros(normed, 16)
+    decoder._weights.lm_head = torch.zeros(5, 16)
+    monkeypatch.setattr("worker.backends.cuda_model.torch.mm", product)
+    CudaDecoder.logits(decoder, torch.zeros(80), 80, torch.zeros(logits, 8))
+    assert product.call_args.args[0].shape == (84, 16)
+    assert product.call_args.kwargs["out"].shape == (84, 5)
+
+
 def test_more_rows_than_there_are_change_nothing_for_those() -> None:
     generator = torch.Generator().manual_seed(1)
     weight, x = torch.randn(5, 16, generator=generator), torch.randn(8, 16, generator=generator)
