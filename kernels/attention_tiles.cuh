@@ -37,7 +37,7 @@ struct Barriers {
 };
 
 // All of consumer warpgroup `group`.
-__device__ __forceinline__ void warpgroup_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+__device__ __forceinline__ void warpgroup_sync(int group) { meet_at(group + 1, 128); }
 
 // One warp copies keys or values [tile * TILE_KEYS, + TILE_KEYS); those outside [t.begin, t.end) become zero and are not read. t.blocks[i]:
 // block i of the row.

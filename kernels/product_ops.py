@@ -23,7 +23,7 @@ from kernels.shapes import (
     matvec_warps,
     normed_shared_bytes,
 )
-from kernels.tensor_map import gate_up_map, tile_map
+from kernels.tensor_map import gate_up_tiles, tile_map
 
 Tensor = torch.Tensor
 
@@ -194,7 +194,8 @@ class ProductOps:
         n, k = weight.shape[0] // 2, weight.shape[1]
         key = (at(weight), 2 * n, k, 0)
         if key not in self._maps:
-            self._maps[key] = gate_up_map(weight)
+            tiles, tile = gate_up_tiles(weight)
+            self._maps[key] = self._tile_map(tiles, *tile)
         rows = self._rows_map(x, tokens)
         arguments = (self._maps[key], rows, at(bias), at(out), Int(n), Int(k), Int(tokens))
         self._gemm("gemm_silu", tokens, (min(n // 64, self._multiprocessors),), *arguments)
@@ -219,8 +220,11 @@ class ProductOps:
     def _map(self, matrix: Tensor, rows: int) -> TensorMap:
         key = (at(matrix), *matrix.shape, rows)
         if key not in self._maps:
-            self._maps[key] = tile_map(matrix, rows)
+            self._maps[key] = self._tile_map(matrix, rows)
         return self._maps[key]
+
+    def _tile_map(self, tensor: Tensor, *tile: int) -> TensorMap:
+        return tile_map(tensor, *tile)
 
     def _gemm(self, kernel: str, tokens: int, grid: tuple[int, ...], *arguments: Argument) -> None:
         tile = gemm_tile(tokens)

@@ -1,4 +1,4 @@
-// Every instruction of PTX that has no name in CUDA C++, but for those of sm_90a (wgmma.cuh, tma.cuh, attention_tiles.cuh).
+// Every instruction of PTX that has no name in CUDA C++, but for mbarriers (barrier.cuh) and those of sm_90a (wgmma.cuh, tma.cuh).
 // Included by common.cuh, which says what the elements are.
 //
 // tests/emulator/cuda/ptx.cuh has the same functions in plain C++, for the tests that run these kernels without a GPU.

@@ -26,7 +26,8 @@ def tile_map(tensor: torch.Tensor, *tile: int) -> TensorMap:
     )
 
 
-def gate_up_map(weight: torch.Tensor) -> TensorMap:
-    """Of a weight [2 n, k] of gate rows, then up rows: tiles of 128 rows, eight gate rows and their eight up rows in turn."""
+def gate_up_tiles(weight: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """A weight [2 n, k] of gate rows, then up rows, as a tensor and its tiles: of 128 rows, eight gate rows and their eight up rows in
+    turn."""
     n, k = weight.shape[0] // 2, weight.shape[1]
-    return tile_map(weight.view(2, n // 8, 8, k).permute(1, 0, 2, 3), 8, 2, 8)
+    return weight.view(2, n // 8, 8, k).permute(1, 0, 2, 3), (8, 2, 8)

@@ -1,4 +1,5 @@
 // The tensor memory accelerator of sm_90: one thread asks for a tile of a tensor, whose bytes a barrier counts.
+// tests/emulator/cuda/tma.cuh has the same functions in plain C++.
 #pragma once
 #include "wgmma.cuh"
 

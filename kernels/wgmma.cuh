@@ -1,4 +1,4 @@
-// Warpgroup products of sm_90a and the barriers that go with them.
+// Warpgroup products of sm_90a and the barriers that go with them. tests/emulator/cuda/wgmma.cuh has the same functions in plain C++.
 //
 // Operands in shared memory are panels of 64 columns: rows of 128 bytes, whose 16-byte pieces are exchanged within eight rows (the
 // 128-byte swizzle), on a multiple of 1,024 bytes.
@@ -54,6 +54,9 @@ __device__ __forceinline__ void multiply_columns(float (&c)[64], const u32 (&a)[
 
 // What this thread stored into shared memory is seen by products that start after the next barrier.
 __device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier of the hardware, by its number, for `threads` threads of the block: who waits has arrived, too.
+__device__ __forceinline__ void meet_at(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
 template <int REGISTERS>
 __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }

@@ -26,7 +26,7 @@ _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-cont
 _CHECKS = ("-fsanitize=alignment,bounds",)  # what they find goes to device.cpp
 _INCLUDE = re.compile(r'^#include ["<]([^">]+)[">]', re.MULTILINE)
 # Memory whose size the launch says is the runtime's; a host compiler has no such declaration.
-_DYNAMIC_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 
 
 class BuildError(Exception):

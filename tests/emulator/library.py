@@ -14,7 +14,16 @@ from cuda.core import Stream
 from kernels.launcher import Argument, KernelLibrary
 from kernels.operands import DecodeItems, DecodeScratch, SharedPrefixes, StepTensors
 from kernels.ops import KernelOps
-from kernels.shapes import KernelShape, KernelSpec, decode_spec, kernel_specs, truncated_spec
+from kernels.shapes import (
+    GEMM_TILES,
+    WGMMA_ARCHITECTURE,
+    KernelShape,
+    KernelSpec,
+    decode_spec,
+    gemm_spec,
+    kernel_specs,
+    truncated_spec,
+)
 from tests.emulator.compile import Builder, Mutation
 from tests.emulator.guards import broken_guards
 
@@ -42,6 +51,33 @@ class _Launch(ctypes.Structure):
         ("kinds", ctypes.c_char_p),
         ("previous", _Previous),
     ]
+
+
+class _Tensor(ctypes.Structure):
+    """emulator::Tensor of cuda/emulator.h, as long as the hardware's descriptor."""
+
+    _fields_ = [
+        ("begin", ctypes.c_void_p),
+        ("rank", ctypes.c_int),
+        ("box", ctypes.c_int * 5),
+        ("sizes", ctypes.c_uint64 * 5),
+        ("strides", ctypes.c_uint64 * 5),
+        ("rest", ctypes.c_uint64 * 2),
+    ]
+
+
+def emulated_map(tensor: Tensor, *tile: int) -> _Tensor:
+    """What kernels.tensor_map.tile_map is for a device: of a tensor of 16-bit elements, and tiles [*tile, 64]."""
+    assert tensor.element_size() == 2 and tensor.stride(-1) == 1
+    room = [0] * (5 - tensor.ndim)
+    sizes, strides = tensor.shape[::-1], tensor.stride()[::-1]
+    box = (64, *tile[::-1])
+    arrays = (
+        (ctypes.c_int * 5)(*box, *room),
+        (ctypes.c_uint64 * 5)(*sizes, *room),
+        (ctypes.c_uint64 * 5)(*strides, *room),
+    )
+    return _Tensor(tensor.data_ptr(), tensor.ndim, *arrays)
 
 
 class EmulatedLibrary:
@@ -125,6 +161,8 @@ def _kind(argument: Argument) -> str:
         return "p"
     if isinstance(argument, ctypes.c_float):
         return "f"
+    if isinstance(argument, _Tensor):
+        return "m"
     assert isinstance(argument, ctypes.c_int)
     return "i"
 
@@ -142,7 +180,7 @@ def _kept(previous: Callable[[bool], None], raised: list[BaseException]) -> Call
 
 
 class EmulatedOps(KernelOps):
-    """The operations of a model on CPU tensors, as on a device of `multiprocessors` of compute capability 8.0."""
+    """The operations of a model on CPU tensors, as on a device of `multiprocessors` of compute capability 8.0, or on a Hopper chip."""
 
     def __init__(
         self,
@@ -153,12 +191,17 @@ class EmulatedOps(KernelOps):
         multiprocessors: int = 3,
         seed: int = 0,
         clusters: bool = False,
+        hopper: bool = False,
     ) -> None:
-        """`clusters`: a row with top_k, top_p or min_p is shared by a cluster of blocks, as from compute capability 9.0 on."""
-        specs = kernel_specs(shape, 8, "sm_80")
+        """`clusters`: a row with top_k, top_p or min_p is shared by a cluster of blocks, as from compute capability 9.0 on. `hopper`:
+        what has wgmma takes it, whatever the table of products says."""
+        specs = kernel_specs(shape, 8, WGMMA_ARCHITECTURE if hopper else "sm_80")
+        if hopper:
+            specs |= {tile.name: gemm_spec(tile, {}) for tile in GEMM_TILES}
         if clusters:
             specs["truncated_sample-cluster"] = truncated_spec("sm_90a", clustered=True)
-        # On Hopper only, behind prefix_attention, which can't run here; what it leaves is made otherwise.
+        # On Hopper only, behind prefix_attention; else what that leaves is made otherwise.
+        self._hopper = hopper
         names = ("HEADS", "KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")
         heads = {name: specs["decode_attention"].definitions[name] for name in names}
         specs["decode_attention-prefix"] = decode_spec(
@@ -167,6 +210,9 @@ class EmulatedOps(KernelOps):
         self.emulator = EmulatedLibrary(builder, specs, ahead, mutation, seed)
         super().__init__(cast(KernelLibrary, self.emulator), shape, cast(Stream, None), multiprocessors, 8)
 
+    def _tile_map(self, tensor: Tensor, *tile: int) -> _Tensor:
+        return emulated_map(tensor, *tile)
+
     @property
     def shares_prefixes(self) -> bool:
         return True
@@ -174,7 +220,10 @@ class EmulatedOps(KernelOps):
     def prefix_attention(
         self, qkv: Tensor, cache: Tensor, step: StepTensors, shared: SharedPrefixes, scratch: DecodeScratch
     ) -> None:
-        """What prefix_attention.cu leaves, in float64: for wgmma there is no emulator."""
+        """The operation; or, where there is no wgmma, what it leaves, in float64."""
+        if self._hopper:
+            super().prefix_attention(qkv, cache, step, shared, scratch)
+            return
         shape = self._shape
         group = shape.num_heads // shape.num_kv_heads
         slots = scratch.partials.view(-1, shape.num_heads, shape.head_dim + 2)

@@ -16,7 +16,8 @@ from cuda.core import Stream
 from kernels.launcher import Float, Int
 from kernels.shapes import KernelSpec
 from tests.emulator.compile import Builder, BuildError, Mutation
-from tests.emulator.library import EmulatedLibrary, EmulatedOps, EmulatorError
+from tests.emulator.guards import guarded
+from tests.emulator.library import EmulatedLibrary, EmulatedOps, EmulatorError, emulated_map
 from tests.gpu.gpu_harness import ints, make_shape
 
 FOLDER = Path(__file__).parent / "faults"
@@ -44,6 +45,19 @@ CLUSTER_FAULTS = {
     "does_not_wait": "ends without having waited for its cluster, where it arrived",
     "a_thread_waits_for_its_block_only": "31 threads of warp 0 wait for their cluster",
 }
+PRODUCT_FAULTS = {
+    "more_bytes_than_expected": "more bytes of tiles come than a barrier expects",
+    "fewer_bytes_than_expected": "is in a deadlock; 32 threads of warp 0 wait at a barrier",
+    "does_not_begin": "multiplies without products_begin",
+    "products_under_way": "ends while 5 of its products are under way",
+    "sums_change": "sums have changed while products that add to them were under way",
+    "registers_change": "registers of a product have changed while it was under way",
+    "lanes_differ": "lanes ask for different products",
+    "beyond_the_end": "an operand of a product lies beyond shared memory",
+    "other_dimensions": "a tile of 4 dimensions of a tensor of 2",
+    "numbers_differ": "barrier 3 is for ",
+    "too_few_meet": "is in a deadlock; 32 threads of warp 0 wait at a numbered barrier",
+}
 NEIGHBOURS = ("neighbours_of_a_cluster", "neighbours_of_a_cluster_in_a_hurry")
 KERNELS = ("neighbours", "neighbours_in_a_hurry", "ping_pong", "reads_a_copy", *FAULTS)
 NO_STREAM = cast(Stream, None)
@@ -52,7 +66,9 @@ NO_STREAM = cast(Stream, None)
 @pytest.fixture
 def library(builder: Builder) -> EmulatedLibrary:
     clusters = KernelSpec("clusters.cu", {"CLUSTER": 2}, (*NEIGHBOURS, *CLUSTER_FAULTS))
-    return EmulatedLibrary(builder, {"faults": KernelSpec("faults.cu", {}, KERNELS), "clusters": clusters}, more=FOLDER)
+    products = KernelSpec("products.cu", {}, ("squares", "a_tile_on_its_way", *PRODUCT_FAULTS))
+    specs = {"faults": KernelSpec("faults.cu", {}, KERNELS), "clusters": clusters, "products": products}
+    return EmulatedLibrary(builder, specs, more=FOLDER)
 
 
 def launch(library: EmulatedLibrary, kernel: str, out: torch.Tensor) -> None:
@@ -80,6 +96,40 @@ def test_a_fault_of_a_cluster_is_named(library: EmulatedLibrary, kernel: str) ->
             library.launch(NO_STREAM, "clusters", kernel, (4,), 64, out.data_ptr())
         library.launch(NO_STREAM, "clusters", "neighbours_of_a_cluster", (4,), 64, out.data_ptr())
         assert out.tolist() == [(block ^ 1) * 64 + (i + 33) % 64 for block in range(4) for i in range(64)]
+
+
+@pytest.mark.parametrize("kernel", PRODUCT_FAULTS)
+def test_a_fault_of_products_and_tiles_is_named(library: EmulatedLibrary, kernel: str) -> None:
+    tile = guarded(torch.randn(50, 70).to(torch.bfloat16))  # of 64 x 64: rows 50 to 63 are zeros
+    out = guarded(torch.zeros(64))
+
+    def run(kernel: str) -> None:
+        library.launch(
+            NO_STREAM, "products", kernel, (1,), 128, emulated_map(tile, 64), out.data_ptr(), shared_bytes=8192
+        )
+
+    for _ in range(3):
+        with pytest.raises(EmulatorError, match=re.escape(PRODUCT_FAULTS[kernel])):
+            run(kernel)
+        run("squares")
+        expected = torch.nn.functional.pad(tile[:, :64].float() @ tile[1, :64].float(), (0, 14))
+        assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tile_that_nobody_waits_for_is_named_where_it_comes_too_late(library: EmulatedLibrary) -> None:
+    tile, out = guarded(torch.zeros(64, 64, dtype=torch.bfloat16)), guarded(torch.zeros(64))
+    with pytest.raises(EmulatorError, match="ends while 1 of its tiles are on their way"):
+        for _ in range(50):
+            library.launch(
+                NO_STREAM,
+                "products",
+                "a_tile_on_its_way",
+                (1,),
+                128,
+                emulated_map(tile, 64),
+                out.data_ptr(),
+                shared_bytes=8192,
+            )
 
 
 def test_blocks_of_a_cluster_go_their_own_ways(library: EmulatedLibrary) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from kernels.operands import NormInput, Placing
 from kernels.ops import KernelOps
 from kernels.product_rows import PARTS_ROWS
 from kernels.shapes import KernelShape
-from tests.gpu.gpu_harness import error, ints, make_ops, make_shape, makers, poisoned, random
+from tests.gpu.gpu_harness import error, make_ops, make_shape, makers, on
 
 pytestmark = pytest.mark.gpu
 
@@ -200,20 +202,22 @@ def test_fused_products_give_the_bits_of_the_kernels_they_replace(
     check_fused_products(make_ops(shape), shape, biased, "cuda")
 
 
-@pytest.mark.parametrize(("n", "k"), [(384, 256), (256, 64), (2048, 2048), (2048, 8192), (16896, 256), (28672, 256)])
-def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> None:
-    heads, kv_heads = n // 64 - 2 if n < 4096 else 2, 1
-    ops = make_ops(make_shape(heads, kv_heads, 64, hidden=n if n < 4096 else 256, wide=512))
-    if not ops.fits_gemm(17):
-        pytest.skip("gemm_wgmma.cu is for sm_90a")
-    weight, x, bias = random(n, k, seed=1, scale=0.05), random(128, k, seed=2), random(n, seed=3)
+def check_gemm(ops: KernelOps, n: int, k: int, heads: int, counts: Sequence[int], device: str) -> None:
+    """A weight of n x k for each of `counts` rows: products in parts with what adds them up, floats, and gate and up with silu.
+
+    For `ops` of a shape whose hidden_size is n and whose queries, keys and values are n wide, where n is at most 4,096: `heads` of 64.
+    """
+    random, ints, poisoned = makers(device)
+    most = max(counts)
+    weight, x, bias = random(n, k, seed=1, scale=0.05), random(most, k, seed=2), random(n, seed=3)
     exact = x.double() @ weight.double().t()
-    norm, before = random(n, seed=4), random(128, n, seed=5)
-    cos, sin = torch.rand(300, 64, device="cuda"), torch.rand(300, 64, device="cuda")
+    norm, before = random(n, seed=4), random(most, n, seed=5)
+    cos, sin = on(device, torch.rand(300, 64)), on(device, torch.rand(300, 64))
     alone, silu_alone = [], []
-    for tokens in (17, 24, 33, 63, 64, 65, 127, 128):
+    for tokens in counts:
+        mine = on(device, x[:tokens].clone())
         silu = poisoned(tokens + 1, n // 2)
-        ops.gemm_silu(weight, bias, x[:tokens].clone(), silu, tokens)
+        ops.gemm_silu(weight, bias, mine, silu, tokens)
         gate, up = ((exact[:tokens].to(torch.bfloat16) + bias).double()).chunk(2, -1)
         assert error(silu[:tokens], F.silu(gate) * up) < 8e-3
         assert torch.isnan(silu[tokens:]).all()
@@ -221,7 +225,7 @@ def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> No
         if tokens > PARTS_ROWS:
             continue
         scratch = poisoned(8, PARTS_ROWS + 1, n, dtype=torch.float32)
-        parts = ops.gemm_parts(weight, x[:tokens].clone(), scratch, tokens)
+        parts = ops.gemm_parts(weight, mine, scratch, tokens)
         sums = scratch.view(-1)[: parts.splits * tokens * n].view(parts.splits, tokens, n)
         assert error(sums.double().sum(0), exact[:tokens]) < 1e-5
         assert torch.isnan(scratch.view(-1)[parts.splits * tokens * n :]).all()
@@ -230,7 +234,7 @@ def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> No
         assert error(rounded[:tokens], exact[:tokens]) < 4e-3
         assert torch.isnan(rounded[tokens:]).all()
         floats = poisoned(tokens + 1, n + 4, dtype=torch.float32)
-        ops.gemm_float(weight, x[:tokens].clone(), floats, tokens)
+        ops.gemm_float(weight, mine, floats, tokens)
         assert error(floats[:tokens, :n], exact[:tokens]) < 1e-5
         assert torch.isnan(floats[tokens:]).all()
         assert torch.isnan(floats[:, n:]).all()
@@ -238,14 +242,15 @@ def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> No
         if n > 4096:
             continue
         found, wanted = poisoned(tokens, n), poisoned(tokens, n)
-        residuals = before[:tokens].clone(), before[:tokens].clone()
+        residuals = on(device, before[:tokens].clone()), on(device, before[:tokens].clone())
         ops.rms_norm_add_parts(parts, residuals[0], bias, norm, found, tokens, 1e-5)
         ops.rms_norm_add(rounded, residuals[1], bias, norm, wanted, tokens, 1e-5)
         assert torch.equal(found, wanted)
         assert torch.equal(*residuals)
+        kv_heads = (n // 64 - heads) // 2
         caches = poisoned(2, 17, kv_heads, 16, 64), poisoned(2, 17, kv_heads, 16, 64)
         place, queries = ints(list(range(tokens))), poisoned(tokens, n)
-        product = rounded[:tokens].clone()
+        product = on(device, rounded[:tokens].clone())
         ops.qkv_epilogue(queries, bias, (None, None), cos, sin, place, place, caches[0], tokens, 1e-5, parts)
         ops.qkv_epilogue(product, bias, (None, None), cos, sin, place, place, caches[1], tokens, 1e-5)
         assert torch.equal(queries[:, : heads * 64], product[:, : heads * 64])
@@ -254,3 +259,12 @@ def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> No
         assert all(torch.equal(results[0], other) for other in results), (
             "a row's bits depend on how many rows there are"
         )
+
+
+@pytest.mark.parametrize(("n", "k"), [(384, 256), (256, 64), (2048, 2048), (2048, 8192), (16896, 256), (28672, 256)])
+def test_tensor_core_products_and_what_adds_up_their_parts(n: int, k: int) -> None:
+    heads = n // 64 - 2 if n < 4096 else 2
+    ops = make_ops(make_shape(heads, 1, 64, hidden=n if n < 4096 else 256, wide=512))
+    if not ops.fits_gemm(17):
+        pytest.skip("gemm_wgmma.cu is for sm_90a")
+    check_gemm(ops, n, k, heads, (17, 24, 33, 63, 64, 65, 127, 128), "cuda")

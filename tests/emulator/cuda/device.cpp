@@ -8,13 +8,19 @@ namespace {
 
 // What an mbarrier's 64 bits hold here.
 struct Barrier {
-  unsigned short arrivals, missing, phase, magic;
+  u64 arrivals : 11, missing : 11, phase : 4, magic : 16;
+  long long bytes : 22;  // that must come
 };
-constexpr unsigned short MAGIC = 0xba55;
+constexpr u64 MAGIC = 0xba55;
+
+}  // namespace
 
 bool in_shared(const char* at, size_t bytes) {
   return (at >= dynamic_shared && at + bytes <= dynamic_shared + shared_bytes) || (at >= static_begin && at + bytes <= static_end);
 }
+
+namespace {
+
 Barrier& barrier_at(u64* at) {
   check_alignment(at, 8);
   if (!in_shared(reinterpret_cast<char*>(at), 8)) fail("a barrier does not lie in shared memory");
@@ -119,21 +125,92 @@ void wait_for_copies(int pending) {
 }
 
 void barrier_init(u64* at, int arrivals) {
-  barrier_at(at) = {(unsigned short)arrivals, (unsigned short)arrivals, 0, MAGIC};
+  barrier_at(at) = {(u64)arrivals, (u64)arrivals, 0, MAGIC, 0};
 }
-void barrier_arrive(u64* at) {
+static void end_phase(u64* at) {
   Barrier& barrier = barrier_at(at);
-  if (barrier.magic != MAGIC) fail("arrives at a barrier that was not initialised");
-  if (--barrier.missing) return;
+  if (barrier.missing || barrier.bytes) return;
   barrier.phase++, barrier.missing = barrier.arrivals;
   wake_all(*here, WAITS_AT_BARRIER, [&](const Fiber& fiber) { return fiber.barrier == at && fiber.parity != barrier.phase % 2; });
 }
+static void arrive(u64* at, int bytes) {
+  Barrier& barrier = barrier_at(at);
+  if (barrier.magic != MAGIC) fail("arrives at a barrier that was not initialised");
+  if (!barrier.missing) fail("arrives at a barrier at which nobody is missing");
+  barrier.missing--, barrier.bytes += bytes;
+  end_phase(at);
+}
+void barrier_arrive(u64* at) { arrive(at, 0); }
+void barrier_expect(u64* at, int bytes) { arrive(at, bytes); }
 void barrier_wait(u64* at, int parity) {
   Barrier& barrier = barrier_at(at);
   if (barrier.magic != MAGIC) fail("waits at a barrier that was not initialised");
   if (barrier.phase % 2 != parity) return;
   mine().barrier = at, mine().parity = parity;
   sleep(WAITS_AT_BARRIER);
+}
+
+void arrive_at(int number, int count, bool waits) {
+  if (number < 0 || number >= MOST_NUMBERED) fail("there is no barrier %d", number);
+  Numbered& barrier = here->numbered[number];
+  if (barrier.arrived && barrier.threads != count) fail("barrier %d is for %d threads and for %d", number, barrier.threads, count);
+  barrier.threads = count;
+  mine().parity = number;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    return wake_all(*here, WAITS_AT_NUMBER, [&](const Fiber& fiber) { return fiber.parity == number; });
+  }
+  if (waits) sleep(WAITS_AT_NUMBER);
+}
+
+// A tile's rows of 64 elements lie one behind another, their 16-byte pieces exchanged by bits 7 to 9 of the address (the 128-byte swizzle).
+constexpr int ROW_BYTES = 128;
+static int rows_of(const Tensor& tensor) {
+  int rows = 1;
+  for (int d = 1; d < tensor.rank; d++) rows *= tensor.box[d];
+  return rows;
+}
+void fetch(void* to, const void* map, u64* barrier, const int* at, int rank) {
+  Fetch fetch{static_cast<char*>(to), {}, barrier, {}};
+  std::memcpy(&fetch.tensor, map, sizeof fetch.tensor);
+  if (fetch.tensor.rank != rank) fail("a tile of %d dimensions of a tensor of %d", rank, fetch.tensor.rank);
+  if (fetch.tensor.box[0] * 2 != ROW_BYTES) fail("a tile's rows have %d elements", fetch.tensor.box[0]);
+  std::memcpy(fetch.at, at, rank * sizeof *at);
+  check_alignment(to, ROW_BYTES);
+  int bytes = rows_of(fetch.tensor) * ROW_BYTES;
+  if (!in_shared(fetch.to, bytes)) fail("a tile's target does not lie in shared memory");
+  std::memset(to, 0xff, bytes);
+  here->fetches.push_back(fetch);
+}
+void bring_a_tile() {
+  std::vector<Fetch>& fetches = here->fetches;
+  std::swap(fetches[roll(fetches.size())], fetches.back());
+  Fetch fetch = fetches.back();
+  fetches.pop_back();
+  const Tensor& tensor = fetch.tensor;
+  int rows = rows_of(tensor);
+  for (int row = 0; row < rows; row++) {
+    const char* from = tensor.begin;
+    bool inside = true;
+    for (int d = 1, rest = row; d < tensor.rank; rest /= tensor.box[d++]) {
+      long long place = fetch.at[d] + rest % tensor.box[d];
+      inside = inside && place >= 0 && place < (long long)tensor.sizes[d];
+      from += place * (long long)tensor.strides[d] * 2;
+    }
+    for (int piece = 0; piece < 8; piece++) {
+      char* to = fetch.to + row * ROW_BYTES + 16 * (piece ^ (shared_offset(fetch.to + row * ROW_BYTES) >> 7 & 7));
+      for (int e = 0; e < 8; e++) {
+        long long column = fetch.at[0] + piece * 8 + e;
+        bool there = inside && column >= 0 && column < (long long)tensor.sizes[0];
+        std::memset(to + 2 * e, 0, 2);
+        if (there) std::memcpy(to + 2 * e, from + column * 2, 2);
+      }
+    }
+  }
+  Barrier& barrier = barrier_at(fetch.barrier);
+  if (barrier.bytes < rows * ROW_BYTES) fail("more bytes of tiles come than a barrier expects");
+  barrier.bytes -= rows * ROW_BYTES;
+  end_phase(fetch.barrier);
 }
 
 }  // namespace emulator

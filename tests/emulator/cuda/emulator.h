@@ -20,7 +20,7 @@ struct Launch {
   u32 seed;
   int count;
   const void* const* arguments;
-  const char* kinds;
+  const char* kinds;  // and `m` for a Tensor, of whose 128 bytes the address is given
   void (*previous)(int ended);  // null, or told whether what stood before has ended: 0 where blocks start, 1 where they wait for it
 };
 
@@ -61,12 +61,40 @@ void read_of_block(void* to, const void* mine, size_t bytes, u32 rank);  // what
 void barrier_init(u64* barrier, int arrivals);
 void barrier_arrive(u64* barrier);
 void barrier_wait(u64* barrier, int parity);
+void barrier_expect(u64* barrier, int bytes);             // arrives, and so many bytes must come before the phase ends
+void arrive_at(int barrier, int threads, bool waits);     // of the hardware's sixteen
+
+// A product of a warpgroup, 64 rows by 2 * count columns by 16: what this thread has of it (products.cpp).
+struct Product {
+  float* sums;
+  int count;
+  u64 a;                 // as wgmma.cuh's operand, or
+  const u32* registers;  // four of them
+  u64 b;
+  bool columns;          // the sum runs down b's columns
+  bool add;
+  float (*element)(unsigned short bits);
+};
+u64 shared_offset(const void* at);
+void multiply(const Product& product);
+void products_begin();
+void products_commit();
+void products_wait(int pending);
+
+// What the tensor memory accelerator knows of a tensor of 16-bit elements: the innermost dimension first. As library.py lays it out.
+struct Tensor {
+  const char* begin;
+  int rank, box[5];
+  u64 sizes[5], strides[5];  // in elements
+};
+static_assert(sizeof(Tensor) <= 128, "it travels as a TensorMap");
+void fetch(void* to, const void* tensor, u64* barrier, const int* at, int rank);
 
 extern char dynamic_shared[];
 
 template <typename P>
 P argument(const Launch& launch, int i) {
-  char kind = launch.kinds[i], wanted = std::is_floating_point<P>::value ? 'f' : sizeof(P) == 4 ? 'i' : 'p';
+  char kind = launch.kinds[i], wanted = std::is_floating_point<P>::value ? 'f' : sizeof(P) == 4 ? 'i' : sizeof(P) == 128 ? 'm' : 'p';
   if (kind != wanted) fail("argument %d is of kind %c, the kernel takes %c", i, kind, wanted);
   P value;
   memcpy(&value, launch.arguments[i], sizeof value);
@@ -93,6 +121,7 @@ extern "C" char _end[] __attribute__((visibility("hidden")));
   }
 
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __forceinline__ inline

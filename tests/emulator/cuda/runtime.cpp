@@ -24,7 +24,7 @@ bool previous_ended;
 
 namespace {
 
-const char* const STATES[] = {"run", "meet their warp", "wait at __syncthreads", "wait at a barrier", "wait for the kernel before", "wait for their cluster", "have left"};
+const char* const STATES[] = {"run", "meet their warp", "wait at __syncthreads", "wait at a barrier", "wait at a numbered barrier", "wait for the kernel before", "wait for their cluster", "have left"};
 
 Block blocks[MOST_BLOCKS];
 bool failed;
@@ -39,6 +39,7 @@ void life() {
   for (;;) {
     work(*launched);
     if (!mine().copies.empty()) fail("thread %d ends while %d of its copies are under way", me, (int)mine().copies.size());
+    if (!mine().products.empty()) fail("thread %d ends while %d of its products are under way", me, (int)mine().products.size());
     if (mine().arrived) fail("thread %d ends without having waited for its cluster, where it arrived", me);
     here->alive--;
     mine().state = GONE;
@@ -103,13 +104,17 @@ void start(Block& block, Block& first, int number, int columns) {
   block.mood = roll(3), block.favourite = roll(threads / 32);
   for (int i = 0; i < threads; i++) {
     block.fibers[i].state = READY, block.fibers[i].groups = 0, block.fibers[i].arrived = false;
-    block.fibers[i].copies.clear();
+    block.fibers[i].copies.clear(), block.fibers[i].products.clear(), block.fibers[i].sums.clear();
+    block.fibers[i].product_groups = 0, block.fibers[i].may_multiply = false;
   }
+  block.fetches.clear();
+  for (Numbered& barrier : block.numbered) barrier = {0, 0};
   for (int w = 0; w < threads / 32; w++)
     block.warps[w].meetings = block.warps[w].waiting = 0, block.warps[w].ready = 32, block.warps[w].what = "";
 }
 void finish() {
   here->busy = false;
+  if (!here->fetches.empty() && !failed) report(("ends while " + std::to_string(here->fetches.size()) + " of its tiles are on their way").c_str());
   for (size_t i = shared_bytes; i < SHARED && !failed; i++)
     if (dynamic_shared[i] != '\xff') report(("wrote byte " + std::to_string(i) + " of " + std::to_string(shared_bytes) + " of dynamic shared memory").c_str());
 }
@@ -117,7 +122,7 @@ void finish() {
 bool can_go_on(const Block& block) {
   int ready = 0;
   for (int w = 0; w < threads / 32; w++) ready += block.warps[w].ready;
-  return block.busy && !block.pauses && ready > 0;
+  return block.busy && !block.pauses && block.alive && (ready > 0 || !block.fetches.empty());
 }
 
 // One warp of the block at work, until all its lanes wait. A block has one of three moods: any warp at any time; one warp that gets a turn when
@@ -126,6 +131,7 @@ void turn() {
   int candidates[MOST_WARPS], found = 0;
   for (int w = 0; w < threads / 32; w++)
     if (here->warps[w].ready) candidates[found++] = w;
+  if (!here->fetches.empty() && (!found || !roll(8))) return bring_a_tile();
   int warp = candidates[roll(found)];
   if (here->mood == 1 && warp == here->favourite && found > 1 && roll(64)) return;
   if (here->mood == 2 && here->warps[here->favourite].ready && roll(64)) warp = here->favourite;

@@ -1,0 +1,147 @@
+"""Defects sown into the kernels of sm_90a, each of which their checks must find in the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
+
+from tests.emulator.compile import Builder, Mutation
+from tests.emulator.library import EmulatedOps, EmulatorError
+from tests.gpu.gpu_harness import PagedRows, make_shape
+from tests.gpu.test_gpu_attention import check_prefill
+from tests.gpu.test_gpu_layers import check_gemm
+from tests.gpu.test_gpu_shared_prefix import Decode, SharedRows, check_shared
+
+Make = Callable[..., EmulatedOps]  # of a shape
+
+
+def prefill(make: Make) -> None:
+    for head_dim in (64, 128):
+        shape = make_shape(4, 1, head_dim)
+        check_prefill(make(shape), shape, PagedRows([65, 520], 1, head_dim, device="cpu"), 0, [])
+
+
+def prefix(make: Make) -> None:
+    """In one part, whose tiles follow each other."""
+    shape, prefixes, members = make_shape(8, 2, 64), [640], [(0, 1 + i) for i in range(32)] + [(0, 300)]
+    with patch("worker.backends.shared_prefix.part_tokens", lambda *_: 640):
+        check_shared(Decode(make(shape), shape, SharedRows(prefixes, members, 2, 64, "cpu")), prefixes, members)
+
+
+def products(make: Make) -> None:
+    check_gemm(make(make_shape(2, 1, 64, hidden=256, wide=512)), 256, 1024, 2, (17, 65), "cpu")
+
+
+PREFILL, PREFIX, GEMM = "prefill_wgmma.cu", "prefix_attention.cu", "gemm_wgmma.cu"
+TILES, WGMMA = "attention_tiles.cuh", "wgmma.cuh"
+
+MUTANTS = {
+    "sums are read while products add to them": (
+        prefill,
+        Mutation(
+            PREFILL, "start_scores(s, queries, keys);\n    products_wait<0>();", "start_scores(s, queries, keys);"
+        ),
+    ),
+    "keys are multiplied before they are there": (
+        prefill,
+        Mutation(PREFILL, "barrier_wait(&b.full[0][next], next_phase);", ""),
+    ),
+    "values are multiplied before they are there": (
+        prefill,
+        Mutation(
+            PREFILL, "weigh(w, s, p, scale);\n      barrier_wait(&b.full[1][stage], phase);", "weigh(w, s, p, scale);"
+        ),
+    ),
+    "stages are given back before the products have ended": (
+        prefill,
+        Mutation(
+            PREFILL,
+            "products_wait<0>();\n      if (elected) barrier_arrive(&b.empty[1][stage]), barrier_arrive(&b.empty[0][next]);",
+            "if (elected) barrier_arrive(&b.empty[1][stage]), barrier_arrive(&b.empty[0][next]);\n      products_wait<0>();",
+        ),
+    ),
+    "a stage is given back twice": (
+        prefill,
+        Mutation(PREFILL, "if (elected) barrier_arrive(&b.empty[0][0]);", "barrier_arrive(&b.empty[0][0]);"),
+    ),
+    "nobody says that products begin": (
+        prefill,
+        Mutation(PREFILL, "products_begin();\n    start_scores", "start_scores"),
+    ),
+    "a warpgroup does not wait for its queries": (prefill, Mutation(PREFILL, "warpgroup_sync(group);", "")),
+    "pieces lie where they come": (
+        prefill,
+        Mutation(TILES, "panel_place(part * 16 + i, chunk % 8)", "(part * 16 + i) * 8 + chunk % 8"),
+    ),
+    "older sums are not scaled": (prefill, Mutation(TILES, "w.o[i] *= shrink[i / 2 % 2];", "")),
+    "copies are handed over before they have come": (prefill, Mutation(TILES, "copies_done<0>();\n", "")),
+    "lanes hand over before all have copied": (
+        prefill,
+        Mutation(TILES, "publish_to_products();\n  __syncwarp();", "publish_to_products();"),
+    ),
+    "panels of values are as far apart as rows of queries": (
+        prefill,
+        Mutation(TILES, "operand(values, PANEL_VECTORS * 16)", "operand(values, PANEL_VECTORS * 8)"),
+    ),
+    "prefix keys are multiplied before they are there": (
+        prefix,
+        Mutation(PREFIX, "barrier_wait(&b.full[0][next.stage], next.phase);", ""),
+    ),
+    "prefix stages are given back too early": (
+        prefix,
+        Mutation(
+            PREFIX,
+            "products_wait<0>();\n    if (elected) barrier_arrive(&b.empty[1][at.stage]), barrier_arrive(&b.empty[0][next.stage]);",
+            "if (elected) barrier_arrive(&b.empty[1][at.stage]), barrier_arrive(&b.empty[0][next.stage]);\n    products_wait<0>();",
+        ),
+    ),
+    "a tile's bytes are not all waited for": (
+        products,
+        Mutation(
+            GEMM,
+            "barrier_expect(&ring.full[at.stage], vectors * 16);",
+            "barrier_expect(&ring.full[at.stage], vectors * 8);",
+        ),
+    ),
+    "more bytes are waited for than come": (
+        products,
+        Mutation(
+            GEMM,
+            "barrier_expect(&ring.full[at.stage], vectors * 16);",
+            "barrier_expect(&ring.full[at.stage], vectors * 32);",
+        ),
+    ),
+    "a stage is filled while it is multiplied": (
+        products,
+        Mutation(GEMM, "products_wait<1>();", "products_wait<2>();"),
+    ),
+    "stages are filled before they are free": (
+        products,
+        Mutation(GEMM, "barrier_wait(&ring.empty[at.stage], at.phase ^ 1);", ""),
+    ),
+    "sums are stored before they are there": (
+        products,
+        Mutation(GEMM, "products_wait<0>();\n      release();", "release();"),
+    ),
+    "weights are multiplied before they are there": (
+        products,
+        Mutation(GEMM, "barrier_wait(&ring_w.full[of_w.stage], of_w.phase);", ""),
+    ),
+    "a ring's phases stay": (products, Mutation(GEMM, "stage = 0, phase ^= 1", "stage = 0")),
+    "steps of k are a tile apart": (products, Mutation(GEMM, "operand(w) + i * 2", "operand(w) + i * 4")),
+}
+
+
+@pytest.mark.parametrize("defect", MUTANTS)
+def test_a_defect_is_found(builder: Builder, defect: str) -> None:
+    check, mutation = MUTANTS[defect]
+    for seed in range(0, 12_000, 1000):
+        try:
+            check(lambda shape, seed=seed: EmulatedOps(builder, shape, mutation=mutation, seed=seed, hopper=True))
+        except (AssertionError, EmulatorError):
+            return
+    pytest.fail(f"nothing finds it: {mutation}")
