@@ -39,7 +39,7 @@ from deploy.member import Member, Output
 from deploy.memory import fraction_of_each
 from deploy.ports import free_address
 from deploy.readiness import ClusterError, tail, wait_ready
-from deploy.wanted import check_environment
+from deploy.wanted import check_environment, unused_variables
 
 # `serve` starts a process that died again, but not one that dies all the time.
 RESTARTS = 5
@@ -265,6 +265,8 @@ def serve(model: str, options: ServeOptions | None = None) -> int:
             print(f"{name:12} | {line}", file=sys.stderr, flush=True)
 
     check_environment()
+    for line in unused_variables():
+        print(line, file=sys.stderr, flush=True)
     with _interruptible():
         chosen = models.resolve(model, options.served_name, options.backend)
         cluster = LocalCluster(

@@ -26,7 +26,7 @@ from deploy.ports import free_address
 from deploy.readiness import ClusterError, ProcessDied
 from deploy.state import RUN
 from deploy.supervise import Supervisor
-from deploy.wanted import Wanted, check_environment, check_machine, differences, inherited
+from deploy.wanted import Wanted, check_environment, check_machine, differences, inherited, unused_variables
 from deploy.wanted import read as read_wanted
 from service.probe import probe
 
@@ -51,6 +51,8 @@ def up(wanted: Wanted, timeout: float) -> int:
     if running is not None and running.runtime == "docker" and any(probe(at) == "SERVING" for at in running.router):
         raise ClusterError("a cluster runs here with RUNTIME=docker; make down, then make up")
     check_environment()
+    for line in unused_variables():
+        print(line, flush=True)
     state.forget()
     model = resolve(wanted_model, backend=wanted.backend)
     for tries_left in reversed(range(PORT_TRIES)):
@@ -98,6 +100,8 @@ def add_worker(wanted: Wanted, timeout: float) -> int:
     if wanted.model is not None:
         check_machine(wanted.model, wanted.backend)
     check_environment(("worker",))
+    for line in unused_variables():
+        print(line, flush=True)
     known = supervisor.states()
     number = 1 + max((int(name.split("-")[1]) for name in known if name.startswith("worker-")), default=0)
     name = f"worker-{number}"
