@@ -74,6 +74,14 @@ def checkout() -> Iterator[Checkout]:
         shutil.rmtree(root)
 
 
+def _runs(pid: str) -> bool:
+    """One that has ended does not, though its parent may not have asked how yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_day_in_the_life(checkout: Checkout) -> None:
     assert "No cluster runs here" in checkout.run("down")
     assert "No cluster runs here" in checkout.run("ps")
@@ -170,6 +178,22 @@ def test_an_interrupted_start_is_cleaned_up_by_the_next(checkout: Checkout) -> N
     checkout.cluster_file.unlink()  # as if make up had been killed before the end
     assert "stopping what is left" in checkout.run("up", "--model", "mock")
     assert checkout.cluster_file.exists()
+
+
+def test_what_a_killed_supervisor_ran_ends_with_it(checkout: Checkout) -> None:
+    checkout.run("up", "--model", "mock")
+    supervisor = int((checkout.root / ".run" / "supervisord.pid").read_text())
+    services = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    assert len(services) >= 3
+    os.kill(supervisor, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(map(_runs, services)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = list(filter(_runs, services))
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert left == []
+    assert "No cluster runs here" in checkout.run("ps")
 
 
 @pytest.mark.parametrize(
