@@ -343,6 +343,13 @@ def test_pull_and_convert_tell_what_is_wrong(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", [("serve", "/no/such"), ("chaos", "--model", "/no/such")])
+def test_a_cluster_that_cannot_be_started_is_one_sentence(command: tuple[str, ...]) -> None:
+    result = run(*command)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: no such directory: /no/such"
+
+
 def test_serve_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "deploy").is_dir()])
     for name in [name for name in sys.modules if name == "deploy" or name.startswith("deploy.")]:

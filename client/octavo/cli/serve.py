@@ -51,7 +51,6 @@ def serve(
     with checkout():
         from deploy.cluster import ServeOptions
         from deploy.cluster import serve as serve_cluster
-        from deploy.readiness import ClusterError
     chosen = ServeOptions(
         workers=workers,
         listen=None if port is None else f"{host}:{port}",
@@ -59,11 +58,7 @@ def serve(
         served_name=name,
         worker_flags={flag: value for flag, value in flags.items() if value is not None},
     )
-    try:
-        code = serve_cluster(model, chosen)
-    except ClusterError as error:
-        raise CommandProblem(str(error)) from None
-    raise typer.Exit(code)
+    raise typer.Exit(serve_cluster(model, chosen))
 
 
 @contextmanager
