@@ -165,9 +165,12 @@ def logs(name: str | None, follow: bool) -> int:
     cluster = state.read()
     if cluster is not None and cluster.runtime == "docker":
         return docker.logs(name, follow)
-    paths = sorted((RUN / "logs").glob(f"{name or '*'}.log"))
+    known = sorted((RUN / "logs").glob("*.log"))
+    paths = [path for path in known if name in (None, path.stem)]
+    if not known:
+        raise ClusterError("no logs in .run/logs; make up starts a cluster")
     if not paths:
-        raise ClusterError(f"no logs of {name or 'any process'} in .run/logs")
+        raise ClusterError(f"NAME={name}: no log of that name; there are {', '.join(path.stem for path in known)}")
     if follow and not Supervisor(RUN).is_running():
         print("No cluster runs here; these are the ends of the logs of the last one.", flush=True)
         follow = False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.commands import OWN_VARIABLES, has_cuda_packages, is_mock
-from deploy.model import check_name, name_of
+from deploy.model import DEFAULT_MODEL, check_name, name_of
 from deploy.readiness import ClusterError
 from deploy.state import Cluster
 from service.auth import read_token
@@ -167,6 +167,12 @@ def differences(wanted: Wanted, running: Cluster, workers: int) -> str:
         "runtime": wanted.runtime,
     }
     differing = [name for name, value in asked.items() if value is not None and value != have[name]]
+    if not differing and wanted.model is None and running.model != name_of(DEFAULT_MODEL):
+        return (
+            f"Nothing was changed: {running.model} runs. Where no MODEL is given, make up starts {DEFAULT_MODEL}.\n"
+            f"To serve that as well: make worker MODEL={DEFAULT_MODEL}\n"
+            f"To have that instead: make down, then make up"
+        )
     if not differing:
         return ""
     parts = [f"{name.upper()}={getattr(wanted, name)} was asked for, {have[name]} runs" for name in differing]

@@ -115,6 +115,7 @@ def test_a_day_in_the_life(checkout: Checkout) -> None:
     assert table.count(" running ") == 6 and " starting " not in table  # worker-3 began a moment ago
     log = checkout.run("logs", "--name", "worker-3", "--no-follow")
     assert '"--model", "mock:tiny"' in log
+    assert "there are redis, router-1, scheduler-1, worker-1, " in checkout.run("logs", "--name", "router", expect=1)
 
     pids = [int(str(checkout.ready(name)["pid"])) for name in ("router-1", "scheduler-1", "worker-3")]
     assert "Stopped" in checkout.run("down")

@@ -126,6 +126,14 @@ def test_nothing_is_told_of_what_runs_as_asked(same: Wanted) -> None:
     assert differences(same, RUNNING, 2) == ""
 
 
+def test_another_model_than_make_up_starts_by_itself_is_told() -> None:
+    mock = dataclasses.replace(RUNNING, model="mock", backend="mock")
+    told = differences(Wanted(), mock, 1)
+    assert "mock runs" in told and "make worker MODEL=smollm2\n" in told
+    assert differences(Wanted(model="mock"), mock, 1) == ""
+    assert "smollm2" not in differences(Wanted(workers=2), mock, 1)  # it is the number that was asked for
+
+
 def test_each_difference_is_told_with_what_to_do() -> None:
     told = differences(Wanted(workers=3, quantization="int8", backend="cuda"), RUNNING, 1)
     assert told.splitlines() == [
