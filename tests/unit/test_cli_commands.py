@@ -193,6 +193,7 @@ def test_every_command_has_help() -> None:
     ):
         assert name in result.stdout
         assert run(name, "--help").exit_code == 0
+    assert "OpenAI's API over HTTP is at port 50080" in run("serve", "--help").stdout
 
 
 def test_tokenize_and_models() -> None:

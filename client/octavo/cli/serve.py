@@ -33,14 +33,18 @@ def serve(
     ] = None,
     backend: Annotated[str | None, typer.Option(help="torch, cuda or mock.")] = None,
     workers: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
-    host: Annotated[str, typer.Option(help="Address that the router binds with --port.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address that the router binds for gRPC with --port.")] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(help="Port of the router. Default: 50051, or the next free one.", min=0, max=65535)
+        int | None,
+        typer.Option(help="Port of the router for gRPC. Default: 50051, or the next free one.", min=0, max=65535),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.", min=1)] = None,
 ) -> None:
-    """Serve a model: Redis, scheduler, router and workers, until Ctrl-C."""
+    """Serve a model: Redis, scheduler, router and workers, until Ctrl-C.
+
+    OpenAI's API over HTTP is at port 50080 of 127.0.0.1, or the next free one; both addresses are printed once it serves.
+    """
     flags = {
         "dtype": dtype,
         "quantization": quantization,
