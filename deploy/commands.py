@@ -26,6 +26,11 @@ DEFAULT_LISTEN = {
     "redis": "127.0.0.1:6379",
 }
 METRICS_LISTEN = "127.0.0.1:9101"  # of the first process; the others take the ports after it
+# Settings that belong to one process and are given here or left to it: no variable of the environment sets them for all.
+OWN_VARIABLES = tuple(
+    f"OCTAVO_{name}"
+    for name in ("LISTEN", "HTTP_LISTEN", "METRICS", "ADVERTISE", "REDIS", "SCHEDULER", "PEER", "NAME", "READY_FILE")
+)
 SERVICE_ORDER = ("redis", "scheduler", "worker", "router")  # started in this order, stopped in the reverse
 
 
@@ -68,9 +73,19 @@ def service_command(
         name=name,
         service=service,
         argv=tuple(argv),
-        env={"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **(env or {})},
+        env={
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+            **(env or {}),
+            **dict.fromkeys(OWN_VARIABLES, ""),  # empty is as good as not there
+        },
         ready_file=ready_file,
     )
+
+
+def tied(argv: Sequence[str]) -> tuple[str, ...]:
+    """The same command, ended by SIGTERM once the thread that starts it is gone (deploy/tied.py)."""
+    return (sys.executable, "-I", "-S", str(ROOT / "deploy" / "tied.py"), *argv)
 
 
 def redis_binary() -> Path | None:

@@ -26,7 +26,7 @@ from deploy.ports import free_address
 from deploy.readiness import ClusterError, ProcessDied
 from deploy.state import RUN
 from deploy.supervise import Supervisor
-from deploy.wanted import Wanted, check_environment, check_machine, differences, inherited
+from deploy.wanted import Wanted, check_environment, check_machine, differences, inherited, unused_variables
 from deploy.wanted import read as read_wanted
 from service.probe import probe
 
@@ -51,6 +51,8 @@ def up(wanted: Wanted, timeout: float) -> int:
     if running is not None and running.runtime == "docker" and any(probe(at) == "SERVING" for at in running.router):
         raise ClusterError("a cluster runs here with RUNTIME=docker; make down, then make up")
     check_environment()
+    for line in unused_variables():
+        print(line, flush=True)
     state.forget()
     model = resolve(wanted_model, backend=wanted.backend)
     for tries_left in reversed(range(PORT_TRIES)):
@@ -98,6 +100,8 @@ def add_worker(wanted: Wanted, timeout: float) -> int:
     if wanted.model is not None:
         check_machine(wanted.model, wanted.backend)
     check_environment(("worker",))
+    for line in unused_variables():
+        print(line, flush=True)
     known = supervisor.states()
     number = 1 + max((int(name.split("-")[1]) for name in known if name.startswith("worker-")), default=0)
     name = f"worker-{number}"
@@ -161,9 +165,12 @@ def logs(name: str | None, follow: bool) -> int:
     cluster = state.read()
     if cluster is not None and cluster.runtime == "docker":
         return docker.logs(name, follow)
-    paths = sorted((RUN / "logs").glob(f"{name or '*'}.log"))
+    known = sorted((RUN / "logs").glob("*.log"))
+    paths = [path for path in known if name in (None, path.stem)]
+    if not known:
+        raise ClusterError("no logs in .run/logs; make up starts a cluster")
     if not paths:
-        raise ClusterError(f"no logs of {name or 'any process'} in .run/logs")
+        raise ClusterError(f"NAME={name}: no log of that name; there are {', '.join(path.stem for path in known)}")
     if follow and not Supervisor(RUN).is_running():
         print("No cluster runs here; these are the ends of the logs of the last one.", flush=True)
         follow = False

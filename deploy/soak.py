@@ -29,6 +29,7 @@ from octavo.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 from deploy.cluster import LocalCluster
 from deploy.commands import Flag, redis_binary
+from deploy.readiness import ClusterError
 from deploy.soak_load import Load
 
 MEMORY_BYTES = 6 << 20
@@ -256,6 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: Path | None = given.pop("out")
     try:
         report = asyncio.run(Soak(SoakSettings(**given)).run())
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -2,7 +2,8 @@
 
 Supervisor was chosen over honcho (foreground only, no restarts, no commands) and circus (ZeroMQ sockets, event-loop stack of its own):
 a daemon with plain files, a log for each process, restarts, ordered stop, and programs that can be added while it runs.
-A process that ends with 0 (drained) or 2 (settings) stays down; any other end starts it again.
+A process that ends with 0 (drained) or 2 (settings) stays down; any other end starts it again. Where supervisord itself is killed, its
+processes end, too (deploy/tied.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from supervisor.xmlrpc import SupervisorTransport
 
-from deploy.commands import SERVICE_ORDER, Command
+from deploy.commands import SERVICE_ORDER, Command, tied
 from deploy.environment import ROOT
 from deploy.readiness import ClusterError, ProcessDied, tail
 
@@ -166,7 +167,7 @@ class Supervisor:
                 raise ClusterError(f"supervisord can't hold a double quote or the end of a line in {key}")
         quoted = ",".join(f'{key}="{value}"' for key, value in command.env.items())
         options = {
-            "command": shlex.join(command.argv).replace("%", "%%"),
+            "command": shlex.join(tied(command.argv)).replace("%", "%%"),
             "environment": quoted.replace("%", "%%"),
             "directory": ROOT,
             "priority": SERVICE_ORDER.index(command.service) + 1,

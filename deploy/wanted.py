@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import difflib
 import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from deploy.commands import has_cuda_packages, is_mock
-from deploy.model import check_name, name_of
+from deploy.commands import OWN_VARIABLES, has_cuda_packages, is_mock
+from deploy.model import DEFAULT_MODEL, check_name, name_of
 from deploy.readiness import ClusterError
 from deploy.state import Cluster
 from service.auth import read_token
 from service.keys import ApiKeys
-from service.settings import SettingsError, parse
+from service.settings import SettingsError, parse, variable_of
 
 RUNTIMES = ("processes", "docker")
 BACKENDS = ("auto", "torch", "cuda", "mock")
 QUANTIZATIONS = ("none", "int8")
 _KEYS = ("OCTAVO_API_KEY", "OCTAVO_API_KEY_LIST")
+_SERVICES = ("scheduler", "worker", "router")
+_NOT_OF_SERVICES = ("OCTAVO_ADDRESS", "OCTAVO_API_KEY", "OCTAVO_CACHE", "OCTAVO_CUBIN_CACHE")  # but known
+_ALIKE = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,18 +109,37 @@ def has_cuda_device() -> bool:
     return int(driver.cuInit(0)) == 0
 
 
-def check_environment(services: Sequence[str] = ("scheduler", "worker", "router")) -> None:
+def check_environment(services: Sequence[str] = _SERVICES) -> None:
     """Whether the services can use the OCTAVO_* variables that they will inherit, and the files these name. Raises ClusterError."""
+    environ = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
     for service in services:
-        settings_class = getattr(importlib.import_module(f"{service}.settings"), f"{service.title()}Settings")
+        settings_class = _settings_class(service)
         try:
-            settings = parse(settings_class, service, ["--redis", "redis://unused"])
+            settings = parse(settings_class, service, ["--redis", "redis://unused"], environ)
             read_token(settings.cluster_token_file)
             ApiKeys.of(
                 getattr(settings, "api_keys", None), getattr(settings, "api_key_list", None)
             )  # a router has them
         except SettingsError as error:
             raise ClusterError(f"the {service} can't use an OCTAVO_ variable of the environment: {error}") from None
+
+
+def _settings_class(service: str) -> type[Any]:
+    found: type[Any] = getattr(importlib.import_module(f"{service}.settings"), f"{service.title()}Settings")
+    return found
+
+
+def unused_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each OCTAVO_* variable that somebody may have meant for the services, and that none of them takes."""
+    known = {variable_of(item.name) for service in _SERVICES for item in dataclasses.fields(_settings_class(service))}
+    known |= set(_NOT_OF_SERVICES)
+    lines = []
+    for name in sorted(name for name, value in environ.items() if name.startswith("OCTAVO_") and value):
+        if name in OWN_VARIABLES and name != "OCTAVO_SCHEDULER":  # that one is also the client's
+            lines.append(f"{name} is not used: each process here gets an address and a name of its own")
+        elif name not in known and (near := difflib.get_close_matches(name, known, 1, _ALIKE)):
+            lines.append(f"{name} is not used: it is no setting; did you mean {near[0]}?")
+    return lines
 
 
 def inherited(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -142,6 +167,12 @@ def differences(wanted: Wanted, running: Cluster, workers: int) -> str:
         "runtime": wanted.runtime,
     }
     differing = [name for name, value in asked.items() if value is not None and value != have[name]]
+    if not differing and wanted.model is None and running.model != name_of(DEFAULT_MODEL):
+        return (
+            f"Nothing was changed: {running.model} runs. Where no MODEL is given, make up starts {DEFAULT_MODEL}.\n"
+            f"To serve that as well: make worker MODEL={DEFAULT_MODEL}\n"
+            f"To have that instead: make down, then make up"
+        )
     if not differing:
         return ""
     parts = [f"{name.upper()}={getattr(wanted, name)} was asked for, {have[name]} runs" for name in differing]

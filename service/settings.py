@@ -97,7 +97,7 @@ def parse(
             dest=item.name,
             action="append" if _is_tuple(hints[item.name]) else "store",
             metavar="VALUE",
-            help=f"{item.metadata['help']} [{_show(item.default)}]".replace("%", "%%"),
+            help=_help(item).replace("%", "%%"),
         )
     given = vars(parser.parse_args(argv))
     values: dict[str, Any] = {}
@@ -178,6 +178,12 @@ def _convert(item: dataclasses.Field[Any], hint: Any, raw: Any) -> Any:
         return kind(raw)
     except ValueError:
         raise SettingsError(f"{_flag_name(item.name)}: {raw!r} is no {kind.__name__}") from None
+
+
+def _help(item: dataclasses.Field[Any]) -> str:
+    choices = item.metadata["choices"]
+    one_of = f"; one of {', '.join(choices)}" if choices else ""
+    return f"{item.metadata['help']}{one_of} [{_show(item.default)}]"
 
 
 def _show(default: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 # The services' own library, without the services: serves health, writes its arguments down, ends at SIGTERM.
@@ -53,6 +55,21 @@ STAND_IN = """
         exit_on_settings_error(error, "SERVICE")
     sys.exit(run("SERVICE", settings, serve))
 """
+
+
+def still_running(pids: Iterable[str], seconds: float) -> list[str]:
+    """Those of the processes that have not ended within `seconds`. One of which nobody has asked how has ended, too."""
+    waiting, until = list(pids), time.monotonic() + seconds
+    while (waiting := list(filter(_runs, waiting))) and time.monotonic() < until:
+        time.sleep(0.05)
+    return waiting
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def write_stand_ins(root: Path) -> None:

@@ -18,7 +18,7 @@ from deploy.commands import redis_binary
 from deploy.environment import ROOT
 from deploy.readiness import ClusterError, ProcessDied, redis_answers
 from service.probe import probe
-from tests.integration.deploy_stand_ins import write_stand_ins
+from tests.integration.deploy_stand_ins import still_running, write_stand_ins
 
 
 @pytest.fixture
@@ -160,6 +160,20 @@ class Serving:
         """Of the process that runs now."""
         facts: dict[str, int] = json.loads(Path(self.arguments(name)[3]).read_text())
         return facts["pid"]
+
+
+def test_what_a_killed_serve_started_ends_with_it(root: Path) -> None:
+    serving = Serving(root)
+    serving.read_until("tiny is served at")
+    pid = serving.process.pid
+    services = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(services) >= 3
+    serving.process.kill()
+    serving.process.communicate(timeout=60)
+    left = still_running(services, 30)
+    for service in left:
+        os.kill(int(service), signal.SIGKILL)
+    assert left == []
 
 
 def test_serve_streams_logs_restarts_what_dies_and_stops_in_order(root: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from deploy.environment import ROOT
 from service.probe import probe
-from tests.integration.deploy_stand_ins import write_stand_ins
+from tests.integration.deploy_stand_ins import still_running, write_stand_ins
 
 # They look for the default ports: one at a time.
 pytestmark = pytest.mark.xdist_group("deploy-local")
@@ -107,6 +107,7 @@ def test_a_day_in_the_life(checkout: Checkout) -> None:
     assert table.count(" running ") == 6 and " starting " not in table  # worker-3 began a moment ago
     log = checkout.run("logs", "--name", "worker-3", "--no-follow")
     assert '"--model", "mock:tiny"' in log
+    assert "there are redis, router-1, scheduler-1, worker-1, " in checkout.run("logs", "--name", "router", expect=1)
 
     pids = [int(str(checkout.ready(name)["pid"])) for name in ("router-1", "scheduler-1", "worker-3")]
     assert "Stopped" in checkout.run("down")
@@ -170,6 +171,19 @@ def test_an_interrupted_start_is_cleaned_up_by_the_next(checkout: Checkout) -> N
     checkout.cluster_file.unlink()  # as if make up had been killed before the end
     assert "stopping what is left" in checkout.run("up", "--model", "mock")
     assert checkout.cluster_file.exists()
+
+
+def test_what_a_killed_supervisor_ran_ends_with_it(checkout: Checkout) -> None:
+    checkout.run("up", "--model", "mock")
+    supervisor = int((checkout.root / ".run" / "supervisord.pid").read_text())
+    services = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    assert len(services) >= 3
+    os.kill(supervisor, signal.SIGKILL)
+    left = still_running(services, 30)
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert left == []
+    assert "No cluster runs here" in checkout.run("ps")
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 from octavo.cli.chat import read_text
-from octavo.cli.conversation import Conversation
+from octavo.cli.conversation import SETTABLE, Conversation
 from octavo.cli.main import app
 from octavo.cli.problem import CommandProblem
 from octavo.client import Client
+from octavo.v1.inference_pb2 import SamplingParams
 from typer.testing import CliRunner, Result
 
+from router.validate import Violations, check_sampling
 from service.errors import OctavoError, Reason
 from tests.unit.client_fake_router import FakeRouter, Play, whole_text
 
@@ -83,6 +85,43 @@ def test_set_changes_options_until_it_is_taken_back() -> None:
     assert "top_k: 'many' is no whole number" in result.stderr
     assert "'colour' is none of model, temperature" in result.stderr
     assert result.stderr.splitlines()[-1] == "top_k 3"
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "refused"),
+    [
+        ("temperature", ("0", "99"), ("-1", "nan", "inf")),
+        ("top_p", ("0.01", "1"), ("0", "1.1")),
+        ("top_k", ("0", "2147483647"), ("-1", "2147483648")),
+        ("min_p", ("0", "1"), ("-0.1", "1.1")),
+        ("repetition_penalty", ("1e-6", "1e6"), ("0", "1.1e6")),
+        ("presence_penalty", ("-2", "2"), ("-2.1", "2.1")),
+        ("frequency_penalty", ("-2", "2"), ("-2.1", "2.1")),
+        ("max_tokens", ("1", "4294967295"), ("0", "-1", "4294967296")),
+        ("min_tokens", ("0", "4294967295"), ("-1", "4294967296")),
+        ("seed", ("0", "18446744073709551615"), ("-1", "18446744073709551616")),
+    ],
+)
+def test_set_takes_what_the_router_takes(name: str, taken: tuple[str, ...], refused: tuple[str, ...]) -> None:
+    with Client("127.0.0.1:1") as client:
+        conversation = Conversation(client, {})
+        for value in taken:
+            conversation.set(name, value)
+            assert _router_takes(name, value)
+        for value in refused:
+            with pytest.raises(CommandProblem, match=f"^{name} {value}: must be "):
+                conversation.set(name, value)
+            assert conversation.options == {name: SETTABLE[name](taken[-1])}
+            assert not _router_takes(name, value)
+
+
+def _router_takes(name: str, value: str) -> bool:
+    wrong = Violations()
+    try:
+        check_sampling(SamplingParams(**{name: SETTABLE[name](value)}), wrong)
+    except ValueError:  # no request could hold it
+        return False
+    return not wrong.found
 
 
 def test_model_shows_what_is_served_and_chooses() -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from octavo.cli import chat, inspect, serve, terminal
 from octavo.cli.conversation import Conversation
@@ -93,6 +97,40 @@ def test_nobody_there_is_one_sentence() -> None:
     assert "`make up`" in result.stderr
 
 
+def test_another_service_at_the_address_is_one_sentence() -> None:
+    """A scheduler's address is given for a router's, or the HTTP port for the one of gRPC."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        for command in ("generate", "hi", "--address"), ("workers", "--scheduler"):
+            said = run(*command, f"127.0.0.1:{port}").stderr
+            assert said.startswith("error: what answers at this address is another service") and "`make ps`" in said
+    finally:
+        server.stop(None).wait()
+
+
+def test_an_address_that_speaks_no_grpc_is_one_sentence() -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        try:
+            said = run("models", "--address", f"127.0.0.1:{web.server_port}").stderr.splitlines()[-1]
+        finally:
+            web.shutdown()
+            thread.join()
+    assert said.startswith(f"error: what answers at 127.0.0.1:{web.server_port} speaks no gRPC") and "`make ps`" in said
+
+
+def test_without_a_worker_it_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeRouter([Play(refuse=OctavoError(Reason.NO_WORKER, "no worker serves any model at present"))]) as router:
+        said = run("generate", "hi", "--address", router.address).stderr
+        monkeypatch.setattr(Client, "list_models", lambda client: [])
+        listed = run("models", "--address", router.address).stdout
+    assert said.startswith("error: NO_WORKER: no worker serves any model at present (`make worker`")
+    assert listed.startswith("no model is served now; `make worker`")
+
+
 def test_several_models_say_how_to_choose() -> None:
     play = Play(break_at=0, error=OctavoError(Reason.INVALID_ARGUMENT, "model: must be one of a, b"))
     with FakeRouter([play]) as router:
@@ -155,6 +193,7 @@ def test_every_command_has_help() -> None:
     ):
         assert name in result.stdout
         assert run(name, "--help").exit_code == 0
+    assert "OpenAI's API over HTTP is at port 50080" in run("serve", "--help").stdout
 
 
 def test_tokenize_and_models() -> None:
@@ -341,6 +380,13 @@ def test_pull_and_convert_tell_what_is_wrong(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "bad.gguf" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [("serve", "/no/such"), ("chaos", "--model", "/no/such")])
+def test_a_cluster_that_cannot_be_started_is_one_sentence(command: tuple[str, ...]) -> None:
+    result = run(*command)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: no such directory: /no/such"
 
 
 def test_serve_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from deploy.state import Cluster
 from deploy.supervise import Supervisor
 from deploy.wanted import Wanted
 from service.memory import own_bytes
+from service.settings import parse
+from worker.settings import WorkerSettings
 
 
 def test_flags_become_arguments(tmp_path: Path) -> None:
@@ -31,6 +33,20 @@ def test_flags_become_arguments(tmp_path: Path) -> None:
         *("--listen", "127.0.0.1:0", "--max-rows", "8", "--scheduler", "a:1", "--scheduler", "b:2"),
     )
     assert command.env["X"] == "1"
+
+
+def test_no_variable_gives_all_processes_one_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {
+        "OCTAVO_LISTEN": "127.0.0.1:7777",
+        "OCTAVO_ADVERTISE": "127.0.0.1:7778",
+        "OCTAVO_REDIS": "redis://elsewhere",
+        "OCTAVO_MAX_ROWS": "8",
+    }
+    added = service_command("worker", "worker-2", tmp_path, {"scheduler": "a:1"}, dict(environ))  # as make worker does
+    for command in (service_command("worker", "worker-1", tmp_path, {"scheduler": "a:1"}), added):
+        settings = parse(WorkerSettings, "worker", command.argv[3:], {**environ, **command.env})
+        assert (settings.listen, settings.advertise, settings.redis) == ("127.0.0.1:0", None, None)
+        assert settings.max_rows == 8
 
 
 def test_redis_listens_on_a_socket_unless_told_otherwise(tmp_path: Path) -> None:

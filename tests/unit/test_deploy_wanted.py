@@ -10,7 +10,7 @@ import pytest
 from deploy import wanted
 from deploy.readiness import ClusterError
 from deploy.state import Cluster
-from deploy.wanted import Wanted, check_environment, check_machine, differences, inherited, read
+from deploy.wanted import Wanted, check_environment, check_machine, differences, inherited, read, unused_variables
 
 RUNNING = Cluster(
     router=("r",),
@@ -95,6 +95,20 @@ def test_the_environment_is_checked_as_the_services_will(
         check_environment()
 
 
+def test_variables_that_nothing_takes_are_told() -> None:
+    assert unused_variables({"OCTAVO_MAX_ROWS": "8", "OCTAVO_CACHE": "/c", "OCTAVO_SCHEDULER": "a:1", "X": "1"}) == []
+    environ = {"OCTAVO_MAX_MODLE_LEN": "9", "OCTAVO_LISTEN": "h:1", "OCTAVO_HTTP_LISTEN": ""}
+    listen, typo = unused_variables(environ)
+    assert typo.endswith("did you mean OCTAVO_MAX_MODEL_LEN?")
+    assert listen.startswith("OCTAVO_LISTEN is not used")
+
+
+def test_an_address_in_the_environment_is_nothing_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAVO_METRICS", "0.0.0.0:9101")
+    monkeypatch.setenv("OCTAVO_HTTP_LISTEN", "nonsense")
+    check_environment()
+
+
 def test_a_worker_added_later_has_the_settings_of_the_environment() -> None:
     keys = {"OCTAVO_API_KEY": "a-key", "OCTAVO_API_KEY_LIST": "a-key team"}  # they would stand in a file
     assert inherited({"OCTAVO_MAX_ROWS": "8", "PATH": "x", **keys}) == {"OCTAVO_MAX_ROWS": "8"}
@@ -110,6 +124,14 @@ def test_a_worker_added_later_has_the_settings_of_the_environment() -> None:
 )
 def test_nothing_is_told_of_what_runs_as_asked(same: Wanted) -> None:
     assert differences(same, RUNNING, 2) == ""
+
+
+def test_another_model_than_make_up_starts_by_itself_is_told() -> None:
+    mock = dataclasses.replace(RUNNING, model="mock", backend="mock")
+    told = differences(Wanted(), mock, 1)
+    assert "mock runs" in told and "make worker MODEL=smollm2\n" in told
+    assert differences(Wanted(model="mock"), mock, 1) == ""
+    assert "smollm2" not in differences(Wanted(workers=2), mock, 1)  # it is the number that was asked for
 
 
 def test_each_difference_is_told_with_what_to_do() -> None:

@@ -49,6 +49,12 @@ def test_flags_win_over_variables_and_variables_over_defaults() -> None:
     assert parse(Example, "example", ["--peers", "x:1", "--peers", "y:2"], env).peers == ("x:1", "y:2")
 
 
+def test_help_lists_the_values_of_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Example, "example", ["--help"], {})
+    assert "level to log; one of debug, info, warning, error [info]" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [

@@ -14,7 +14,7 @@ from octavo.cli import load_report, options
 from octavo.cli.load_http import first_model
 from octavo.cli.load_run import LoadResult, run_load
 from octavo.cli.load_spec import LoadSpec
-from octavo.cli.problem import CommandProblem
+from octavo.cli.problem import NO_MODEL, CommandProblem
 from octavo.cli.terminal import stderr_console, stdout_console
 from octavo.client import Client, OctavoError
 from octavo.client.admin import AdminClient
@@ -142,7 +142,9 @@ def _choose_model(connection: Connection, name: str) -> pb.Model:
     for model in models:
         if model.name == name:
             return model
-    known = ", ".join(model.name for model in models) or "none"
+    if not models:
+        raise CommandProblem(NO_MODEL)
+    known = ", ".join(model.name for model in models)
     raise CommandProblem(f"name a model with --model; served now: {known}")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from octavo.cli.conversation import SETTABLE, Conversation
-from octavo.cli.problem import CommandProblem
+from octavo.cli.problem import NO_MODEL, CommandProblem
 from octavo.cli.terminal import printable, stderr_console
 
 HELP = """/system TEXT     begin anew with this system message; without TEXT, without one
@@ -75,7 +75,7 @@ def _model(conversation: Conversation, argument: str) -> None:
     for model in served:
         _say(("* " if model.name == chosen else "  ") + model.name + ("" if model.ready else " (not ready)"))
     if not served:
-        _say("no model is served now")
+        _say(NO_MODEL)
 
 
 def _history(conversation: Conversation, argument: str) -> None:

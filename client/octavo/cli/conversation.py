@@ -14,7 +14,7 @@ from octavo.client import Client, GenerateOptions, OctavoError
 _KIND = "octavo conversation"
 _VERSION = 1
 
-# What /set takes, with the type of its value. Ranges are the router's to check, at the next question.
+# What /set takes, with the type of its value.
 SETTABLE: dict[str, type] = {
     "model": str,
     "temperature": float,
@@ -28,6 +28,20 @@ SETTABLE: dict[str, type] = {
     "min_tokens": int,
     "seed": int,
     "stop": str,
+}
+_LARGEST_FLOAT, _SMALLEST_FLOAT = 3.4028234e38, 1.1754944e-38  # of the 32 bits that requests hold
+# The router's ranges, a test keeps them equal: the least value, the largest, and what is said of others.
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (0.0, _LARGEST_FLOAT, "must be a number of at least 0"),
+    "top_p": (_SMALLEST_FLOAT, 1.0, "must be in (0, 1]"),
+    "top_k": (0, 2**31 - 1, "must be at least 0 and below 2^31"),
+    "min_p": (0.0, 1.0, "must be in [0, 1]"),
+    "repetition_penalty": (1e-6, 1e6, "must be in [1e-6, 1e6]"),
+    "presence_penalty": (-2.0, 2.0, "must be in [-2, 2]"),
+    "frequency_penalty": (-2.0, 2.0, "must be in [-2, 2]"),
+    "max_tokens": (1, 2**32 - 1, "must be at least 1 and below 2^32"),
+    "min_tokens": (0, 2**32 - 1, "must be at least 0 and below 2^32"),
+    "seed": (0, 2**64 - 1, "must be at least 0 and below 2^64"),
 }
 
 
@@ -93,6 +107,10 @@ class Conversation:
             except ValueError:
                 kind = "whole number" if SETTABLE[name] is int else "number"
                 raise CommandProblem(f"{name}: {value!r} is no {kind}") from None
+            if name in _RANGES:
+                least, largest, said = _RANGES[name]
+                if not least <= options[name] <= largest:  # so is NaN
+                    raise CommandProblem(f"{name} {value}: {said}")
         self.options = options  # type: ignore[assignment]  # the names and types are those of SETTABLE
 
     def save(self, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 from octavo.cli import options
-from octavo.cli.problem import CommandProblem
+from octavo.cli.problem import NO_MODEL, CommandProblem
 from octavo.cli.terminal import Answer, stderr_console, stdout_console
 from octavo.client import GenerateOptions
 from rich.table import Table
@@ -170,4 +170,4 @@ def models(
             "yes" if model.ready else "no",
             model.digest[:12],
         )
-    stdout_console().print(table if found else "no model is served now")
+    stdout_console().print(table if found else NO_MODEL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -13,11 +14,17 @@ from octavo.client import ConnectionProblem, OctavoError
 from typer.core import TyperGroup
 
 
+def _told() -> tuple[type[Exception], ...]:
+    """What ends as one sentence: the client's errors, and those of the checkout's packages where a command has loaded them."""
+    cluster = getattr(sys.modules.get("deploy.readiness"), "ClusterError", None)
+    return (OctavoError, ConnectionProblem, CommandProblem, *([cluster] if cluster is not None else []))
+
+
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (OctavoError, ConnectionProblem, CommandProblem) as error:
+        except _told() as error:
             stderr_console().print(f"error: {sentence(error)}", style="red", markup=False, soft_wrap=True)
             raise typer.Exit(1) from None
 

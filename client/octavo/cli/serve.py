@@ -33,14 +33,18 @@ def serve(
     ] = None,
     backend: Annotated[str | None, typer.Option(help="torch, cuda or mock.")] = None,
     workers: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
-    host: Annotated[str, typer.Option(help="Address that the router binds with --port.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address that the router binds for gRPC with --port.")] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(help="Port of the router. Default: 50051, or the next free one.", min=0, max=65535)
+        int | None,
+        typer.Option(help="Port of the router for gRPC. Default: 50051, or the next free one.", min=0, max=65535),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.", min=1)] = None,
 ) -> None:
-    """Serve a model: Redis, scheduler, router and workers, until Ctrl-C."""
+    """Serve a model: Redis, scheduler, router and workers, until Ctrl-C.
+
+    OpenAI's API over HTTP is at port 50080 of 127.0.0.1, or the next free one; both addresses are printed once it serves.
+    """
     flags = {
         "dtype": dtype,
         "quantization": quantization,
@@ -51,7 +55,6 @@ def serve(
     with checkout():
         from deploy.cluster import ServeOptions
         from deploy.cluster import serve as serve_cluster
-        from deploy.readiness import ClusterError
     chosen = ServeOptions(
         workers=workers,
         listen=None if port is None else f"{host}:{port}",
@@ -59,11 +62,7 @@ def serve(
         served_name=name,
         worker_flags={flag: value for flag, value in flags.items() if value is not None},
     )
-    try:
-        code = serve_cluster(model, chosen)
-    except ClusterError as error:
-        raise CommandProblem(str(error)) from None
-    raise typer.Exit(code)
+    raise typer.Exit(serve_cluster(model, chosen))
 
 
 @contextmanager
