@@ -210,7 +210,7 @@ class LocalCluster:
             for member in group:
                 member.terminate()
             for member in group:
-                member.stop()  # also reads the last words of one that has ended
+                member.end()  # a second SIGTERM would end it at once; this also reads the last words of one that has ended
 
     def _launch(self, command: Command) -> Member:
         log = self.directory / f"{command.name}.log"

@@ -118,6 +118,10 @@ class Member:
     def stop(self, timeout: float = 40.0) -> int:
         """SIGTERM, then SIGKILL after `timeout` seconds; the exit code."""
         self.terminate()
+        return self.end(timeout)
+
+    def end(self, timeout: float = 40.0) -> int:
+        """Wait until a process that was told to stop has ended, SIGKILL after `timeout` seconds; the exit code."""
         try:
             return self.wait(timeout)
         except subprocess.TimeoutExpired:

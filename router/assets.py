@@ -18,6 +18,7 @@ from router import chat as chats
 from router.detokenize import TokenTable, UnsupportedDecoder, build_table
 from router.speech.dialect import THINK, THOUGHT, Dialect, find_dialect
 from router.template import SPECIAL_TOKENS, ChatTemplate, TemplateFailure
+from router.validate import too_long
 from service.errors import FieldViolation, OctavoError, Reason
 from service.grammar import eos_token_ids
 
@@ -92,7 +93,7 @@ class ModelAssets:
 
         Raises PROMPT_TOO_LONG beyond `most` tokens, UNSUPPORTED where the tokenizer fails.
         """
-        return _encode(self.plain_tokenizer, text, add_special_tokens, most)
+        return _encode(self.plain_tokenizer, text, add_special_tokens, most, "text")
 
     def render(self, chat: inference_pb2.Chat, now: datetime | None = None) -> str:
         """The prompt of a conversation as text. Raises INVALID_ARGUMENT."""
@@ -122,7 +123,7 @@ class ModelAssets:
 
     def encode_rendered(self, prompt: str, most: int | None = None) -> list[int]:
         """A rendered template to ids: special tokens are recognised, none are added. Raises as encode_text does."""
-        return _encode(self.tokenizer, prompt, False, most)
+        return _encode(self.tokenizer, prompt, False, most, "chat.messages")
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Ids to text, as `Tokenizer.decode` does."""
@@ -130,12 +131,13 @@ class ModelAssets:
         text, _ = detokenizer.feed(token_ids)
         return text + detokenizer.finish()[0]
 
-    def max_characters(self, max_tokens: int) -> int:
-        """Texts that are longer surely have more tokens than that: no token stands for more bytes than the longest one.
+    @property
+    def max_characters_a_token(self) -> int:
+        """Of a text, that one token can stand for: it has no more bytes than the longest one.
 
         Normalization can shorten a text (NFC: to a third at most), so a tokenizer with one gets three times as much.
         """
-        return max_tokens * self.table.max_token_bytes * (3 if self.normalizes else 1)
+        return self.table.max_token_bytes * (3 if self.normalizes else 1)
 
 
 class AssetStore:
@@ -211,7 +213,7 @@ def is_tokenizer_error(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, most: int | None) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, most: int | None, field: str) -> list[int]:
     """`encode` holds Python's lock, for seconds where the text is long, and with it the event loop; `encode_batch` does not.
 
     To make a list of the ids holds it, too: so their number is looked at first.
@@ -226,8 +228,7 @@ def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, most: int
             raise
         raise OctavoError(Reason.UNSUPPORTED, f"the model's tokenizer fails on this text: {error}") from None
     if most is not None and len(encoding) > most:
-        text = f"{len(encoding)} prompt tokens exceed the model's context of {most} tokens"
-        raise OctavoError(Reason.PROMPT_TOO_LONG, text)
+        raise too_long(field, f"{len(encoding)} prompt tokens exceed the model's context of {most} tokens")
     ids: list[int] = encoding.ids
     return ids
 

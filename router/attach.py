@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterable
@@ -81,23 +82,27 @@ class Attachments:
         raise OctavoError(Reason.NO_WORKER, f"the model's tokenizer can't be fetched: {problem}", retry_after_ms=1_000)
 
     async def close(self) -> None:
-        """Say goodbye and end all streams."""
+        """End all streams. Those of schedulers that were told goodbye may end by themselves; the hub's clock must run until then."""
         tasks = [*self._tasks.values(), *self._leaving]
         self._tasks.clear()
+        if tasks and self._hub.leaving.is_set():
+            await asyncio.wait(tasks, timeout=_FAREWELL_SECONDS)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep(self, address: str) -> None:
-        """Attach, and attach again, until cancelled."""
+        """Attach, and attach again, until cancelled or until the hub leaves."""
         backoff = _FIRST_BACKOFF
         channel = self._open_channel(address)
         self._channels[address] = channel
         try:
-            while True:
+            while not self._hub.leaving.is_set():
                 heard = await self._attach_once(address, channel)
                 backoff = _FIRST_BACKOFF if heard else min(_MAX_BACKOFF, backoff * 2)
-                await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(backoff * random.uniform(0.5, 1.0)):
+                        await self._hub.leaving.wait()
         finally:
             self._channels.pop(address, None)
             await channel.close()
@@ -131,7 +136,9 @@ class Attachments:
             if isinstance(result, Exception) and not isinstance(result, asyncio.InvalidStateError):
                 raise result
         else:
-            log.log(_level(heard), "the stream to the scheduler at %s: %s", address, "cut" if was_closed else "ended")
+            how = "cut" if was_closed else "ended"
+            level = logging.INFO if self._hub.leaving.is_set() else _level(heard)
+            log.log(level, "the stream to the scheduler at %s: %s", address, how)
         return heard.is_set()
 
     async def _read(self, call: Any, address: str, heard: asyncio.Event) -> None:

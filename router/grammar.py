@@ -101,7 +101,7 @@ class GrammarChecker:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._end_helper()
+        await self._end_helper(logging.DEBUG)
 
     # Turns ---------------------------------------------------------------------------------------------------------------
 
@@ -239,7 +239,8 @@ class GrammarChecker:
         log.info("compiling grammars in process %d", self._helper.pid)
         return self._helper
 
-    async def _end_helper(self) -> None:
+    async def _end_helper(self, level: int = logging.INFO) -> None:
+        """`level`: how much of a news its end is."""
         helper, self._helper = self._helper, None
         self._tokenizers.clear()
         if helper is None:
@@ -247,4 +248,4 @@ class GrammarChecker:
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             helper.kill()
         code = await helper.wait()
-        log.info("the process that compiles grammars has ended: %d", code)
+        log.log(level, "the process that compiles grammars has ended: %d", code)

@@ -109,6 +109,7 @@ class Hub:
     ) -> None:
         """`brisk`: heartbeats to clients that have got tokens. `on_models` is called whenever the models served may have changed."""
         self.session = session
+        self.leaving = asyncio.Event()  # goodbye was said: nobody is to be dialled any more
         self._flush: FlushPolicy[ClientStream] = FlushPolicy(flush_interval)
         self._flush_timer: asyncio.TimerHandle | None = None
         self._pulse: Pulse[ClientStream] = Pulse(brisk)
@@ -222,7 +223,8 @@ class Hub:
         self._pump()
 
     def detach(self) -> None:
-        """Say goodbye to all schedulers."""
+        """Say goodbye to all schedulers; they end the streams."""
+        self.leaving.set()
         self.session.detach()
         self._perform()
 

@@ -23,7 +23,7 @@ from router.resolve import ModelLimits, Resolved, check_prompt, resolve, sequenc
 from router.speech.choice import grammar_of, manner_of
 from router.speech.manner import PLAIN, Manner
 from router.ticket import Ticket, TicketOffice, grammar_hash, invalid
-from router.validate import Violations, check_request
+from router.validate import Violations, check_request, too_long
 from service.columns import pack
 from service.errors import OctavoError, Reason
 
@@ -205,13 +205,14 @@ class Preparation:
         most = limits.max_model_len if isinstance(message, inference_pb2.GenerateRequest) else None
         if isinstance(message, inference_pb2.GenerateRequest) and kind == "token_ids":
             if len(message.token_ids.ids) > limits.max_model_len:
-                raise _too_long(len(message.token_ids.ids), limits)
+                wrong = f"{len(message.token_ids.ids)} prompt tokens exceed the model's context of {limits.max_model_len} tokens"
+                raise too_long("token_ids", wrong)
             return list(message.token_ids.ids)
         if kind == "text":
             add_special = not isinstance(message, inference_pb2.TokenizeRequest) or (
                 message.add_special_tokens or not message.HasField("add_special_tokens")
             )
-            _check_size(message.text, assets, limits)
+            _check_size(message.text, assets, limits, "text")
             return await self._pool.run_plain(
                 len(message.text), lambda: assets.encode_text(message.text, add_special, most)
             )
@@ -229,7 +230,7 @@ class Preparation:
 
         def work() -> tuple[str, list[int]]:
             prompt = assets.render(chat, datetime.fromtimestamp(accepted))
-            _check_size(prompt, assets, limits)
+            _check_size(prompt, assets, limits, "chat.messages")
             return prompt, assets.encode_rendered(prompt, most)
 
         return await self._pool.run(chat.ByteSize(), work)
@@ -285,19 +286,14 @@ def _replay(request: Request, resume: inference_pb2.Resume, limits: ModelLimits)
     wrong.raise_if_any()
 
 
-def _check_size(text: str, assets: ModelAssets, limits: ModelLimits) -> None:
-    if len(text) > assets.max_characters(limits.max_model_len):
-        raise OctavoError(
-            Reason.PROMPT_TOO_LONG,
-            f"a prompt of {len(text)} characters exceeds the model's context of {limits.max_model_len} tokens",
+def _check_size(text: str, assets: ModelAssets, limits: ModelLimits, field: str) -> None:
+    most = assets.max_characters_a_token
+    if len(text) > limits.max_model_len * most:
+        raise too_long(
+            field,
+            f"{len(text)} characters can't fit into the model's context of {limits.max_model_len} tokens, which hold"
+            f" at most {most} characters each",
         )
-
-
-def _too_long(count: int, limits: ModelLimits) -> OctavoError:
-    return OctavoError(
-        Reason.PROMPT_TOO_LONG,
-        f"{count} prompt tokens exceed the model's context of {limits.max_model_len} tokens",
-    )
 
 
 def _new_id() -> str:

@@ -12,9 +12,9 @@ from octavo.v1 import common_pb2, inference_pb2
 from router.assets import ModelAssets
 from router.output import FinishRules
 from router.stop import StopStrings
-from router.validate import LEAST_PENALTY, MOST_PENALTY, Violations, fail
+from router.validate import LEAST_PENALTY, MOST_PENALTY, Violations, fail, too_long
 from service.columns import pack
-from service.errors import FieldViolation, OctavoError, Reason
+from service.errors import FieldViolation
 
 _GREEDY_BELOW = 9.9999e-7  # temperature; 1e-6 as a float is a little less
 MAX_PROMPT_LOGPROBS = 131_072  # of all positions together: about 4 MiB of the one message that holds them
@@ -40,16 +40,14 @@ class Resolved:
 
 
 def check_prompt(prompt_token_ids: Sequence[int], limits: ModelLimits, *, given: bool, field: str = "text") -> None:
-    """Raises PROMPT_TOO_LONG, or INVALID_ARGUMENT for an empty prompt, which is that of `field`, and for `given` ids that the model
+    """Raises PROMPT_TOO_LONG, or INVALID_ARGUMENT for an empty prompt, both of which are `field`'s, and for `given` ids that the model
     doesn't have.
     """
     if not prompt_token_ids:
         fail([FieldViolation(field, "the prompt has no tokens")])
     if len(prompt_token_ids) >= limits.max_model_len:
-        raise OctavoError(
-            Reason.PROMPT_TOO_LONG,
-            f"{len(prompt_token_ids)} prompt tokens and an output exceed the model's context of {limits.max_model_len} tokens",
-        )
+        wrong = f"{len(prompt_token_ids)} prompt tokens and an output exceed the model's context of {limits.max_model_len} tokens"
+        raise too_long(field, wrong)
     if not given:
         return
     check_vocabulary("token_ids.ids", prompt_token_ids, limits.vocab_size)
@@ -68,12 +66,11 @@ def check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> N
 def _check_max_tokens(num_prompt_tokens: int, max_tokens: int, limits: ModelLimits) -> None:
     """Raises PROMPT_TOO_LONG unless so much output fits the context beside the prompt, which does."""
     if num_prompt_tokens + max_tokens > limits.max_model_len:
-        field, wrong = (
+        raise too_long(
             "sampling.max_tokens",
             f"{num_prompt_tokens} prompt tokens and {max_tokens} output tokens exceed the model's context of "
             f"{limits.max_model_len} tokens: at most {limits.max_model_len - num_prompt_tokens} fit",
         )
-        raise OctavoError(Reason.PROMPT_TOO_LONG, f"{field}: {wrong}", violations=[FieldViolation(field, wrong)])
 
 
 def resolve(

@@ -232,10 +232,12 @@ class RouterSession:
         self._homes.tick(now, stalled=stalled)
 
     def detach(self) -> None:
-        """Say goodbye to every scheduler; nothing may run any more."""
+        """Say goodbye to every scheduler; nothing may run any more. One that has not welcomed us yet is not waited for."""
         for link in self._links.values():
             if link.attached:
                 self._send(link, detach=scheduler_pb2.Detach())
+            else:
+                self._cut.append(link.address)
 
     # ---- messages of a scheduler
 

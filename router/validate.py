@@ -75,6 +75,11 @@ def fail(violations: list[FieldViolation]) -> NoReturn:
     raise OctavoError(Reason.INVALID_ARGUMENT, f"{first.field}: {first.description}{more}", violations=violations)
 
 
+def too_long(field: str, wrong: str) -> OctavoError:
+    """PROMPT_TOO_LONG that names the field of what does not fit into the model's context."""
+    return OctavoError(Reason.PROMPT_TOO_LONG, f"{field}: {wrong}", violations=[FieldViolation(field, wrong)])
+
+
 def check_request(request: inference_pb2.GenerateRequest) -> None:
     """Raises INVALID_ARGUMENT with all violations, or UNSUPPORTED for what this server doesn't do: nothing is ignored."""
     wrong = Violations()

@@ -93,6 +93,7 @@ class Registry:
                     await events.subscribe(_CHANGED)
                     while True:
                         peers = await self._list(service)
+                        raise_swallowed_cancel()
                         self._on_up(True)
                         if known is not None and loop.time() < trusted_from:
                             peers |= known  # a Redis that has just come back may not know its leases yet
@@ -124,7 +125,7 @@ class Registry:
 
 
 def raise_swallowed_cancel() -> None:
-    """redis-py's `get_message` loses a cancellation that comes together with a message (seen with 8.1): raise it here."""
+    """redis-py loses a cancellation that comes together with a message or an answer (seen with 8.1): raise it here."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError

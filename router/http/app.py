@@ -36,6 +36,7 @@ Answer = Callable[[Scope, Receive, Send, Caller], Awaitable[None]]
 _LARGE = 64 << 10  # bytes of messages: about a millisecond to write as JSON
 _WRITTEN = 1 << 20  # bytes of an answer that are written at once
 _NOBODY = Caller("", Role.CLIENT)
+_USE_POST = "POST a question here; GET is for going on with its stream, by last-event-id"
 
 
 class Gateway:
@@ -125,9 +126,7 @@ class Gateway:
         if event_id is None:
             if scope["method"] == "POST":
                 return False
-            raise HttpError(
-                Problem(405, "GET is for going on with a stream, by last-event-id", headers=(("allow", "POST"),))
-            )
+            raise HttpError(Problem(405, _USE_POST, headers=(("allow", "POST"),)))
         await skip_body(scope, receive)
         if self.inference.draining:
             raise OctavoError(Reason.DRAINING, "this router is shutting down")
@@ -202,7 +201,7 @@ class Gateway:
         if self._authenticator.identify(authorization) is None:
             return _response(_stranger(self._authenticator.refusal(authorization)))
         text = {
-            404: f"there is no {request.url.path[:200]}",
+            404: f"there is no {request.url.path[:200]}; GET /v1/models lists the models that are served",
             405: f"{request.method} is not for {request.url.path[:200]}",
         }
         allow = tuple((error.headers or {}).items())

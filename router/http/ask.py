@@ -56,9 +56,9 @@ class Ask:
     usage_in_chunks: bool = False  # and in all chunks, as far as it goes
     timeout: float | None = None
     echoes: Sequence[str] = field(default=())  # of each prompt: what the output begins with
-    first_tokens: Sequence[str] = field(
+    first_tokens: Sequence[bytes] = field(
         default=()
-    )  # of each prompt that is echoed with log-probabilities: its first token's text
+    )  # of each prompt that is echoed with log-probabilities: its first token's bytes
     echo: bool = False
     keep_last: int | None = None  # tokens of each prompt; -1: as many as there is room for
     include_reasoning: bool = True

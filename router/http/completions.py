@@ -185,7 +185,8 @@ class CompletionView:
             text, entries = "", []
         if self._asked.first_tokens and first.prompt_logprobs:  # there are none where it ended before the first token
             entries = [*first.prompt_logprobs, *entries]
-            entries[0].token.text = self._asked.first_tokens[prompt]
+            first_token = self._asked.first_tokens[prompt]
+            entries[0].token.bytes, entries[0].token.text = first_token, first_token.decode(errors="replace")
             logprobs = long_completion_logprobs(entries, echo + text)
         else:
             logprobs = long_completion_logprobs(entries, text, len(echo))

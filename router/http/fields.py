@@ -9,6 +9,8 @@ from typing import Any
 
 from router.http.errors import invalid, unsupported
 
+_MOST = 2**32 - 1  # what a field of the contracts can hold: no bound that is of use to a client
+
 
 class Fields:
     """Null counts as absent, as OpenAI's clients mean it."""
@@ -54,7 +56,7 @@ class Fields:
         except OverflowError:
             return math.inf
 
-    def integer(self, name: str, low: int = 0, high: int = 2**32 - 1) -> int | None:
+    def integer(self, name: str, low: int = 0, high: int = _MOST) -> int | None:
         """An integer in [low, high]."""
         value = self.take(name)
         return None if value is None else integer(value, self.path(name), low, high)
@@ -101,17 +103,19 @@ class Fields:
 
 def token_ids(values: list[Any], path: str) -> list[int]:
     """These values as token ids. Hundreds of thousands are looked at without a step of Python for each."""
-    if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 2**32:
+    if set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= _MOST:
         return values
     return [integer(value, f"{path}[{index}]") for index, value in enumerate(values)]
 
 
-def integer(value: Any, path: str, low: int = 0, high: int = 2**32 - 1) -> int:
+def integer(value: Any, path: str, low: int = 0, high: int = _MOST) -> int:
     """`value` as an integer in [low, high]. JSON does not tell 5 from 5.0."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise invalid(path, "must be an integer")
     if not low <= value <= high:
-        raise invalid(path, f"must be in [{low}, {high}]")
+        if high < _MOST:
+            raise invalid(path, f"must be in [{low}, {high}]")
+        raise invalid(path, f"must be at least {low}" if value < low else "is too large")
     return value

@@ -10,6 +10,8 @@ from typing import Any
 
 from octavo.v1 import common_pb2, inference_pb2
 
+from router.http.offsets import text_offsets
+
 FINISH_REASONS = {
     common_pb2.FINISH_REASON_STOP: "stop",
     common_pb2.FINISH_REASON_LENGTH: "length",
@@ -151,20 +153,11 @@ def long_completion_logprobs(
     entries: Sequence[inference_pb2.TokenLogprobs], text: str, first_offset: int = 0
 ) -> dict[str, Any]:
     """The same for `dumps_long`."""
-    tokens: list[str] = []
-    values: list[float | None] = []
-    offsets: list[int] = []
-    offset = 0
-    for entry in entries:
-        token = entry.token
-        tokens.append(token.text)
-        # The first token of a prompt has no probability: nothing stands before it.
-        values.append(token.logprob if token.rank else None)
-        offsets.append(first_offset + offset)
-        if text.startswith(
-            token.text, offset
-        ):  # special tokens have no text there, and pieces of a character none of their own
-            offset += len(token.text)
+    # The first token of a prompt has no probability: nothing stands before it.
+    values = [entry.token.logprob if entry.token.rank else None for entry in entries]
+    tokens = [entry.token.text for entry in entries]
+    places = text_offsets(((entry.token.text, entry.token.bytes) for entry in entries), text)
+    offsets = [first_offset + place for place in places]
     return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": Each(entries, _top)}
 
 

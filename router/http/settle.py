@@ -56,12 +56,12 @@ async def _truncate(ask: Ask, keep_last: int, inference: Inference) -> None:
         request.token_ids.ids[:] = ids[-most:]
 
 
-async def _use_token_ids(request: inference_pb2.GenerateRequest, inference: Inference) -> str:
-    """The prompt as ids from now on. Returns the first one's text, which no log-probability tells."""
+async def _use_token_ids(request: inference_pb2.GenerateRequest, inference: Inference) -> bytes:
+    """The prompt as ids from now on. Returns the first one's bytes, which no log-probability tells."""
     ids = await _ids_of(request, inference)
     request.token_ids.ids[:] = ids
     _, assets = await inference.texts.model(request.model)
-    return assets.table.token_bytes(ids[0]).decode(errors="replace") if ids else ""
+    return assets.table.token_bytes(ids[0]) if ids else b""
 
 
 async def _ids_of(request: inference_pb2.GenerateRequest, inference: Inference) -> list[int]:

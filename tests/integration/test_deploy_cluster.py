@@ -71,6 +71,23 @@ def test_a_suspended_member_still_stops(cluster: LocalCluster) -> None:
     assert cluster.members["worker-1"].returncode == 0
 
 
+def test_each_member_is_told_to_stop_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that hears it twice leaves at once, whatever still runs there."""
+    told: list[int] = []
+    terminate = subprocess.Popen.terminate
+
+    def noted(process: subprocess.Popen[bytes]) -> None:
+        told.append(process.pid)
+        terminate(process)
+
+    monkeypatch.setattr(subprocess.Popen, "terminate", noted)
+    with LocalCluster(root=root, redis=False) as cluster:
+        for member in cluster.members.values():  # none ends before it is waited for
+            monkeypatch.setattr(member._process, "poll", lambda: None)
+        pids = [member.pid for member in cluster.members.values()]
+    assert sorted(told) == sorted(pids)
+
+
 def test_nothing_is_left_after_the_end(root: Path) -> None:
     with LocalCluster(root=root, redis=False, workers=2, schedulers=2) as cluster:
         pids = [member.pid for member in cluster.members.values()]

@@ -316,7 +316,10 @@ def _sampling(**params: object) -> inference_pb2.GenerateRequest:
 
 
 ABSURD = {
-    "a text of 10 MB": (lambda: inference_pb2.GenerateRequest(text="a b " * 2_500_000), "a prompt of"),
+    "a text of 10 MB": (
+        lambda: inference_pb2.GenerateRequest(text="a b " * 2_500_000),
+        "text: 10000000 characters can't fit into the model's context of",
+    ),
     "token ids of 10 MB": (
         lambda: inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[5] * 10_000_000)),
         "prompt tokens exceed",

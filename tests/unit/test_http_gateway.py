@@ -191,7 +191,9 @@ def test_keys_open_the_routes_and_deny_is_the_default() -> None:
             mine = {"authorization": "Bearer key-of-somebody-0123"}
             assert (await at.ask("POST", CHAT, {"messages": HELLO}, **mine)).status == 200
             assert scheduler.submits()[0].tenant == "team-a"
-            assert (await at.ask("GET", "/nope", **mine)).status == 404
+            for path in ("/nope", "/"):
+                answer = await at.ask("GET", path, **mine)
+                assert answer.status == 404 and "/v1/models" in answer.json()["error"]["message"]
             assert (await at.ask("PUT", CHAT, **mine)).status == 405
             assert (await at.ask("GET", "/metrics", **mine)).status == 403
             assert (await at.ask("GET", "/metrics", authorization="Bearer key-of-the-admin-0123")).status == 200

@@ -161,12 +161,16 @@ def test_an_output_that_does_not_fit_is_named_and_no_prompt_that_does(path: str,
     assert "9000 output tokens exceed the model's context of 512 tokens" in error["message"]
     long = json.loads(json.dumps(hello).replace("hello", "hello " * 600))
     more: dict[str, Any]
-    for more in ({}, {name: 9_000}):
-        error = refusal(path, long | more)
-        assert (error["param"], error["code"]) == (next(iter(hello)), "context_length_exceeded")
+    longer = json.loads(json.dumps(hello).replace("hello", "x" * 100_000))
+    for prompt in (long, longer):
+        for more in ({}, {name: 9_000}):
+            error = refusal(path, prompt | more)
+            assert (error["param"], error["code"]) == (next(iter(hello)), "context_length_exceeded")
     for wrong in (-1, 0):  # with the same words
         error = refusal(path, hello | {name: wrong})
-        assert (error["param"], error["message"]) == (name, f"{name}: must be in [1, 4294967295]")
+        assert (error["param"], error["message"]) == (name, f"{name}: must be at least 1")
+    error = refusal(path, hello | {name: 2**32})  # no more than a field can hold: to name that would help nobody
+    assert (error["param"], error["message"]) == (name, f"{name}: is too large")
 
 
 def test_tokens_are_needed_where_text_is_made_of_them() -> None:

@@ -199,6 +199,32 @@ def test_the_process_serves_once_it_is_attached_and_ends(tmp_path: Path) -> None
     asyncio.run(main())
 
 
+def test_a_process_that_ends_beats_until_the_scheduler_has_let_it_go() -> None:
+    async def main() -> None:
+        scheduler = FakeScheduler(nothing)
+
+        def lets_go(message: Message) -> bool:
+            """At the first beat after the goodbye, and not before."""
+            return message.HasField("heartbeat") and any(each.HasField("detach") for each in scheduler.received)
+
+        scheduler.lets_go = lets_go
+        await scheduler.start()
+        process = run_router("--listen", "127.0.0.1:0", "--scheduler", scheduler.address)
+        try:
+            await eventually(lambda: len(scheduler.received) > 0, 30.0)
+            process.send_signal(signal.SIGTERM)
+            _, errors = await asyncio.to_thread(process.communicate, timeout=30)
+            assert process.returncode == 0 and " W " not in errors, errors
+            kinds = [message.WhichOneof("message") for message in scheduler.received]
+            assert kinds[-2:] == ["detach", "heartbeat"] and scheduler.epoch == 1
+        finally:
+            process.kill()
+            process.wait()
+            await scheduler.stop()
+
+    asyncio.run(main())
+
+
 def test_a_process_that_waits_for_a_scheduler_can_be_stopped(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     process = run_router("--listen", address, "--scheduler", "127.0.0.1:1")

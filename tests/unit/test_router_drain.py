@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from service.errors import Reason
 from tests.unit.http_door import door
 from tests.unit.router_calls import TEXT, ask, collect, refuse, say_text, stay_silent, text_of
 from tests.unit.test_http_resume import BODY, begin, id_of, resume
-from tests.unit.test_router_fakes import cluster, eventually
+from tests.unit.test_router_fakes import FakeScheduler, cluster, eventually
 
 
 async def waits(drain: asyncio.Task[None]) -> bool:
@@ -124,5 +125,31 @@ def test_a_resume_that_is_under_way_is_sent_elsewhere(over_http: bool, monkeypat
             await eventually(lambda: len(scheduler.cancels()) == 1)
             assert len(scheduler.submits()) == 1 and not under_test.inference.keys._claims
             assert under_test.inference.parking.num_parked == 0 and under_test.gate.num_inside == 0
+
+    asyncio.run(main())
+
+
+class Speechless(FakeScheduler):
+    """One that never welcomes a router."""
+
+    async def _serve(self, request_iterator: Any, context: Any) -> bool:
+        return await asyncio.Event().wait()
+
+
+def test_who_has_said_goodbye_dials_nobody_again_and_waits_for_no_welcome(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        speechless = Speechless(say_text)
+        await speechless.start()
+        async with cluster(say_text) as (scheduler, under_test):
+            attachments = under_test.attachments
+            attachments.set_addresses([scheduler.address, speechless.address])
+            await eventually(lambda: len(under_test.session._links) == 2)
+            streams = list(attachments._tasks.values())
+            with caplog.at_level(logging.INFO, "octavo.router.attach"):
+                await under_test.inference.drain(0.0)
+                done, _ = await asyncio.wait(streams, timeout=10)
+            assert len(done) == 2 and scheduler.epoch == 1
+            assert [record.levelname for record in caplog.records if scheduler.address in record.message] == ["INFO"]
+        await speechless.stop()
 
     asyncio.run(main())

@@ -130,6 +130,7 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         self.files = files or asset_files()
         self.models: list[scheduler_pb2.ServedModel] = [served()]
         self.received: list[scheduler_pb2.AttachRequest] = []
+        self.lets_go: Callable[[scheduler_pb2.AttachRequest], bool] = lambda message: message.HasField("detach")
         self.epoch = 0
         self.address = ""
         self.server: grpc.aio.Server | None = None
@@ -165,9 +166,12 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         finally:
             self._calls.discard(inner)
             inner.cancel()
+        if not inner.cancelled() and inner.exception() is None and inner.result():
+            return
         await context.abort(grpc.StatusCode.UNAVAILABLE, "broken")
 
-    async def _serve(self, request_iterator: Any, context: Any) -> None:
+    async def _serve(self, request_iterator: Any, context: Any) -> bool:
+        """Whether the stream has ended in peace."""
         self.epoch += 1
         epoch = self.epoch
 
@@ -190,9 +194,12 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
                     cancelled = scheduler_pb2.Cancelled(handle=message.cancel.handle)
                     await say(scheduler_pb2.AttachResponse(cancelled=cancelled))
                 await self.script(message, say)
+                if self.lets_go(message):
+                    return True
         finally:
             if beat is not None:
                 beat.cancel()
+        return False
 
     async def FetchAssets(self, request: Any, context: Any) -> None:  # type: ignore[override]
         for name, data in self.files.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
@@ -80,6 +81,17 @@ def test_good_ones_pass_and_bad_ones_are_named() -> None:
                 assert len(error.violations[0].description) < 600
 
     asyncio.run(main())
+
+
+def test_the_end_of_the_helper_is_no_news_where_the_router_ends_it(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with checker() as grammars:
+            with caplog.at_level(logging.INFO, "octavo.router.grammar"):
+                await grammars.check(regex("a"), MODEL, ASSETS, "t")
+                await grammars.close()
+
+    asyncio.run(main())
+    assert [record.message.partition(" in process")[0] for record in caplog.records] == ["compiling grammars"]
 
 
 def test_what_would_overflow_a_stack_is_refused_and_the_next_one_is_answered() -> None:

@@ -103,6 +103,36 @@ def test_each_refusal_has_its_reason() -> None:
     asyncio.run(main())
 
 
+def test_a_prompt_that_is_too_long_is_named_however_that_is_seen() -> None:
+    chat = {"messages": [{"role": "user", "content": [{"text": "hello " * 600}]}]}
+    longer = {"messages": [{"role": "user", "content": [{"text": "x" * 100_000}]}]}
+
+    async def main() -> None:
+        async with cluster(say_text) as (_, router):
+            cases = [
+                (ask("hello " * 600), "text", "prompt tokens exceed the model's context of 512 tokens"),
+                (
+                    ask("x" * 100_000),
+                    "text",
+                    "100000 characters can't fit into the model's context of 512 tokens, which hold",
+                ),
+                (inference_pb2.GenerateRequest(chat=chat), "chat.messages", "prompt tokens exceed"),
+                (inference_pb2.GenerateRequest(chat=longer), "chat.messages", "characters can't fit"),
+                (inference_pb2.GenerateRequest(token_ids={"ids": [5] * 600}), "token_ids", "600 prompt tokens exceed"),
+                (
+                    inference_pb2.GenerateRequest(token_ids={"ids": [5] * 512}),
+                    "token_ids",
+                    "512 prompt tokens and an output",
+                ),
+            ]
+            for request, field, words in cases:
+                error = await refuse(router.stub.Generate(request))
+                assert error.reason is Reason.PROMPT_TOO_LONG and words in error.message
+                assert [violation.field for violation in error.violations] == [field]
+
+    asyncio.run(main())
+
+
 def test_what_fails_as_it_is_submitted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with cluster(stay_silent) as (_, router):
