@@ -178,9 +178,8 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
             router.set_serving(False)
             await router.inference.drain(settings.drain_timeout)
             await asyncio.gather(server.stop(grace=1.0), *([] if http is None else [http.stop(grace=1.0)]))
-            await (
-                router.attachments.close()
-            )  # while the clock runs: a side that is silent before its stream ends is cut off
+            # While the clock runs: a side that is silent before its stream ends is cut off.
+            await router.attachments.close()
             drained.set()
             if lease is not None:
                 await lease
