@@ -55,7 +55,10 @@ async def _all(*jobs: Any) -> None:
         async with asyncio.TaskGroup() as group:
             for job in jobs:
                 group.create_task(job)
-    except* CommandProblem as problems:
+    except ExceptionGroup as group:  # not except*: until Python 3.11.4 what is raised in one comes in a group again
+        problems, others = group.split(CommandProblem)
+        if problems is None or others is not None:
+            raise
         raise problems.exceptions[0] from None
 
 
