@@ -37,13 +37,14 @@
 //  13. where a step has at most 16 tokens, items of 512 for rows of up to sixteen of them, so that a row has twice the blocks; and for few
 //      rows, which leave registers for it, sixteen splits come in one trip to memory where they are merged (this one)
 //
-// Splits lie at absolute positions, and their size follows from the number of the step's tokens (kernels/shapes.py), as does the order of
-// the products' sums: up to 16 tokens, and beyond, a row's result does not depend on its neighbours.
+// Splits lie at absolute positions, and their size follows from how many tokens the row attends to and how many the step has (decode_split
+// in kernels/shapes.py); from the latter follows the order of the products' sums, too. So up to 16 tokens, and beyond, a row's result does
+// not depend on its neighbours.
 #include "barrier.cuh"
 #include "decode_merge.cuh"
 
 // A block's tokens go to SLOTS, every SLOTS-th 16 tokens to one. Its WARPS take the slots one after the other, a slot's sums stay apart: a
-// result's bits follow from SLOTS and the split alone. BLOCKS are resident at once; iterations of 16 tokens in flight in each warp: DEPTH.
+// result's bits follow from SLOTS and its splits alone. BLOCKS are resident at once; iterations of 16 tokens in flight in each warp: DEPTH.
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int M_TILES = (GROUP + 15) / 16;             // blocks of 16 query heads
 constexpr int HALVES = GROUP <= 8 ? 1 : 2;             // of the tile: rows 8..15 may be empty

@@ -156,12 +156,16 @@ class KernelOps(ProductOps):
         `tokens`: of the whole step, of a graph those that it was captured for; with them the items' size follows (decode_split).
         """
         shape = self._shape
+        short, long, most = (
+            decode_split(shape, tokens, 0),
+            shape.split,
+            few_attended(shape),
+        )  # a row is long beyond `most`
         self._launch(
             "row_state", "plan_decode", (1,), 1024,
             at(step.rows), at(step.num_scheduled), at(step.q_start), at(step.context_lens),
             at(None if shared is None else shared.prefixes), Int(rows), Int(out.window),
-            Int(decode_split(shape, tokens, 0)), Int(shape.split), Int(few_attended(shape)),
-            at(out.items), at(out.num_items),
+            Int(short), Int(long), Int(most), at(out.items), at(out.num_items),
         )  # fmt: skip
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from unittest.mock import patch
 
 import pytest
@@ -10,13 +9,11 @@ import pytest
 pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
 
 from tests.emulator.compile import Builder, Mutation
-from tests.emulator.library import EmulatedOps, EmulatorError
+from tests.emulator.sown import Make, must_find
 from tests.gpu.gpu_harness import PagedRows, make_shape
 from tests.gpu.test_gpu_attention import check_prefill
 from tests.gpu.test_gpu_layers import check_gemm
 from tests.gpu.test_gpu_shared_prefix import Decode, SharedRows, check_shared
-
-Make = Callable[..., EmulatedOps]  # of a shape
 
 
 def prefill(make: Make) -> None:
@@ -138,10 +135,4 @@ MUTANTS = {
 
 @pytest.mark.parametrize("defect", MUTANTS)
 def test_a_defect_is_found(builder: Builder, defect: str) -> None:
-    check, mutation = MUTANTS[defect]
-    for seed in range(0, 12_000, 1000):
-        try:
-            check(lambda shape, seed=seed: EmulatedOps(builder, shape, mutation=mutation, seed=seed, hopper=True))
-        except (AssertionError, EmulatorError):
-            return
-    pytest.fail(f"nothing finds it: {mutation}")
+    must_find(builder, *MUTANTS[defect], hopper=True)

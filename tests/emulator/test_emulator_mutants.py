@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
 
 from tests.emulator.compile import Builder, Mutation
-from tests.emulator.library import EmulatedOps, EmulatorError
+from tests.emulator.sown import Make, must_find
 from tests.gpu.gpu_harness import PagedRows, make_shape
 from tests.gpu.sampling_rows import PARAMS, Sampling, make_rows
 from tests.gpu.test_gpu_attention import check_decode, check_plan_decode, check_prefill
@@ -17,8 +15,6 @@ from tests.gpu.test_gpu_layers import check_embedding_norms_and_silu, check_matv
 from tests.gpu.test_gpu_sampling import check_nan_and_infinity, check_penalties, check_prepare, check_sampling
 from tests.gpu.test_gpu_shared_prefix import Decode, SharedRows, check_shared
 from tests.gpu.test_gpu_truncation import check_edges, check_masses, check_places, check_truncation
-
-Make = Callable[..., EmulatedOps]  # of a shape
 
 
 def decode(make: Make) -> None:
@@ -345,10 +341,4 @@ MUTANTS = {
 
 @pytest.mark.parametrize("defect", MUTANTS)
 def test_a_defect_is_found(builder: Builder, defect: str) -> None:
-    check, mutation = MUTANTS[defect]
-    for seed in range(0, 12_000, 1000):
-        try:
-            check(lambda shape, seed=seed, **more: EmulatedOps(builder, shape, mutation=mutation, seed=seed, **more))
-        except (AssertionError, EmulatorError):
-            return
-    pytest.fail(f"nothing finds it: {mutation}")
+    must_find(builder, *MUTANTS[defect])
