@@ -2,8 +2,8 @@
 
 Supervisor was chosen over honcho (foreground only, no restarts, no commands) and circus (ZeroMQ sockets, event-loop stack of its own):
 a daemon with plain files, a log for each process, restarts, ordered stop, and programs that can be added while it runs.
-A process that ends with 0 (drained) or 2 (settings) stays down; any other end starts it again. Where supervisord itself is killed, its
-processes end, too (deploy/tied.py).
+A process that ends with 0 (drained) or 2 (settings) stays down; any other end starts it again, also a port that somebody has by now.
+Where supervisord itself is killed, its processes end, too (deploy/tied.py).
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ class Supervisor:
         return found
 
     def death(self, name: str) -> ProcessDied | None:
-        """How a process ended, or None while it starts or runs."""
+        """How a process that was to become ready ended, also where supervisord has started it again; None while it never did."""
         state = self.states()[name]
-        if state.state in _LIVING:
+        if state.state in _LIVING and not state.detail:
             return None
         how = f"does not stay up: {state.detail}" if state.detail else "does not stay up"
         return ProcessDied(name, how, self.logs / f"{name}.log")
@@ -210,6 +210,8 @@ def _how_it_ended(facts: Mapping[str, Any]) -> str:
         return f"it can't be started ({trouble})"
     if not facts["stop"]:
         return ""
+    if facts["statename"] in _LIVING:  # supervisord has forgotten how
+        return "it ended and was started again"
     code = int(facts["exitstatus"])
     return f"it ended with exit code {code}" if code >= 0 else "it was killed by a signal"
 

@@ -149,7 +149,7 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
     registry = Registry(settings.redis, router.metrics.redis_up()) if settings.redis else None
     try:
         address = await server.start()
-        router.metrics.start(settings.metrics)
+        await router.metrics.start(settings.metrics)
         http_address = "" if http is None else await http.start()
         me = Peer(address, str(life.incarnation), life.name)
         async with asyncio.TaskGroup() as tasks:

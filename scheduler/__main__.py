@@ -78,7 +78,7 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
     registry = Registry(settings.redis, metrics.redis_up()) if settings.redis else None
     try:
         address = await server.start()
-        metrics.start(settings.metrics)
+        await metrics.start(settings.metrics)
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(service.tick_forever())]
             spreader = Spreader(hub, lambda to: open_channel(settings, to), credentials(token), time.monotonic)

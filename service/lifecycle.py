@@ -1,8 +1,9 @@
 """How a process starts, becomes ready, drains and ends: the same for all services.
 
-Exit codes: 0 after a drain (SIGTERM, SIGINT), 2 for a setting that can't be used, 1 for anything else. A second signal ends the
-process at once. SIGUSR1 shows in the log where every thread and every asyncio task stands. So does an event loop that stands still,
-which ends the process if it goes on (service/watchdog.py). With --trace-dir, SIGUSR2 writes where the time of the last steps went.
+Exit codes: 0 after a drain (SIGTERM, SIGINT), 2 for a setting that can't be used, 1 for anything else, such as an address that
+somebody else has: another try may help. A second signal ends the process at once. SIGUSR1 shows in the log where every thread and
+every asyncio task stands. So does an event loop that stands still, which ends the process if it goes on (service/watchdog.py). With
+--trace-dir, SIGUSR2 writes where the time of the last steps went.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from service.binding import AddressTaken
 from service.settings import CommonSettings, SettingsError
 from service.stacks import all_stacks
 from service.trace import Trace
@@ -87,19 +89,22 @@ def run(service: str, settings: CommonSettings, serve: Callable[[Lifecycle], Awa
         try:
             runner.run(_main(service, settings, serve))
         except SettingsError as error:
-            print(f"{service}: {error}", file=sys.stderr)
-            return 2
+            return _told(service, error)
         except BaseExceptionGroup as group:
             settings_errors = group.subgroup(SettingsError)
             if settings_errors is not None:
-                print(f"{service}: {_first_leaf(settings_errors)}", file=sys.stderr)
-                return 2
+                return _told(service, _first_leaf(settings_errors))
             log.exception("%s failed", service)
             return 1
         except Exception:  # the process ends with it: log it whole
             log.exception("%s failed", service)
             return 1
     return 0
+
+
+def _told(service: str, error: BaseException) -> int:
+    print(f"{service}: {error}", file=sys.stderr)
+    return 1 if isinstance(error, AddressTaken) else 2
 
 
 async def _main(service: str, settings: CommonSettings, serve: Callable[[Lifecycle], Awaitable[None]]) -> None:

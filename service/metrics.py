@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import selectors
 import socket
@@ -15,7 +16,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, Gauge, GCCollector, PlatformCollector, ProcessCollector, make_wsgi_app
 from prometheus_client.registry import Collector
 
-from service.settings import SettingsError, split_address
+from service.binding import not_bound, patiently
+from service.settings import split_address
 
 log = logging.getLogger("octavo.metrics")
 
@@ -93,13 +95,17 @@ class Metrics:
         )
         return lambda up: gauge.set(float(up))
 
-    def start(self, listen: str) -> str:
+    async def start(self, listen: str) -> str:
         """Serve /metrics; returns HOST:PORT. Raises SettingsError where the address can't be bound."""
         host, port = split_address(listen)
-        try:
-            self._server = _Server(host, port)
-        except OSError as error:
-            raise SettingsError(f"--metrics {listen}: {error.strerror or error}") from None
+
+        async def bind() -> _Server:
+            try:
+                return await asyncio.to_thread(_Server, host, port)  # it may have to resolve a name
+            except OSError as error:
+                raise not_bound("--metrics", listen, error) from None
+
+        self._server = await patiently(bind)
         self._server.set_app(make_wsgi_app(self.registry))
         self._thread = threading.Thread(target=self._server.serve_until_told, name="metrics", daemon=True)
         self._thread.start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from service.auth import AuthInterceptor, check_binding, read_token
+from service.binding import not_bound, patiently
 from service.decoding import DecodeInterceptor
 from service.keys import ApiKeys, Authenticator
 from service.settings import CommonSettings, SettingsError, split_address
@@ -71,11 +71,12 @@ class Server:
         """Bind and serve; health stays NOT_SERVING. Returns the address that others can dial. Raises SettingsError."""
         await self.set_serving(False)
         listen = self._settings.listen
-        await asyncio.to_thread(_check_free, listen)  # it may have to resolve a name
+        # It may have to resolve a name.
+        await patiently(lambda: asyncio.to_thread(_check_free, listen))
         try:
             port = self._bind(listen)
         except RuntimeError:  # gRPC says no more than that
-            raise SettingsError(f"--listen {listen}: {_why_not(listen)}") from None
+            raise _not_bound(listen) from None
         await self.grpc.start()
         if self._settings.advertise:
             self.address = self._settings.advertise
@@ -132,7 +133,7 @@ def open_channel(settings: CommonSettings, address: str, window_bytes: int | Non
 
 
 def _check_free(listen: str) -> None:
-    """Raises SettingsError where HOST:PORT can't be bound, in the system's words, by which make up knows that a port was taken.
+    """Raises SettingsError where HOST:PORT can't be bound, AddressTaken where somebody has it.
 
     gRPC writes such a failure to stderr in words of its own and does not tell its caller why.
     """
@@ -153,15 +154,14 @@ def _check_free(listen: str) -> None:
     except OSError as error:
         problem = error
     if problem is not None:
-        raise SettingsError(f"--listen {listen}: {problem.strerror}")
+        raise not_bound("--listen", listen, problem)
 
 
-def _why_not(listen: str) -> str:
+def _not_bound(listen: str) -> SettingsError:
     if listen.startswith("unix:"):
-        return (
-            "no socket can be made there: its folder must exist and be writable, and its path be shorter than 108 bytes"
-        )
-    return os.strerror(errno.EADDRINUSE)  # it was free a moment ago
+        folder = "its folder must exist and be writable, and its path be shorter than 108 bytes"
+        return SettingsError(f"--listen {listen}: no socket can be made there: {folder}")
+    return not_bound("--listen", listen, OSError(errno.EADDRINUSE, ""))  # it was free a moment ago
 
 
 def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:

@@ -85,7 +85,7 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
         metrics.registry.register(_WorkerCollector(enlistment))
         address = await server.start()
         identity.hello.address = address
-        metrics.start(settings.metrics)
+        await metrics.start(settings.metrics)
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(enlistment.run())
             running.add_done_callback(lambda _: life.stopping.set())  # also when a scheduler lets it go

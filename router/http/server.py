@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import ssl
 from email.utils import formatdate
 
@@ -13,6 +12,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from router.http.protocol import HttpProtocol, Limits
+from service.binding import not_bound, patiently
 from service.server import HANDSHAKE_MS
 from service.settings import CommonSettings, SettingsError, split_address
 
@@ -44,19 +44,21 @@ class HttpServer:
             HttpProtocol, self._limits, config=self._config, server_state=self._state, app_state={}, _loop=loop
         )
         context = _tls(self._settings)
-        try:
-            self._server = await loop.create_server(
-                protocol,
-                host,
-                port,
-                ssl=context,
-                ssl_handshake_timeout=HANDSHAKE_MS / 1e3 if context else None,
-                backlog=_BACKLOG,
-            )
-        except OSError as error:
-            # In the system's own words, by which make up knows that a port was taken; uvloop has others.
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise SettingsError(f"--http-listen {self._listen}: {reason}") from None
+
+        async def bind() -> asyncio.Server:
+            try:
+                return await loop.create_server(
+                    protocol,
+                    host,
+                    port,
+                    ssl=context,
+                    ssl_handshake_timeout=HANDSHAKE_MS / 1e3 if context else None,
+                    backlog=_BACKLOG,
+                )
+            except OSError as error:
+                raise not_bound("--http-listen", self._listen, error) from None
+
+        self._server = await patiently(bind)
         bound = self._server.sockets[0].getsockname()[1]
         self.address = f"{self._listen.rpartition(':')[0]}:{bound}"
         return self.address

@@ -57,6 +57,18 @@ class Checkout:
         facts: dict[str, object] = json.loads((self.root / ".run" / "ready" / f"{name}.json").read_text())
         return facts
 
+    def comes_back(self, name: str, before: dict[str, object]) -> dict[str, object]:
+        """What a killed process's successor says of itself."""
+        after, deadline = before, time.monotonic() + 30
+        while after["pid"] == before["pid"]:
+            assert time.monotonic() < deadline, self.run("ps")
+            time.sleep(0.1)
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # between the old process and the new one there is no ready file
+                after = self.ready(name)
+        return after
+
     def break_worker(self) -> None:
         """Workers end before they are ready."""
         (self.root / "worker" / "__main__.py").write_text("raise SystemExit('no weights here')")
@@ -135,14 +147,40 @@ def test_taken_ports_are_passed_by_and_a_killed_process_comes_back(checkout: Che
         assert facts["router"] != ["127.0.0.1:50051"]
     before = checkout.ready("router-1")
     os.kill(int(str(before["pid"])), signal.SIGKILL)
-    after = before
-    deadline = time.monotonic() + 30
-    while after["pid"] == before["pid"] and time.monotonic() < deadline:
-        time.sleep(0.1)
-        with contextlib.suppress(FileNotFoundError):  # between the old process and the new one there is no ready file
-            after = checkout.ready("router-1")
-    assert after["address"] == before["address"]
-    assert after["pid"] != before["pid"]
+    assert checkout.comes_back("router-1", before)["address"] == before["address"]
+
+
+def test_a_process_whose_port_was_taken_while_it_was_down_comes_back(checkout: Checkout) -> None:
+    """Such ports lie among those that outgoing connections get; and a connection may last."""
+    checkout.run("up", "--model", "mock")
+    before = checkout.ready("scheduler-1")
+    host, _, port = str(before["address"]).rpartition(":")
+    os.kill(int(str(before["pid"])), signal.SIGKILL)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        until = time.monotonic() + 10
+        while True:
+            try:
+                taken.bind((host, int(port)))
+                break
+            except OSError:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        taken.listen(1)
+        log = checkout.root / ".run" / "logs" / "scheduler-1.log"
+        while "scheduler: --listen" not in log.read_text():  # the first try has ended
+            assert time.monotonic() < until + 20, log.read_text()
+            time.sleep(0.1)
+    assert checkout.comes_back("scheduler-1", before)["address"] == before["address"]
+
+
+def test_a_process_that_dies_again_and_again_ends_the_start(checkout: Checkout) -> None:
+    """It lives longer than what the process runner takes for a failed start, and is started again each time."""
+    (checkout.root / "worker" / "__main__.py").write_text(
+        "import sys, time\ntime.sleep(2)\nsys.exit('no weights here')"
+    )
+    said = checkout.run("up", "--model", "mock", expect=1)
+    assert "worker-1 does not stay up: it ended and was started again; " in said and "no weights here" in said
 
 
 def test_a_process_that_dies_at_the_start_ends_it_with_its_log(checkout: Checkout) -> None:

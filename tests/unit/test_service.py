@@ -228,7 +228,7 @@ def test_metrics_that_never_started_can_be_stopped() -> None:
 
 def test_metrics_outlive_who_hangs_up_and_who_says_nothing(caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
     metrics = Metrics()
-    host, port = split_address(metrics.start("127.0.0.1:0"))
+    host, port = split_address(asyncio.run(metrics.start("127.0.0.1:0")))
     try:
         idle = [socket.create_connection((host, port), timeout=10) for _ in range(20)]
         assert [connection.recv(1) for connection in idle[16:]] == [b""] * 4  # hung up on: each would hold a thread
