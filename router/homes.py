@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from octavo.v1 import scheduler_pb2
 
 from router.link import Link
+from router.links import Links
 from router.models import ModelDirectory
 from router.placement import Candidate, affinity, choose
 from router.request import Request, Sequence
@@ -27,24 +28,24 @@ _MOVED = scheduler_pb2.CANCEL_REASON_UNSPECIFIED
 
 
 class Homes:
-    """The links to all schedulers, and which sequence runs over which. Owned by the session, which says what has happened."""
+    """Which sequence runs over which link. Owned by the session, which says what has happened."""
 
     def __init__(
         self,
+        links: Links,
         *,
         patience: float,
         linger: float,
         request_stall: float,
-        send: Callable[..., None],
         fail: Callable[[Request, OctavoError, float], None],
     ) -> None:
-        """Durations in seconds, as in SessionSettings. `send(link, **message)` and `fail(request, error, now)` are the session's."""
-        self.links: dict[str, Link] = {}
+        """Durations in seconds, as in SessionSettings. `links` and `fail(request, error, now)` are the session's."""
         self.models = ModelDirectory()
         self.stalls = 0  # sequences that ran and got nothing
+        self._links = links.by_address
         self._patience = patience
         self._linger = linger
-        self._send = send
+        self._send = links.send
         self._fail = fail
         self._homeless: dict[Sequence, None] = {}
         self._watch = StallWatch(request_stall)
@@ -57,10 +58,10 @@ class Homes:
 
         That costs microseconds; to ask costs tokenizing, two threads and a round trip, at a time when all are busy.
         """
-        if not any(link.full for link in self.links.values()):
+        if not any(link.full for link in self._links.values()):
             return
         digest = self.models.find(model).digest
-        links = [link for link in self.links.values() if link.attached and not link.draining and link.serves(digest)]
+        links = [link for link in self._links.values() if link.attached and not link.draining and link.serves(digest)]
         waits = [link.full_for(tenant, priority, size, now) for link in links]
         if waits and all(waits):
             raise OctavoError(
@@ -80,14 +81,14 @@ class Homes:
         digest = sequence.request.spec.digest
         return [
             Candidate(link.address, link.serves(digest), len(link.running))
-            for link in self.links.values()
+            for link in self._links.values()
             if link.attached and not link.draining and link.serves(digest) and link.address not in sequence.refused_by
         ]
 
     def comes_again(self, request: Request) -> bool:
         """Whether its model was served until just now, or is by a scheduler that is leaving: either may be an upgrade."""
         digest = request.spec.digest
-        leaving = any(link.attached and link.draining and link.serves(digest) for link in self.links.values())
+        leaving = any(link.attached and link.draining and link.serves(digest) for link in self._links.values())
         return leaving or self.models.lingers(digest)
 
     def _nobody(self, request: Request) -> OctavoError:
@@ -112,7 +113,7 @@ class Homes:
             return
         self._homeless.pop(sequence, None)
         spec = sequence.request.spec
-        link = self.links[choose(candidates, affinity(spec.cache_salt, spec.prompt_column))]
+        link = self._links[choose(candidates, affinity(spec.cache_salt, spec.prompt_column))]
         sequence.link, sequence.handle = link.address, link.new_handle()
         sequence.tries += 1
         self._watch.add(sequence, now)
@@ -173,7 +174,7 @@ class Homes:
         What runs on a worker that is leaving may end there.
         """
         self.update_models(now)
-        for link in self.links.values():
+        for link in self._links.values():
             digests = {sequence.request.spec.digest for sequence in link.running.values()}
             lost = {digest for digest in digests if not link.serves(digest)}
             held = {digest for digest in lost if link.holds(digest)}
@@ -184,11 +185,11 @@ class Homes:
 
     def update_models(self, now: float) -> None:
         """The directory follows the links."""
-        self.models.update((model for link in self.links.values() for model in link.models), now)
+        self.models.update((model for link in self._links.values() for model in link.models), now)
 
     def _judge(self, sequence: Sequence, now: float) -> None:
         """A sequence that runs and gets nothing is submitted again, elsewhere if somebody else serves its model."""
-        link = self.links[sequence.link]
+        link = self._links[sequence.link]
         quiet = self._watch.quiet_too_long(sequence, link.load.waiting, now)
         if not quiet:
             return
@@ -216,7 +217,7 @@ class Homes:
 
     def leave(self, sequence: Sequence, reason: scheduler_pb2.CancelReason) -> None:
         """Free its row and forget its handle until the scheduler acknowledges. No effect on one that runs nowhere."""
-        link = self.links.get(sequence.link)
+        link = self._links.get(sequence.link)
         handle = sequence.handle
         self._forget(sequence)
         if link is None or handle < 0:
@@ -232,7 +233,7 @@ class Homes:
         sequence.handle, sequence.link = -1, ""
 
     def _forget(self, sequence: Sequence) -> None:
-        link = self.links.get(sequence.link)
+        link = self._links.get(sequence.link)
         if link is not None:
             self.release(link, sequence)
         self._watch.discard(sequence)

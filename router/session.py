@@ -14,11 +14,12 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from octavo.v1 import common_pb2, scheduler_pb2
+from octavo.v1 import scheduler_pb2
 
 from router import batch
 from router.homes import MAX_TRIES, Homes
-from router.link import PROTOCOL, Link
+from router.link import Link
+from router.links import Actions, Links
 from router.logprobs import PositionLogprobs
 from router.models import checked
 from router.request import Request, Sequence
@@ -26,7 +27,6 @@ from service.errors import OctavoError, Reason
 
 log = logging.getLogger("octavo.router.session")
 
-_RUNNING = common_pb2.FINISH_REASON_UNSPECIFIED
 _CANCEL_STOP = scheduler_pb2.CANCEL_REASON_STOP_STRING
 _CANCEL_DEADLINE = scheduler_pb2.CANCEL_REASON_DEADLINE
 
@@ -47,32 +47,22 @@ class SessionSettings:
     request_stall: float = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Actions:
-    """What the shell has to do: messages by address, in order; then streams to cut."""
-
-    messages: list[tuple[str, scheduler_pb2.AttachRequest]]
-    cut: list[str]
-
-
 class RouterSession:
     """All links and all requests of one router process."""
 
     def __init__(self, settings: SessionSettings) -> None:
         self._settings = settings
+        self._links = Links(incarnation=settings.incarnation, name=settings.name, lease=settings.lease)
         self._homes = Homes(
+            self._links,
             patience=settings.patience,
             linger=settings.linger,
             request_stall=settings.request_stall,
-            send=self._send,
             fail=self._fail,
         )
-        self._links = self._homes.links
         self.models = self._homes.models
         self._requests: dict[Request, None] = {}
         self._changed: dict[Request, None] = {}
-        self._messages: list[tuple[str, scheduler_pb2.AttachRequest]] = []
-        self._cut: list[str] = []
         self._ticked_at: float | None = None
         self.dropped_tokens = 0  # came twice
 
@@ -86,7 +76,7 @@ class RouterSession:
     @property
     def num_attached(self) -> int:
         """Schedulers that welcomed us."""
-        return sum(link.attached for link in self._links.values())
+        return self._links.num_attached
 
     @property
     def stalls(self) -> int:
@@ -99,9 +89,7 @@ class RouterSession:
 
     def take_actions(self) -> Actions:
         """Everything to do since the last call."""
-        actions = Actions(self._messages, self._cut)
-        self._messages, self._cut = [], []
-        return actions
+        return self._links.take_actions()
 
     def take_changed(self) -> Iterable[Request]:
         """Requests with something new: tokens, an end, an admission or an error."""
@@ -112,17 +100,13 @@ class RouterSession:
 
     def link_opened(self, address: str, now: float) -> None:
         """A new stream to this scheduler is open."""
-        if address in self._links:
+        if address in self._links.by_address:
             self.link_closed(address, now)
-        self._links[address] = Link(address, opened_at=now, heard_at=now, lease=self._settings.lease)
-        hello = scheduler_pb2.RouterHello(
-            incarnation=self._settings.incarnation, protocol=PROTOCOL, name=self._settings.name
-        )
-        self._messages.append((address, scheduler_pb2.AttachRequest(hello=hello)))
+        self._links.open(address, now)
 
     def link_closed(self, address: str, now: float) -> None:
         """The stream to this scheduler has ended. Its sequences go on elsewhere, or here once it is back."""
-        link = self._links.pop(address, None)
+        link = self._links.by_address.pop(address, None)
         if link is None:
             return
         self._homes.update_models(now)
@@ -134,7 +118,7 @@ class RouterSession:
 
     def receive(self, address: str, message: scheduler_pb2.AttachResponse, now: float) -> None:
         """A message of this scheduler's stream. One that breaks the protocol costs it the stream."""
-        link = self._links.get(address)
+        link = self._links.by_address.get(address)
         if link is None:
             return
         link.heard_at = now
@@ -219,38 +203,25 @@ class RouterSession:
         """Heartbeats, leases, deadlines, sequences that wait. To be called a few times in each heartbeat interval."""
         stalled = self._ticked_at is not None and now - self._ticked_at > self._settings.lease / 2
         self._ticked_at = now
-        for link in list(self._links.values()):
-            if stalled:  # our own loop stood still: what they sent meanwhile has not been read yet
-                link.heard_at = now
-            if now - link.heard_at > link.lease:
-                self._cut_link(link, f"silent for {now - link.heard_at:.1f} s", now)
-            elif link.attached and now >= link.beat_at:
-                link.beat_at = now + link.heartbeat
-                self._send(link, heartbeat=scheduler_pb2.RouterHeartbeat())
+        for link in self._links.tick(now, stalled=stalled):
+            self._cut_link(link, f"silent for {now - link.heard_at:.1f} s", now)
         for request in [r for r in self._requests if r.spec.deadline is not None and now >= r.spec.deadline]:
             self.fail(request, OctavoError(Reason.DEADLINE, "the deadline passed"), _CANCEL_DEADLINE, now)
         self._homes.tick(now, stalled=stalled)
 
     def detach(self) -> None:
         """Say goodbye to every scheduler; nothing may run any more. One that has not welcomed us yet is not waited for."""
-        for link in self._links.values():
-            if link.attached:
-                self._send(link, detach=scheduler_pb2.Detach())
-            else:
-                self._cut.append(link.address)
+        self._links.detach()
 
     # ---- messages of a scheduler
 
     def _welcome(self, link: Link, message: scheduler_pb2.AttachResponse, now: float) -> None:
-        welcome = message.welcome
-        if link.attached or welcome.protocol != PROTOCOL or not message.epoch:
-            self._cut_link(link, f"a Welcome that we can't accept (protocol {welcome.protocol})", now)
+        try:
+            self._links.welcome(link, message.epoch, message.welcome)
+        except OctavoError as error:
+            self._cut_link(link, error.message, now)
             return
-        link.epoch = message.epoch
-        link.incarnation = welcome.incarnation
-        link.heartbeat = max(welcome.heartbeat_ms, 10) / 1e3
-        link.lease = max(welcome.lease_ms, 30) / 1e3
-        self._models(link, welcome.models, now)
+        self._models(link, message.welcome.models, now)
 
     def _models(self, link: Link, served: Iterable[scheduler_pb2.ServedModel], now: float) -> None:
         try:
@@ -388,12 +359,8 @@ class RouterSession:
 
     def _cut_link(self, link: Link, why: str, now: float) -> None:
         log.warning("leaving the scheduler at %s: %s", link.address, why)
-        self._cut.append(link.address)
+        self._links.cut(link)
         self.link_closed(link.address, now)
-
-    def _send(self, link: Link, **message: object) -> None:
-        request = scheduler_pb2.AttachRequest(epoch=link.epoch, **message)  # type: ignore[arg-type]
-        self._messages.append((link.address, request))
 
 
 def _reason(number: int) -> Reason:

@@ -48,7 +48,7 @@ def _any_plan(self: WorkerSession, message: scheduler_pb2.EnlistResponse, now: f
 
 def _any_tokens(self: RouterSession, address: str, message: scheduler_pb2.AttachResponse, now: float) -> None:
     """A message of an earlier stream is taken for one of this."""
-    link = self._links.get(address)
+    link = self._links.by_address.get(address)
     if link is not None and link.attached:
         message.epoch = link.epoch
     _router_receive(self, address, message, now)

@@ -143,7 +143,7 @@ def test_who_has_said_goodbye_dials_nobody_again_and_waits_for_no_welcome(caplog
         async with cluster(say_text) as (scheduler, under_test):
             attachments = under_test.attachments
             attachments.set_addresses([scheduler.address, speechless.address])
-            await eventually(lambda: len(under_test.session._links) == 2)
+            await eventually(lambda: len(under_test.session._links.by_address) == 2)
             streams = list(attachments._tasks.values())
             with caplog.at_level(logging.INFO, "octavo.router.attach"):
                 await under_test.inference.drain(0.0)

@@ -161,7 +161,7 @@ def test_a_handle_is_free_only_after_the_acknowledgement() -> None:
     request = make_request()
     handle = start(bench, request).handle
     bench.session.cancel(request, scheduler_pb2.CANCEL_REASON_CLIENT, 0.0)
-    link = bench.session._links["a"]
+    link = bench.session._links.by_address["a"]
     assert link.cancelling == {handle} and not link.running
     bench.say("a", tokens(0, (handle, 0, [10], STOP)))  # crossed with the cancel
     assert link.cancelling == {handle}
