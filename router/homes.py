@@ -1,4 +1,5 @@
-"""Where each sequence runs: choosing a scheduler for it, waiting for one, leaving one. Sans I/O, a part of the session.
+"""Where each sequence runs: choosing a scheduler for it, waiting for one, being refused by one, leaving one. Sans I/O, a part of the
+session.
 
 A sequence is always in one of three places: running under a handle on one link, homeless (waiting for a scheduler that serves its
 digest), or done.
@@ -21,7 +22,7 @@ from service.errors import OctavoError, Reason
 
 log = logging.getLogger("octavo.router.session")
 
-MAX_TRIES = 20
+_MAX_TRIES = 20
 _MAX_BACKOFF = 1.0
 _MIN_RETRY_MS = 100
 _MOVED = scheduler_pb2.CANCEL_REASON_UNSPECIFIED
@@ -147,8 +148,31 @@ class Homes:
         backoff = 0.0 if sequence.tries <= 1 else min(_MAX_BACKOFF, 0.025 * 2**sequence.tries)
         sequence.not_before = now + backoff
         self._homeless[sequence] = None
-        if sequence.tries >= MAX_TRIES:
+        if sequence.tries >= _MAX_TRIES:
             error = OctavoError(Reason.LOST, f"lost {sequence.tries} times without a new token")
+            self._fail(sequence.request, error, now)
+
+    def refused(self, link: Link, sequence: Sequence, error: OctavoError, now: float) -> None:
+        """Its scheduler has failed it for this reason: it is submitted again where that may help, else its request fails."""
+        self.release(link, sequence)
+        reason, spec = error.reason, sequence.request.spec
+        sequence.refused_by.add(link.address)
+        if reason is Reason.QUEUE_FULL:
+            link.note_full(spec.tenant, spec.priority, spec.message_size, error.retry_after_ms / 1e3, now)
+        elsewhere = bool(self.candidates(sequence))
+        # Whoever was accepted is never refused for want of room: its scheduler was lost, and this one is full of others.
+        may_go_on = error.rule.resumable or reason is Reason.QUEUE_FULL
+        go_on = may_go_on and sequence.accepted and reason is not Reason.SLOW_CONSUMER
+        go_on |= reason in (Reason.NO_WORKER, Reason.DRAINING) and self.comes_again(sequence.request)
+        once_more = reason is Reason.INTERNAL and sequence.attempt == 0
+        if (go_on or once_more or (error.rule.retryable and elsewhere)) and sequence.tries < _MAX_TRIES:
+            if go_on or once_more:
+                sequence.refused_by.clear()
+            self.lose(sequence, now)
+            if elsewhere and not once_more:
+                sequence.not_before = now
+            self.place(sequence, now)
+        else:
             self._fail(sequence.request, error, now)
 
     def start_again(self, sequence: Sequence, now: float, avoid: str = "") -> None:

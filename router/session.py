@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from octavo.v1 import scheduler_pb2
 
 from router import batch
-from router.homes import MAX_TRIES, Homes
+from router.homes import Homes
 from router.link import Link
 from router.links import Actions, Links
 from router.logprobs import PositionLogprobs
@@ -303,28 +303,9 @@ class RouterSession:
         if sequence is None:
             link.cancelling.discard(message.handle)
             return
-        self._homes.release(link, sequence)
         reason = _reason(message.reason)
         error = OctavoError(reason, message.message or reason.name, retry_after_ms=message.retry_after_ms)
-        sequence.refused_by.add(link.address)
-        if reason is Reason.QUEUE_FULL:
-            spec = sequence.request.spec
-            link.note_full(spec.tenant, spec.priority, spec.message_size, message.retry_after_ms / 1e3, now)
-        elsewhere = bool(self._homes.candidates(sequence))
-        # Whoever was accepted is never refused for want of room: its scheduler was lost, and this one is full of others.
-        may_go_on = error.rule.resumable or reason is Reason.QUEUE_FULL
-        go_on = may_go_on and sequence.accepted and reason is not Reason.SLOW_CONSUMER
-        go_on |= reason in (Reason.NO_WORKER, Reason.DRAINING) and self._homes.comes_again(sequence.request)
-        once_more = reason is Reason.INTERNAL and sequence.attempt == 0
-        if (go_on or once_more or (error.rule.retryable and elsewhere)) and sequence.tries < MAX_TRIES:
-            if go_on or once_more:
-                sequence.refused_by.clear()
-            self._homes.lose(sequence, now)
-            if elsewhere and not once_more:
-                sequence.not_before = now
-            self._homes.place(sequence, now)
-        else:
-            self.fail(sequence.request, error, scheduler_pb2.CANCEL_REASON_UNSPECIFIED, now)
+        self._homes.refused(link, sequence, error, now)
 
     def _go_away(self, link: Link, now: float) -> None:
         """Move everything that another scheduler can take now; the rest stays until the stream ends."""
