@@ -4,8 +4,9 @@ Events and `now` (seconds on any steady clock) come in; `take_actions` gives the
 cut, `take_changed` the requests that have something new for their clients. gRPC, sockets and clocks are in attach.py;
 the simulation runs this very object.
 
-A stream that ends, is silent beyond its lease or breaks the protocol makes its sequences homeless; they are submitted again, here or
-elsewhere, with the outputs so far. Where that is, router/homes.py decides.
+A stream that ends, is silent beyond its lease (router/links.py) or breaks the protocol makes its sequences homeless; they are
+submitted again, here or elsewhere, with the outputs so far. Where that is, router/homes.py decides; which tokens are new,
+router/exactly_once.py.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from dataclasses import dataclass
 
 from octavo.v1 import scheduler_pb2
 
-from router import batch
+from router import batch, exactly_once
 from router.homes import Homes
 from router.link import Link
 from router.links import Actions, Links
-from router.logprobs import PositionLogprobs
 from router.models import checked
 from router.request import Request, Sequence
 from service.errors import OctavoError, Reason
@@ -259,44 +259,16 @@ class RouterSession:
         sequence = link.running.get(entry.handle)
         if sequence is None:  # cancelled, or resubmitted elsewhere
             return
-        output, have = sequence.output, len(sequence.output.token_ids)
-        sequence.planned, sequence.progress_at = True, now
-        if entry.first_output_index > have:
+        dropped, belongs = exactly_once.take(sequence, entry, now)
+        self.dropped_tokens += dropped
+        if not belongs:
             self._resubmit_after_gap(link, sequence, entry, now)
             return
-        fresh = entry.token_ids
-        if entry.first_output_index < have:
-            fresh = fresh[have - entry.first_output_index :]
-            self.dropped_tokens += len(entry.token_ids) - len(fresh)
-        if entry.logprobs:
-            self._note_logprobs(sequence, entry.logprobs, len(fresh))
-        if fresh:
-            if not sequence.computed:  # the first since it was submitted or migrated
-                if sequence.first_token_at is None:
-                    sequence.first_token_at = now
-                sequence.tries = sequence.stalls = 0
-                sequence.refused_by.clear()
-                sequence.computed = True
-                sequence.suspect_group, sequence.failures_alone = 0, 0
-            output.append(fresh)
-        if entry.finish_reason and not output.finish_reason:
-            if entry.first_output_index + len(entry.token_ids) < have:
-                self._resubmit_after_gap(link, sequence, entry, now)  # an end that lies behind us is not ours
-                return
-            output.end(entry.finish_reason)
-        if output.finish_reason:
+        if sequence.output.finish_reason:
             if entry.finish_reason:
                 self._homes.release(link, sequence)
             self._done(sequence, now)
         self._changed[sequence.request] = None
-
-    def _note_logprobs(self, sequence: Sequence, positions: list[PositionLogprobs], num_fresh: int) -> None:
-        """Keeps those of the prompt and of the tokens that came with them; nothing else can ever leave."""
-        standing = sequence.request.spec.num_prompt_tokens + len(sequence.output.token_ids)
-        prompt = sequence.request.spec.num_prompt_tokens
-        end = standing + num_fresh
-        wanted = [one for one in positions if standing <= one.position < end or one.position < prompt]
-        sequence.request.note_logprobs(sequence, wanted)
 
     def _failed(self, link: Link, message: scheduler_pb2.Failed, now: float) -> None:
         sequence = link.running.get(message.handle)
