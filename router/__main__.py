@@ -55,7 +55,6 @@ class Router:
             SessionSettings(
                 incarnation=life.incarnation,
                 name=life.name,
-                heartbeat=settings.heartbeat_ms / 1e3,
                 lease=settings.lease_ms / 1e3,
                 patience=settings.patience,
                 request_stall=settings.request_stall_seconds,

@@ -37,7 +37,6 @@ class SessionSettings:
 
     incarnation: int
     name: str = ""
-    heartbeat: float = 0.075
     lease: float = 0.25
     # How long an accepted sequence waits for a scheduler before its stream breaks (resumably).
     patience: float = 30.0
