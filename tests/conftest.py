@@ -18,6 +18,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest
 from octavo.models.pull import pull
 
+# An assertion in a helper module says what it compared, as one in a test module does.
+pytest.register_assert_rewrite("tests.unit", "tests.integration")
+
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:

@@ -20,7 +20,7 @@ from tests.fuzz import documents, values
 from tests.fuzz.harness import EPISODE, Target, Verdict
 from tests.fuzz.peers import MAX_MODEL_LEN, VOCAB
 from tests.fuzz.templates import TEMPLATES, mutated_template
-from tests.unit.test_router_fakes import byte_fallback_tokenizer, byte_level_tokenizer
+from tests.unit.router_fakes import byte_fallback_tokenizer, byte_level_tokenizer
 from worker.backends.mock_assets import mock_assets
 
 _TEXTS = ("", "hello world", "naïve 你好 😀 <s> </s>", "<|im_start|>stop", "\x00\n\t  ▁Ġ", "a" * 500)

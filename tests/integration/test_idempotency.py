@@ -18,7 +18,7 @@ from router.shared_keys import Held, SharedKeys
 from service.discovery import Peer, Registry
 from service.errors import OctavoError, Reason, from_rpc_error
 from tests.integration.test_discovery import redis_server
-from tests.unit.test_router_fakes import eventually
+from tests.unit.waiting import eventually
 
 __all__ = ["redis_server"]  # the fixture
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from router.detokenize import TokenTable, build_table
 from router.output import FinishRules, Output
 from router.stop import StopMatcher, StopStrings
-from tests.unit.test_router_fakes import byte_fallback_tokenizer, byte_level_tokenizer
+from tests.unit.router_fakes import byte_fallback_tokenizer, byte_level_tokenizer
 
 TOKENIZERS = [byte_level_tokenizer(), byte_fallback_tokenizer()]
 TABLES = [build_table(tokenizer) for tokenizer in TOKENIZERS]

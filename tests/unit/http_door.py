@@ -17,7 +17,7 @@ from router.http.protocol import Limits
 from router.http.server import HttpServer
 from service.keys import ApiKeys, Authenticator
 from service.settings import CommonSettings
-from tests.unit.test_router_fakes import FakeScheduler, RouterUnderTest, Script, cluster
+from tests.unit.router_fakes import FakeScheduler, RouterUnderTest, Script, cluster
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.unit.http_door import Connection, Door
 from tests.unit.router_calls import IDS, Message
-from tests.unit.test_router_fakes import Say, tokens
+from tests.unit.router_fakes import Say, tokens
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"

@@ -12,6 +12,7 @@ from scheduler.peers import RouterPeer, WorkerPeer
 from service.columns import pack, unpack
 
 DIGEST = b"d" * 32
+ROUTER_HELLO = scheduler_pb2.AttachRequest(hello=scheduler_pb2.RouterHello(protocol=1, name="r"))
 
 
 def hello(incarnation: int = 1, **more: Any) -> scheduler_pb2.WorkerHello:

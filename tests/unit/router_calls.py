@@ -10,7 +10,8 @@ import pytest
 from octavo.v1 import common_pb2, inference_pb2, scheduler_pb2
 
 from service.errors import OctavoError, from_rpc_error
-from tests.unit.test_router_fakes import Say, byte_level_tokenizer, eventually, tokens
+from tests.unit.router_fakes import Say, byte_level_tokenizer, tokens
+from tests.unit.waiting import eventually
 
 TOKENIZER = byte_level_tokenizer()
 TEXT = "hello world, 你好 😀!"
@@ -27,6 +28,20 @@ async def say_text(message: Message, say: Say) -> None:
             if index >= done:
                 await say(tokens(0, (handle, index, [token_id], 0)))
         await say(tokens(0, (handle, len(IDS), [EOS], common_pb2.FINISH_REASON_STOP)))
+
+
+async def say_one_then_wait(message: Message, say: Say) -> None:
+    """Every new request gets its first token, and a resumed one nothing."""
+    if message.HasField("submit") and not message.submit.output_token_ids:
+        await say(tokens(0, (message.submit.handle, 0, IDS[:1], 0)))
+
+
+async def say_the_rest(message: Message, say: Say) -> None:
+    """Every resumed request gets what it lacks of TEXT, and EOS; a new one nothing."""
+    if message.HasField("submit"):
+        done = len(message.submit.output_token_ids) // 4
+        if done:
+            await say(tokens(0, (message.submit.handle, done, [*IDS[done:], EOS], common_pb2.FINISH_REASON_STOP)))
 
 
 async def collect(call: Any) -> list[inference_pb2.GenerateResponse]:

@@ -11,7 +11,7 @@ from router.session import RouterSession, SessionSettings
 from router.stop import StopStrings
 from service.columns import pack
 from service.errors import Reason
-from tests.unit.test_router_fakes import DIGEST, assets, byte_level_tokenizer, welcome
+from tests.unit.router_fakes import DIGEST, assets, byte_level_tokenizer, welcome
 
 ASSETS = assets()
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH

@@ -18,23 +18,14 @@ from octavo.v1 import common_pb2
 from octavo.v1 import inference_pb2 as pb
 
 from service import errors as service_errors
+from tests.unit.client_events import TOTAL, check_exactly_once
 from tests.unit.client_fake_router import SEED, TICKET, FakeRouter, Play, whole_text
 
 FAST = RetryPolicy(initial_backoff=0.01, max_backoff=0.05)
-TOTAL = 9
 
 
 def _error(name: str, retry_after_ms: int = 0) -> service_errors.OctavoError:
     return service_errors.OctavoError(service_errors.Reason[name], f"it is {name}", retry_after_ms=retry_after_ms)
-
-
-def _check_exactly_once(events: list[Event], total: int = TOTAL) -> None:
-    deltas = [event for event in events if isinstance(event, pb.Delta)]
-    assert [type(event) for event in events].count(pb.Started) == 1
-    assert isinstance(events[0], pb.Started)
-    assert isinstance(events[-1], pb.Finished)
-    assert [token for delta in deltas for token in delta.token_ids] == list(range(1000, 1000 + total))
-    assert "".join(delta.text for delta in deltas) == whole_text(total)
 
 
 async def _events(addresses: list[str]) -> list[Event]:
@@ -61,7 +52,7 @@ BREAKS = {
 def test_a_broken_stream_goes_on_at_another_router(name: str) -> None:
     with FakeRouter([BREAKS[name], BREAKS[name]]) as first, FakeRouter() as second:
         for events in _both([first.address, second.address]):
-            _check_exactly_once(events)
+            check_exactly_once(events)
             resume = second.requests[-1].resume
             assert (resume.ticket, resume.seed) == (TICKET, SEED)
         assert (len(first.requests), len(second.requests)) == (2, 2)
@@ -75,9 +66,9 @@ def test_a_router_that_dies_in_the_middle() -> None:
                 events.append(event)
                 if isinstance(event, pb.Delta) and event.token_ids[-1] == 1003:
                     first.kill()
-            _check_exactly_once(events)
+            check_exactly_once(events)
             # The router that answered is the one asked first from now on.
-            _check_exactly_once(list(client.generate("hi", max_tokens=TOTAL)))
+            check_exactly_once(list(client.generate("hi", max_tokens=TOTAL)))
         assert len(second.requests) == 2
         assert list(second.requests[0].resume.outputs[0].token_ids) == [1000, 1001, 1002, 1003]
 
@@ -100,7 +91,7 @@ def test_many_breaks_and_several_outputs() -> None:
 def test_a_retryable_refusal_is_retried_when_told() -> None:
     plays = [Play(refuse=_error("QUEUE_FULL", retry_after_ms=20)), Play()]
     with FakeRouter(plays) as router, Client(router.address, retry=FAST) as client:
-        _check_exactly_once(list(client.generate("hi", max_tokens=TOTAL)))
+        check_exactly_once(list(client.generate("hi", max_tokens=TOTAL)))
         assert not router.requests[1].HasField("resume")
 
 
@@ -205,7 +196,7 @@ def test_a_slow_start_is_waited_for() -> None:
     with FakeRouter([Play(gate=gate)]) as router, Client(router.address) as client:
         stream = client.generate("hi", max_tokens=TOTAL)
         threading.Timer(0.1, gate.set).start()
-        _check_exactly_once(list(stream))
+        check_exactly_once(list(stream))
 
 
 def test_the_single_calls_of_both_clients() -> None:

@@ -12,8 +12,8 @@ from octavo.client import AsyncClient, Client, Event, RetryPolicy
 from octavo.client.silence import Silence
 from octavo.v1 import inference_pb2 as pb
 
+from tests.unit.client_events import TOTAL, check_exactly_once
 from tests.unit.client_fake_router import FakeRouter, Play
-from tests.unit.test_client_calls import TOTAL, _check_exactly_once
 
 BRISK = pb.Heartbeat(interval_ms=50, lease_ms=200)
 
@@ -85,7 +85,7 @@ def test_a_frozen_router_is_left_for_another(kind: str, when: str) -> None:
     with FakeRouter([frozen]) as first, FakeRouter([Play(terms=BRISK)]) as second:
         addresses = [first.address, second.address]
         events = _sync_events(addresses, policy) if kind == "sync" else asyncio.run(_async_events(addresses, policy))
-        _check_exactly_once(events)
+        check_exactly_once(events)
         assert first.requests[0].heartbeats
         assert len(second.requests) == 1
         assert bool(second.requests[0].resume.ticket) == (when == "in its output")
@@ -115,13 +115,13 @@ def test_a_reader_that_takes_its_time_is_no_silence(kind: str) -> None:
                 return events
 
             events = asyncio.run(main())
-        _check_exactly_once(events)
+        check_exactly_once(events)
         assert second.requests == []
 
 
 def test_with_one_router_no_heartbeats_are_asked_for() -> None:
     with FakeRouter() as router:
-        _check_exactly_once(_sync_events([router.address], RetryPolicy()))
+        check_exactly_once(_sync_events([router.address], RetryPolicy()))
         assert not router.requests[0].heartbeats
 
 

@@ -13,7 +13,8 @@ from router.parking import rewind
 from service.errors import Reason
 from tests.unit.router_calls import IDS, TEXT, Slowly, ask, collect, refuse, say_text
 from tests.unit.router_calls import text_of as grpc_text_of
-from tests.unit.test_router_fakes import cluster, eventually
+from tests.unit.router_fakes import cluster
+from tests.unit.waiting import eventually
 
 
 @pytest.mark.parametrize("delivered", [0, 1, 3, 5])

@@ -17,7 +17,8 @@ from router.http.server import HttpServer
 from service.settings import CommonSettings
 from tests.unit.http_door import Connection, Door, door
 from tests.unit.router_calls import IDS, Message, say_text, stay_silent
-from tests.unit.test_router_fakes import Say, eventually, tokens
+from tests.unit.router_fakes import Say, tokens
+from tests.unit.waiting import eventually
 
 KEY = "key-of-somebody-0123"
 LARGE = 8 << 20

@@ -14,7 +14,7 @@ from router.http.protocol import Limits
 from tests.fuzz.values import flip
 from tests.unit.http_door import Door, door
 from tests.unit.router_calls import TEXT, say_text
-from tests.unit.test_router_fakes import eventually
+from tests.unit.waiting import eventually
 
 _BODY = json.dumps({"prompt": "hello", "max_tokens": 40}).encode()
 _REQUEST = (

@@ -18,7 +18,8 @@ from service.settings import CommonSettings, SettingsError
 from tests.unit.http_door import data_of, door, text_of
 from tests.unit.http_requests import CHAT, HELLO, one_token, stream
 from tests.unit.router_calls import IDS, TEXT, Message, full_queue, say_text, stay_silent
-from tests.unit.test_router_fakes import Say, eventually
+from tests.unit.router_fakes import Say
+from tests.unit.waiting import eventually
 
 KEYS = "key-of-somebody-0123 team-a\nkey-of-the-admin-0123 ops admin\n"
 

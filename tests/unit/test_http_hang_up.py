@@ -14,7 +14,7 @@ from router.http.protocol import Limits
 from tests.unit.http_door import Door, door
 from tests.unit.http_requests import CHAT, HELLO, one_token, stream
 from tests.unit.router_calls import TEXT, say_text
-from tests.unit.test_router_fakes import eventually
+from tests.unit.waiting import eventually
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from router.detokenize import build_table
 from router.http.jsontext import completion_logprobs
-from tests.unit.test_router_fakes import byte_fallback_tokenizer, byte_level_tokenizer
+from tests.unit.router_fakes import byte_fallback_tokenizer, byte_level_tokenizer
 
 
 def token(text: str, logprob: float, rank: int) -> inference_pb2.TokenLogprob:

@@ -11,7 +11,7 @@ from octavo.v1 import common_pb2
 from tests.unit.http_door import door
 from tests.unit.http_requests import CHAT
 from tests.unit.router_calls import IDS, TEXT, Message, say_text
-from tests.unit.test_router_fakes import Say, tokens
+from tests.unit.router_fakes import Say, tokens
 
 
 def test_prompts_come_back_with_their_log_probabilities() -> None:

@@ -15,7 +15,8 @@ from router.parking import Call
 from service.errors import Reason
 from tests.unit.http_door import Connection, Door, data_of, door
 from tests.unit.router_calls import IDS, Message, ask, stay_silent
-from tests.unit.test_router_fakes import Say, cluster, eventually, tokens
+from tests.unit.router_fakes import Say, cluster, tokens
+from tests.unit.waiting import eventually
 
 
 async def stream(at: Door, prompts: list[str], **fields: Any) -> Connection:

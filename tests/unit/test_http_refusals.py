@@ -12,7 +12,8 @@ from octavo.v1 import inference_pb2
 from service.errors import Reason
 from tests.unit.http_door import door
 from tests.unit.router_calls import refuse, say_text
-from tests.unit.test_router_fakes import asset_files, byte_level_tokenizer, cluster, eventually, served
+from tests.unit.router_fakes import asset_files, byte_level_tokenizer, cluster, served
+from tests.unit.waiting import eventually
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"

@@ -8,36 +8,14 @@ from typing import Any
 import pytest
 
 from router.http.errors import HttpError
-from tests.unit.http_door import Connection, Door, Reply, data_of, door, text_of
+from tests.unit.http_door import data_of, door, text_of
+from tests.unit.http_requests import CHAT
+from tests.unit.http_resumes import BODY, begin, events_of, id_of, resume
 from tests.unit.router_calls import IDS, TEXT, Slowly, ask, say_text, stay_silent
-from tests.unit.test_router_fakes import eventually
+from tests.unit.waiting import eventually
 
-CHAT = "/v1/chat/completions"
-BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "resume_grace_ms": 60_000}
 KEYS = "key-of-somebody-0123 team-a\nkey-of-another-01234 team-b\n"
 A, B = {"authorization": "Bearer key-of-somebody-0123"}, {"authorization": "Bearer key-of-another-01234"}
-
-
-async def begin(at: Door, body: dict[str, Any] | None = None, **headers: str) -> tuple[Connection, Any]:
-    connection = await at.connect()
-    await connection.send("POST", CHAT, BODY if body is None else body, **headers)
-    status, _ = await connection.head()
-    assert status == 200
-    return connection, connection.events()
-
-
-async def resume(at: Door, event_id: str, method: str = "POST", **headers: str) -> Reply:
-    body = BODY if method == "POST" else None
-    return await at.ask(method, CHAT, body, last_event_id=event_id, **headers)
-
-
-def id_of(event: str) -> str:
-    return event.splitlines()[0].removeprefix("id: ")
-
-
-def events_of(reply: Reply) -> list[str]:
-    assert reply.status == 200, reply.body
-    return reply.body.decode().split("\n\n")[:-1]
 
 
 @pytest.mark.parametrize("seen", range(1, len(IDS) + 1))  # two tokens are one character, so one event

@@ -14,7 +14,7 @@ from router.http.journal import Journal
 from router.parking import Mark
 from tests.unit.http_door import Door, data_of, door
 from tests.unit.http_requests import CHAT
-from tests.unit.test_router_fakes import Say, asset_files, byte_level_tokenizer, tokens
+from tests.unit.router_fakes import Say, asset_files, byte_level_tokenizer, tokens
 from tests.unit.tool_calls import BODY, CALL, NOW, calls_of, join, saying, streamed, told, whole
 from tests.unit.tool_templates import LLAMA_3, QWEN_2, QWEN_3, REASONER
 

@@ -15,7 +15,7 @@ from router.speech.choice import manner_of
 from router.validate import MAX_TOOLS
 from tests.unit.http_door import Door
 from tests.unit.http_requests import CHAT
-from tests.unit.test_router_fakes import FakeScheduler
+from tests.unit.router_fakes import FakeScheduler
 from tests.unit.tool_calls import BODY, CALL, ENCODER, NOW, WEATHER, calls_of, streamed, told, whole
 from tests.unit.tool_templates import LLAMA_3, MISTRAL, QWEN_2, QWEN_3, REASONER
 

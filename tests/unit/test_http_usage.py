@@ -10,7 +10,7 @@ from octavo.v1 import common_pb2, scheduler_pb2
 from tokenizers import AddedToken, Tokenizer
 
 from tests.unit.http_door import data_of, door
-from tests.unit.test_router_fakes import Say, asset_files, byte_level_tokenizer, tokens
+from tests.unit.router_fakes import Say, asset_files, byte_level_tokenizer, tokens
 from tests.unit.tool_templates import QWEN_2, QWEN_3, REASONER
 
 HELLO = [{"role": "user", "content": "hello"}]

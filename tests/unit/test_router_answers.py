@@ -23,7 +23,8 @@ from tests.unit.router_calls import (
     stay_silent,
     text_of,
 )
-from tests.unit.test_router_fakes import Say, cluster, eventually, tokens
+from tests.unit.router_fakes import Say, cluster, tokens
+from tests.unit.waiting import eventually
 
 
 def test_generate_streams_the_text() -> None:

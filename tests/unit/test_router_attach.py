@@ -15,38 +15,23 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from octavo.v1 import common_pb2, inference_pb2, inference_pb2_grpc, scheduler_pb2
+from octavo.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2
 
 from router.assets import AssetStore
 from router.hub import Outbound
 from service.errors import OctavoError, Reason, from_rpc_error
-from tests.unit.test_router_fakes import (
+from tests.unit.router_calls import TEXT, Message, say_one_then_wait, say_the_rest
+from tests.unit.router_fakes import (
     DIGEST,
     FakeScheduler,
     RouterUnderTest,
     Say,
     asset_files,
-    byte_level_tokenizer,
-    eventually,
     served,
-    tokens,
 )
+from tests.unit.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
-IDS = byte_level_tokenizer().encode("hello world", add_special_tokens=False).ids
-Message = scheduler_pb2.AttachRequest
-
-
-async def say_one_then_wait(message: Message, say: Say) -> None:
-    if message.HasField("submit") and not message.submit.output_token_ids:
-        await say(tokens(0, (message.submit.handle, 0, IDS[:1], 0)))
-
-
-async def say_the_rest(message: Message, say: Say) -> None:
-    if message.HasField("submit"):
-        done = len(message.submit.output_token_ids) // 4
-        if done:
-            await say(tokens(0, (message.submit.handle, done, [*IDS[done:], 1], common_pb2.FINISH_REASON_STOP)))
 
 
 def test_a_stream_moves_to_another_scheduler() -> None:
@@ -64,7 +49,7 @@ def test_a_stream_moves_to_another_scheduler() -> None:
             await home.stop()
             while (message := await call.read()) is not grpc.aio.EOF:
                 text += message.delta.text
-            assert text == "hello world"
+            assert text == TEXT
             assert len(other.submits()) == 1 and other.submits()[0].attempt == 1
             router.attachments.set_addresses([other.address])
             await eventually(lambda: router.session.num_attached == 1)

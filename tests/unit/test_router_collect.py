@@ -13,7 +13,8 @@ from router.collect import Collector, encoded, size_of
 from service.columns import pack
 from service.errors import Reason
 from tests.unit.router_calls import IDS, Message, ask, refuse, say_text
-from tests.unit.test_router_fakes import Say, cluster, eventually, tokens
+from tests.unit.router_fakes import Say, cluster, tokens
+from tests.unit.waiting import eventually
 
 TOP, COUNT = 4, 40
 

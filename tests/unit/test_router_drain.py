@@ -13,9 +13,10 @@ import router.service
 from router.parking import rewind
 from service.errors import Reason
 from tests.unit.http_door import door
+from tests.unit.http_resumes import BODY, begin, id_of, resume
 from tests.unit.router_calls import TEXT, ask, collect, refuse, say_text, stay_silent, text_of
-from tests.unit.test_http_resume import BODY, begin, id_of, resume
-from tests.unit.test_router_fakes import FakeScheduler, cluster, eventually
+from tests.unit.router_fakes import FakeScheduler, cluster
+from tests.unit.waiting import eventually
 
 
 async def waits(drain: asyncio.Task[None]) -> bool:

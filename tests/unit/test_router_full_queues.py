@@ -7,8 +7,8 @@ from octavo.v1 import scheduler_pb2
 
 from router.link import Link
 from service.errors import OctavoError, Reason
+from tests.unit.router_fakes import tokens
 from tests.unit.session_bench import HELLO, STOP, Bench, make_request, start
-from tests.unit.test_router_fakes import tokens
 
 
 def test_a_full_scheduler_is_passed_over_for_another() -> None:

@@ -6,8 +6,8 @@ import pytest
 from octavo.v1 import scheduler_pb2
 
 from service.errors import OctavoError, Reason
+from tests.unit.router_fakes import DIGEST, served
 from tests.unit.session_bench import Bench, make_request, start
-from tests.unit.test_router_fakes import DIGEST, served
 
 
 def test_a_new_request_without_any_worker_is_refused_at_once() -> None:

@@ -11,7 +11,8 @@ from octavo.v1 import inference_pb2, scheduler_pb2
 from router.pulse import BRISK, CALM, Pulse, Terms
 from router.service import _beating
 from tests.unit.router_calls import IDS, Message
-from tests.unit.test_router_fakes import Say, cluster, eventually, tokens
+from tests.unit.router_fakes import Say, cluster, tokens
+from tests.unit.waiting import eventually
 
 
 def test_a_stream_speaks_when_it_was_silent_for_its_interval() -> None:

@@ -10,8 +10,8 @@ from octavo.v1 import scheduler_pb2
 from router.resolve import sequence_seed
 from service.columns import pack
 from service.errors import Reason
+from tests.unit.router_fakes import DIGEST, served, tokens, welcome
 from tests.unit.session_bench import HELLO, LENGTH, STOP, Bench, make_request, output_ids, start
-from tests.unit.test_router_fakes import DIGEST, served, tokens, welcome
 
 
 def test_hello_then_submit_with_the_epoch_of_welcome() -> None:

@@ -9,7 +9,7 @@ from octavo.v1 import common_pb2, inference_pb2
 
 from router.shared_grammar import SharedGrammars
 from tests.unit.router_calls import stay_silent
-from tests.unit.test_router_fakes import cluster
+from tests.unit.router_fakes import cluster
 
 
 def choice(*values: str) -> common_pb2.Grammar:

@@ -9,8 +9,8 @@ import pytest
 from octavo.v1 import common_pb2, scheduler_pb2
 
 from service.errors import Reason
+from tests.unit.router_fakes import tokens
 from tests.unit.session_bench import Bench, make_request, output_ids, start
-from tests.unit.test_router_fakes import tokens
 
 SECRET = 424_242
 

@@ -16,7 +16,7 @@ from router import template_limits
 from router.template import ChatTemplate, TemplateFailure
 from service.errors import OctavoError, Reason
 from tests.fuzz.templates import HOSTILE
-from tests.unit.test_router_fakes import CHATML, assets, byte_level_tokenizer
+from tests.unit.router_fakes import CHATML, assets, byte_level_tokenizer
 
 LLAMA_2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system = messages[0]['content'] %}
 {% else %}{% set loop_messages = messages %}{% set system = false %}{% endif %}

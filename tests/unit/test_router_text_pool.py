@@ -10,8 +10,8 @@ import pytest
 from octavo.v1 import inference_pb2
 
 from router.prepare import TextPool
-from tests.unit.test_router_attach import say_one_then_wait, say_the_rest
-from tests.unit.test_router_fakes import FakeScheduler, RouterUnderTest
+from tests.unit.router_calls import TEXT, say_one_then_wait, say_the_rest
+from tests.unit.router_fakes import FakeScheduler, RouterUnderTest
 
 
 @pytest.mark.parametrize(("size", "at_once"), [(0, True), (1_024, True), (1_025, False)])
@@ -51,7 +51,7 @@ def test_a_resume_waits_for_no_thread() -> None:
                     text += message.delta.text
             finally:
                 release.set()
-            assert text == "hello world"
+            assert text == TEXT
             assert all(future.result() for future in busy)
         await scheduler.stop()
 

@@ -16,7 +16,7 @@ from router.ticket import Ticket, TicketOffice
 from router.validate import check_request
 from service.columns import unpack
 from service.errors import OctavoError, Reason
-from tests.unit.test_router_fakes import asset_files, assets, byte_fallback_tokenizer, byte_level_tokenizer
+from tests.unit.router_fakes import asset_files, assets, byte_fallback_tokenizer, byte_level_tokenizer
 
 ASSETS = assets()
 LIMITS = ModelLimits(max_model_len=100, vocab_size=340)

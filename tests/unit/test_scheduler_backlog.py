@@ -19,7 +19,8 @@ from scheduler.outbox import RouterOutbox, Tokens
 from scheduler.service import SchedulerService
 from service.server import open_channel
 from service.settings import CommonSettings
-from tests.unit.test_scheduler_service import HELLO, eventually
+from tests.unit.hub_cluster import ROUTER_HELLO
+from tests.unit.waiting import eventually
 
 ROWS = 256
 
@@ -62,7 +63,7 @@ async def under_way(window_bytes: int | None) -> int:
     try:
         async with open_channel(CommonSettings(), address, window_bytes) as channel:
             call = scheduler_pb2_grpc.SchedulerServiceStub(channel).Attach()
-            await call.write(HELLO)
+            await call.write(ROUTER_HELLO)
             await eventually(lambda: bool(hub.routers))
             (router,) = hub.routers.values()
             for step in range(300):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,8 +14,9 @@ from octavo.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler.hub import Hub, HubSettings
 from scheduler.service import SchedulerService
 from service.errors import OctavoError, Reason, from_rpc_error
+from tests.unit.hub_cluster import ROUTER_HELLO
+from tests.unit.waiting import eventually
 
-HELLO = scheduler_pb2.AttachRequest(hello=scheduler_pb2.RouterHello(protocol=1, name="r"))
 LARGE = scheduler_pb2.ModelList(models=[scheduler_pb2.ServedModel(name="x" * 1_000_000)])
 
 
@@ -34,19 +35,11 @@ async def served() -> AsyncIterator[tuple[Hub, Any]]:
         await server.stop(0)
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + 10
-    while not condition():
-        assert loop.time() < deadline, "it did not happen"
-        await asyncio.sleep(0.005)
-
-
 def test_a_cut_does_not_wait_for_a_peer_that_does_not_read() -> None:
     async def main() -> None:
         async with served() as (hub, stub):
             call = stub.Attach()
-            await call.write(HELLO)
+            await call.write(ROUTER_HELLO)
             await eventually(lambda: bool(hub.routers))
             (router,) = hub.routers.values()
             for _ in range(30):  # far more than HTTP/2 lets wait
@@ -78,7 +71,7 @@ def test_a_peer_that_vanishes_during_hello_leaves_nothing_behind() -> None:
             await half_closed.done_writing()
             assert await half_closed.code() is grpc.StatusCode.FAILED_PRECONDITION
             gone = stub.Attach()
-            await gone.write(HELLO)
+            await gone.write(ROUTER_HELLO)
             gone.cancel()
             await eventually(lambda: not hub.routers and len(asyncio.all_tasks()) <= before)
             assert not hub.workers
@@ -90,7 +83,7 @@ class EndingContext:
     """A stream whose peer has died: what it said is read, then comes the end; a write takes its time to give up."""
 
     def __init__(self) -> None:
-        self._messages: list[Any] = [HELLO]
+        self._messages: list[Any] = [ROUTER_HELLO]
 
     async def read(self) -> Any:
         return self._messages.pop() if self._messages else grpc.aio.EOF

@@ -15,9 +15,10 @@ from service.errors import Reason
 from tests.unit.http_door import data_of, door
 from tests.unit.http_requests import CHAT
 from tests.unit.router_calls import ask, collect, refuse, say_text
-from tests.unit.test_router_fakes import RouterUnderTest, asset_files, cluster, eventually
+from tests.unit.router_fakes import RouterUnderTest, asset_files, cluster
 from tests.unit.tool_calls import BODY, CALL, saying
 from tests.unit.tool_templates import QWEN_2, QWEN_3
+from tests.unit.waiting import eventually
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from octavo.v1 import common_pb2, scheduler_pb2
 
 from tests.unit.http_door import Door, data_of, door
 from tests.unit.http_requests import CHAT
-from tests.unit.test_router_fakes import FakeScheduler, Say, asset_files, byte_level_tokenizer, tokens
+from tests.unit.router_fakes import FakeScheduler, Say, asset_files, byte_level_tokenizer, tokens
 from tests.unit.tool_templates import QWEN_3
 
 WEATHER = {

@@ -28,6 +28,7 @@ from router.ticket import TicketOffice
 from service.columns import pack
 from service.decoding import DecodeInterceptor
 from service.keys import Authenticator
+from tests.unit.waiting import eventually
 
 DIGEST = bytes(range(32))
 CHATML = (
@@ -277,12 +278,3 @@ async def cluster(
             yield scheduler, router
     finally:
         await scheduler.stop()
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until the condition holds; fails after so long."""
-    async with asyncio.timeout(seconds):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.005)
