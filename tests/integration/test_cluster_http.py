@@ -21,7 +21,7 @@ import pytest
 from octavo.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
 from deploy.cluster import LocalCluster
-from tests.integration.test_cluster_tls import write_certificate
+from tests.integration.certificates import write_certificate
 
 pytestmark = pytest.mark.xdist_group("cluster")
 

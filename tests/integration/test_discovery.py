@@ -3,30 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
-import pytest
-
-from deploy.commands import redis_binary, redis_command
 from deploy.member import Member
-from deploy.readiness import wait_ready
 from service.discovery import LEASE_MS, Peer, Registry
-
-
-@pytest.fixture
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Member]:
-    binary = redis_binary()
-    assert binary is not None, "the test environment installs a redis-server"
-    directory = tmp_path_factory.mktemp("r")
-    command = redis_command(binary, directory)
-    member = Member(command, directory / "redis.log", Path.cwd(), None)
-    member.start()
-    wait_ready([command], lambda _: member.death(), 30.0)
-    member.settle()
-    yield member
-    member.kill()
 
 
 async def until(condition: asyncio.Event, seconds: float = 15.0) -> None:

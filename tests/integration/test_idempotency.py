@@ -17,10 +17,7 @@ from router.idempotency import REMEMBER_SECONDS, IdempotencyKeys
 from router.shared_keys import Held, SharedKeys
 from service.discovery import Peer, Registry
 from service.errors import OctavoError, Reason, from_rpc_error
-from tests.integration.test_discovery import redis_server
 from tests.unit.waiting import eventually
-
-__all__ = ["redis_server"]  # the fixture
 
 
 class Router:
