@@ -286,5 +286,5 @@ TARGET = Target(
     "router",
     _episode,
     ("router.session", "router.batch", "router.logprobs", "router.models", "router.request", "router.output", "router.link",
-     "router.ticket", "service.logprobs", "service.columns"),
+     "router.links", "router.exactly_once", "router.ticket", "service.logprobs", "service.columns"),
 )  # fmt: skip
