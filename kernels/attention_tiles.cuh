@@ -3,11 +3,14 @@
 //
 // A block: CONSUMERS warpgroups, then four warps that copy, two keys and two values, a tile each in turn.
 #pragma once
-#include "wgmma.cuh"
+#include "tma.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int CONSUMERS = HEAD_DIM == 64 ? 3 : 2;
-constexpr int STAGES = HEAD_DIM == 64 ? 3 : 2;
+#ifndef KV_STAGES
+#define KV_STAGES (HEAD_DIM == 64 ? 3 : 2)
+#endif
+constexpr int STAGES = KV_STAGES;
 constexpr int TILE_ROWS = CONSUMERS * 64;
 constexpr int TILE_KEYS = 128;
 constexpr int CHUNKS = HEAD_DIM / 8;                   // 16-byte pieces of a key
@@ -61,6 +64,18 @@ __device__ __forceinline__ void copy_tile(uint4* to, const uint4* from, const Ti
   }
 }
 
+// One warp: the same for a tile of which all tokens count, by the tensor memory accelerator, 16 tokens of a panel at a time. `cache` is a
+// map of rows of HEAD_DIM, `first_row` the one of the head's first token in block 0.
+template <typename Tile>
+__device__ __forceinline__ void fetch_tile(uint4* to, const TensorMap& cache, int first_row, const Tile& t, int tile, u64* full) {
+  int lane = threadIdx.x % 32, part = lane % 8, panel = lane / 8, first = tile * TILE_KEYS + part * 16;
+  if (lane == 0) barrier_expect(full, TILE_VECTORS * 16);
+  __syncwarp();
+  if (panel < PANELS)
+    load_tile(to + panel * PANEL_VECTORS + part * 128, cache, full, panel * 64,
+              first_row + t.blocks[first / BLOCK_SIZE] * (KV_HEADS * BLOCK_SIZE) + first % BLOCK_SIZE);
+}
+
 // One warp: what it copied is there for products.
 __device__ __forceinline__ void hand_over(u64* full) {
   end_group();
@@ -73,6 +88,13 @@ __device__ __forceinline__ void hand_over(u64* full) {
 struct State {
   float o[OUT], maximum[2], sum[2];
 };
+
+// Sums that products have written in the background: nothing that reads them may stand before this.
+template <int COUNT>
+__device__ __forceinline__ void settled(float (&c)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
 
 // Scores become weights exp2(s * scale - maximum), in place; returns what older sums must be multiplied by.
 __device__ __forceinline__ float soften(float (&s)[64], float& maximum, float& sum, float scale, int half) {
@@ -109,17 +131,22 @@ __device__ __forceinline__ void start_values(State& w, const u32 (&p)[8][4], con
   products_commit();
 }
 
-// From scores to weights as an operand; older sums are scaled.
-__device__ __forceinline__ void weigh(State& w, float (&s)[64], u32 (&p)[8][4], float scale) {
-  float shrink[2];
-#pragma unroll
-  for (int half = 0; half < 2; half++) shrink[half] = soften(s, w.maximum[half], w.sum[half], scale, half);
+// Weights as an operand; older sums are scaled.
+__device__ __forceinline__ void apply(State& w, const float (&s)[64], const float (&shrink)[2], u32 (&p)[8][4]) {
 #pragma unroll
   for (int i = 0; i < OUT; i++) w.o[i] *= shrink[i / 2 % 2];
 #pragma unroll
   for (int k = 0; k < 8; k++)
 #pragma unroll
     for (int i = 0; i < 4; i++) p[k][i] = pack(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+}
+
+// From scores to weights as an operand; older sums are scaled.
+__device__ __forceinline__ void weigh(State& w, float (&s)[64], u32 (&p)[8][4], float scale) {
+  float shrink[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) shrink[half] = soften(s, w.maximum[half], w.sum[half], scale, half);
+  apply(w, s, shrink, p);
 }
 
 #endif

@@ -226,6 +226,7 @@ class KernelOps(ProductOps):
         threads = (512 if self._wgmma else 128) if shape.head_dim == 64 else (384 if self._wgmma else 256)
         self._launch(
             name, name, (tiles.shape[0], shape.num_kv_heads), threads,
+            *((self._map(cache.view(-1, shape.head_dim), 16),) if self._wgmma else ()),
             at(qkv), at(cache), cache.stride(0) // 8, at(step.block_table), Int(step.block_table.shape[1]), at(step.rows),
             at(step.q_start), at(step.num_scheduled), at(step.context_lens), at(tiles), Int(window), self._scale, at(out),
             shared_bytes=wgmma_shared_bytes(shape) if self._wgmma else prefill_shared_bytes(shape),

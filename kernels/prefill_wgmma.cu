@@ -9,12 +9,22 @@
 //   1. mma.sync with operands through registers (prefill_attention.cu): 260 TFLOP/s on an H100
 //   2. wgmma reads keys and values from shared memory; the next tile's scores are multiplied behind this one's values without a pause,
 //      and warpgroups overlap: one's softmax with another's products
-//   3. warps of their own copy (two for keys, two for values, a tile each), so that products never wait for addresses (this one).
-//      Blocks of 16 tokens lie anywhere in the cache, and slots outside the row must read as zeros, which cp.async gives for nothing;
-//      a tensor map would need a pass over the last tile
+//   3. warps of their own copy (two for keys, two for values, a tile each), so that products never wait for addresses. Blocks of 16
+//      tokens lie anywhere in the cache
+//   4. whole tiles come by the tensor memory accelerator, 16 tokens a request. Slots outside the row must read as zeros, which cp.async
+//      gives for nothing: a row's first and last tile come that way
+//   5. scores are asked for before values, and their softmax runs behind the values' products; two warpgroups take turns at the tensor
+//      cores, since both at once in their softmax leave them idle (Shah et al. 2024, FlashAttention-3) (this one)
 //
 // KV tiles lie at absolute positions and a masked score changes nothing, so a token's result does not depend on how its prompt was cut.
 #include "attention_tiles.cuh"
+
+#ifndef BY_TMA
+#define BY_TMA 1
+#endif
+#ifndef TURNS
+#define TURNS (CONSUMERS == 2)
+#endif
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -25,14 +35,25 @@ struct Tile {
   const int* blocks;
 };
 
-__device__ __forceinline__ void produce(Barriers& b, uint4* tiles, const uint4* from, const Tile& t, int kind, int which) {
+// One of two warps: every other tile of keys or values. Slots outside the row must read as zeros, which cp.async gives for nothing.
+__device__ __forceinline__ void produce(Barriers& b, uint4* tiles, const uint4* from, const TensorMap& cache, int first_row, const Tile& t,
+                                        int kind, int which) {
   for (int n = which, tile = t.first + which; tile <= t.last; n += 2, tile += 2) {
     int stage = n % STAGES;
     barrier_wait(&b.empty[kind][stage], n / STAGES % 2 ^ 1);
-    copy_tile(tiles + stage * TILE_VECTORS, from, t, tile);
-    hand_over(&b.full[kind][stage]);
+    if (BY_TMA && tile * TILE_KEYS >= t.begin && (tile + 1) * TILE_KEYS <= t.end) {
+      fetch_tile(tiles + stage * TILE_VECTORS, cache, first_row, t, tile, &b.full[kind][stage]);
+    } else {
+      copy_tile(tiles + stage * TILE_VECTORS, from, t, tile);
+      hand_over(&b.full[kind][stage]);
+    }
   }
 }
+
+// Two warpgroups take turns at the tensor cores: one asks for its products when the other has asked for its own, and has that time for its
+// softmax.
+__device__ __forceinline__ void await_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(CONSUMERS + 1 + group) : "memory"); }
+__device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(CONSUMERS + 2 - group) : "memory"); }
 
 __device__ __forceinline__ void mask(float (&s)[64], const int (&position)[2], int first, int window) {
   int t = threadIdx.x % 4;
@@ -45,44 +66,58 @@ __device__ __forceinline__ void mask(float (&s)[64], const int (&position)[2], i
     }
 }
 
+// `group`'s queries. `mine`: the position of its last one, `others` that of the other warpgroup's; below 0: it has none.
 __device__ __forceinline__ void consume(Barriers& b, const uint4* queries, const uint4* keys, const uint4* values, const Tile& t,
-                                        const int (&position)[2], int mine, int window, float scale, State& w) {
-  float s[64];
+                                        const int (&position)[2], int group, int mine, int others, int window, float scale, State& w) {
+  float s[64], shrink[2];
   u32 p[8][4];
   bool elected = threadIdx.x % 32 == 0;
   // A warpgroup whose last query stands before a tile has nothing to do with it, and says so.
-  int last = __shfl_sync(~0u, min(t.last, mine < 0 ? -1 : mine / TILE_KEYS), 0);
+  auto last_of = [&](int position) { return __shfl_sync(~0u, min(t.last, position < 0 ? -1 : position / TILE_KEYS), 0); };
+  int last = last_of(mine), turns = TURNS ? min(last, last_of(others)) - t.first : 0;
   auto hide = [&](int tile) {
     int first = tile * TILE_KEYS;
     if (first + TILE_KEYS - 1 > t.lowest || (window > 0 && first <= t.end - 1 - window)) mask(s, position, first, window);
   };
   int stage = 0, phase = 0, tile = t.first;
+  if (group == 1 && turns > 0) give_turn(group);  // group 0 begins
   if (tile <= last) {
     barrier_wait(&b.full[0][0], 0);
     products_begin();
     start_scores(s, queries, keys);
     products_wait<0>();
     if (elected) barrier_arrive(&b.empty[0][0]);
-    for (; tile < last; tile++) {
-      int next = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
-      hide(tile);
-      weigh(w, s, p, scale);
-      barrier_wait(&b.full[1][stage], phase);
-      barrier_wait(&b.full[0][next], next_phase);
-      products_begin();
-      start_values(w, p, values + stage * TILE_VECTORS);
-      start_scores(s, queries, keys + next * TILE_VECTORS);
-      products_wait<0>();
-      if (elected) barrier_arrive(&b.empty[1][stage]), barrier_arrive(&b.empty[0][next]);
-      stage = next, phase = next_phase;
-    }
+    settled(s);
     hide(tile);
     weigh(w, s, p, scale);
+    for (; tile < last; tile++) {
+      int next = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
+      barrier_wait(&b.full[0][next], next_phase);
+      barrier_wait(&b.full[1][stage], phase);
+      if (turns > 0) await_turn(group);
+      products_begin();
+      start_scores(s, queries, keys + next * TILE_VECTORS);
+      start_values(w, p, values + stage * TILE_VECTORS);
+      if (turns > 1 || (turns == 1 && group == 0)) give_turn(group);
+      turns--;
+      products_wait<1>();
+      if (elected) barrier_arrive(&b.empty[0][next]);
+      settled(s);
+      hide(tile + 1);
+#pragma unroll
+      for (int half = 0; half < 2; half++) shrink[half] = soften(s, w.maximum[half], w.sum[half], scale, half);
+      products_wait<0>();
+      if (elected) barrier_arrive(&b.empty[1][stage]);
+      settled(w.o);
+      apply(w, s, shrink, p);
+      stage = next, phase = next_phase;
+    }
     barrier_wait(&b.full[1][stage], phase);
     products_begin();
     start_values(w, p, values + stage * TILE_VECTORS);
     products_wait<0>();
     if (elected) barrier_arrive(&b.empty[1][stage]);
+    settled(w.o);
     tile++;
     stage = stage + 1 == STAGES ? 0 : stage + 1, phase = stage == 0 ? phase ^ 1 : phase;
   }
@@ -98,7 +133,7 @@ __device__ __forceinline__ void consume(Barriers& b, const uint4* queries, const
 #endif
 
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
-prefill_wgmma(const uint4* qkv, const uint4* cache, long long values_offset, const int* __restrict__ block_table, int max_blocks,
+prefill_wgmma(const __grid_constant__ TensorMap cache_map, const uint4* qkv, const uint4* cache, long long values_offset, const int* __restrict__ block_table, int max_blocks,
               const int* __restrict__ rows, const int* __restrict__ q_start, const int* __restrict__ num_scheduled,
               const int* __restrict__ context_lens, const int2* __restrict__ tiles, int window, float scale, u32* __restrict__ out) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -125,7 +160,8 @@ prefill_wgmma(const uint4* qkv, const uint4* cache, long long values_offset, con
     give_registers<HEAD_DIM == 64 ? 32 : 40>();
     int kind = warp % 4 / 2;
     const uint4* from = cache + (size_t)kv_head * BLOCK_SIZE * CHUNKS + (kind ? values_offset : 0);
-    produce(b, kind ? values : keys, from, t, kind, warp % 2);
+    int first_row = kv_head * BLOCK_SIZE + (kind ? (int)(values_offset / CHUNKS) : 0);
+    produce(b, kind ? values : keys, from, cache_map, first_row, t, kind, warp % 2);
   } else {
     take_registers<HEAD_DIM == 64 ? 160 : 232>();
     uint4* queries = shared + group * QUERY_VECTORS;
@@ -146,8 +182,9 @@ prefill_wgmma(const uint4* qkv, const uint4* cache, long long values_offset, con
       position[half] = t.start + min(row[half], t.last_row) / GROUP;
       w.maximum[half] = -INF;
     }
-    int mine = first > t.last_row ? -1 : t.start + min(first + 63, t.last_row) / GROUP;
-    consume(b, queries, keys, values, t, position, mine, window, scale, w);
+    auto last_of = [&](int first) { return first > t.last_row ? -1 : t.start + min(first + 63, t.last_row) / GROUP; };
+    int others = last_of(t.first_row + (group ^ 1) * 64);
+    consume(b, queries, keys, values, t, position, group, last_of(first), others, window, scale, w);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       float sum = w.sum[half];
