@@ -89,13 +89,6 @@ struct State {
   float o[OUT], maximum[2], sum[2];
 };
 
-// Sums that products have written in the background: nothing that reads them may stand before this.
-template <int COUNT>
-__device__ __forceinline__ void settled(float (&c)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
-}
-
 // Scores become weights exp2(s * scale - maximum), in place; returns what older sums must be multiplied by.
 __device__ __forceinline__ float soften(float (&s)[64], float& maximum, float& sum, float scale, int half) {
   float best = -INF;

@@ -52,8 +52,8 @@ __device__ __forceinline__ void produce(Barriers& b, uint4* tiles, const uint4* 
 
 // Two warpgroups take turns at the tensor cores: one asks for its products when the other has asked for its own, and has that time for its
 // softmax.
-__device__ __forceinline__ void await_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(CONSUMERS + 1 + group) : "memory"); }
-__device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(CONSUMERS + 2 - group) : "memory"); }
+__device__ __forceinline__ void await_turn(int group) { meet_at(CONSUMERS + 1 + group, 256); }
+__device__ __forceinline__ void give_turn(int group) { arrive_at(CONSUMERS + 2 - group, 256); }
 
 __device__ __forceinline__ void mask(float (&s)[64], const int (&position)[2], int first, int window) {
   int t = threadIdx.x % 4;
@@ -133,9 +133,9 @@ __device__ __forceinline__ void consume(Barriers& b, const uint4* queries, const
 #endif
 
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
-prefill_wgmma(const __grid_constant__ TensorMap cache_map, const uint4* qkv, const uint4* cache, long long values_offset, const int* __restrict__ block_table, int max_blocks,
-              const int* __restrict__ rows, const int* __restrict__ q_start, const int* __restrict__ num_scheduled,
-              const int* __restrict__ context_lens, const int2* __restrict__ tiles, int window, float scale, u32* __restrict__ out) {
+prefill_wgmma(const __grid_constant__ TensorMap cache_map, const uint4* qkv, const uint4* cache, long long values_offset,
+              const int* __restrict__ block_table, int max_blocks, const int* __restrict__ rows, const int* __restrict__ q_start,
+              const int* __restrict__ num_scheduled, const int* __restrict__ context_lens, const int2* __restrict__ tiles, int window, float scale, u32* __restrict__ out) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int ROW_VECTORS = (HEADS + 2 * KV_HEADS) * CHUNKS;
   __shared__ Barriers b;

@@ -52,11 +52,19 @@ __device__ __forceinline__ void multiply_columns(float (&c)[64], const u32 (&a)[
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+// Sums that products have added to in the background: nothing that reads them may stand before this.
+template <int COUNT>
+__device__ __forceinline__ void settled(float (&c)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+
 // What this thread stored into shared memory is seen by products that start after the next barrier.
 __device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A barrier of the hardware, by its number, for `threads` threads of the block: who waits has arrived, too.
 __device__ __forceinline__ void meet_at(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+__device__ __forceinline__ void arrive_at(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
 template <int REGISTERS>
 __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }

@@ -22,6 +22,17 @@ def prefill(make: Make) -> None:
         check_prefill(make(shape), shape, PagedRows([65, 520], 1, head_dim, device="cpu"), 0, [])
 
 
+def prefill_of_heads(make: Make) -> None:
+    shape = make_shape(4, 2, 64)
+    check_prefill(make(shape), shape, PagedRows([300], 2, 64, device="cpu"), 0, [])
+
+
+def several_tiles(make: Make) -> None:
+    """The warpgroups of a block end at different tiles."""
+    shape = make_shape(1, 1, 128)
+    check_prefill(make(shape), shape, PagedRows([550], 1, 128, device="cpu"), 0, [[(0, 60, 550)]])
+
+
 def prefix(make: Make) -> None:
     """In one part, whose tiles follow each other."""
     shape, prefixes, members = make_shape(8, 2, 64), [640], [(0, 1 + i) for i in range(32)] + [(0, 300)]
@@ -49,17 +60,51 @@ MUTANTS = {
     ),
     "values are multiplied before they are there": (
         prefill,
-        Mutation(
-            PREFILL, "weigh(w, s, p, scale);\n      barrier_wait(&b.full[1][stage], phase);", "weigh(w, s, p, scale);"
-        ),
+        Mutation(PREFILL, "      barrier_wait(&b.full[1][stage], phase);\n      if (turns", "      if (turns"),
     ),
-    "stages are given back before the products have ended": (
+    "keys are given back before the products have ended": (
         prefill,
         Mutation(
             PREFILL,
-            "products_wait<0>();\n      if (elected) barrier_arrive(&b.empty[1][stage]), barrier_arrive(&b.empty[0][next]);",
-            "if (elected) barrier_arrive(&b.empty[1][stage]), barrier_arrive(&b.empty[0][next]);\n      products_wait<0>();",
+            "products_wait<1>();\n      if (elected) barrier_arrive(&b.empty[0][next]);",
+            "if (elected) barrier_arrive(&b.empty[0][next]);\n      products_wait<1>();",
         ),
+    ),
+    "values are given back before the products have ended": (
+        prefill,
+        Mutation(
+            PREFILL,
+            "products_wait<0>();\n      if (elected) barrier_arrive(&b.empty[1][stage]);\n      settled",
+            "if (elected) barrier_arrive(&b.empty[1][stage]);\n      products_wait<0>();\n      settled",
+        ),
+    ),
+    "scores are read before they are there": (prefill, Mutation(PREFILL, "products_wait<1>();", "products_wait<2>();")),
+    "weights change while products read them": (
+        prefill,
+        Mutation(
+            PREFILL,
+            "      products_wait<0>();\n      if (elected) barrier_arrive(&b.empty[1][stage]);\n      settled(w.o);\n      "
+            "apply(w, s, shrink, p);",
+            "      apply(w, s, shrink, p);\n      products_wait<0>();\n      if (elected) barrier_arrive(&b.empty[1][stage]);",
+        ),
+    ),
+    "nobody gives the first turn": (prefill, Mutation(PREFILL, "if (group == 1 && turns > 0) give_turn(group);", "")),
+    "one turn too few": (prefill, Mutation(PREFILL, "turns > 1 || (turns == 1 && group == 0)", "turns > 1")),
+    "turns that the other does not take": (
+        several_tiles,
+        Mutation(PREFILL, "min(last, last_of(others)) - t.first", "last - t.first"),
+    ),
+    "the row's last tile comes with what lies behind it": (
+        prefill,
+        Mutation(PREFILL, "(tile + 1) * TILE_KEYS <= t.end", "tile * TILE_KEYS <= t.end"),
+    ),
+    "tiles of another head": (
+        prefill_of_heads,
+        Mutation(PREFILL, "int first_row = kv_head * BLOCK_SIZE", "int first_row = 0"),
+    ),
+    "panels of a tile are exchanged": (
+        prefill,
+        Mutation(TILES, "cache, full, panel * 64,", "cache, full, (panel ^ (PANELS - 1)) * 64,"),
     ),
     "a stage is given back twice": (
         prefill,

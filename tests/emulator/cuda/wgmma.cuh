@@ -21,7 +21,10 @@ template <int COUNT>
 void multiply_columns(float (&c)[COUNT], const u32 (&a)[4], u64 b) { emulator::multiply({c, COUNT, 0, a, b, true, true, element_of}); }
 
 inline void publish_to_products() {}
+template <int COUNT>
+void settled(float (&)[COUNT]) {}
 inline void meet_at(int barrier, int threads) { emulator::arrive_at(barrier, threads, true); }
+inline void arrive_at(int barrier, int threads) { emulator::arrive_at(barrier, threads, false); }
 
 template <int REGISTERS>
 void take_registers() {}
