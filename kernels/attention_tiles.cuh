@@ -1,16 +1,13 @@
 // Attention of 64 queries a warpgroup over tiles of 128 keys and values that warps of their own bring from the paged cache, on sm_90a:
 // what prefill_wgmma.cu and prefix_attention.cu have in common.
 //
-// A block: CONSUMERS warpgroups, then four warps that copy, two keys and two values, a tile each in turn.
+// A block: CONSUMERS warpgroups, then four warps that bring tiles, two keys and two values, a tile each in turn.
 #pragma once
 #include "tma.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int CONSUMERS = HEAD_DIM == 64 ? 3 : 2;
-#ifndef KV_STAGES
-#define KV_STAGES (HEAD_DIM == 64 ? 3 : 2)
-#endif
-constexpr int STAGES = KV_STAGES;
+constexpr int STAGES = HEAD_DIM == 64 ? 3 : 2;
 constexpr int TILE_ROWS = CONSUMERS * 64;
 constexpr int TILE_KEYS = 128;
 constexpr int CHUNKS = HEAD_DIM / 8;                   // 16-byte pieces of a key
@@ -42,47 +39,16 @@ struct Barriers {
 // All of consumer warpgroup `group`.
 __device__ __forceinline__ void warpgroup_sync(int group) { meet_at(group + 1, 128); }
 
-// One warp copies keys or values [tile * TILE_KEYS, + TILE_KEYS); those outside [t.begin, t.end) become zero and are not read. t.blocks[i]:
-// block i of the row.
-template <typename Tile>
-__device__ __forceinline__ void copy_tile(uint4* to, const uint4* from, const Tile& t, int tile) {
-  constexpr int LANES = CHUNKS, ROWS = 32 / LANES;  // lanes a token, tokens at a time
-  int lane = threadIdx.x % 32, chunk = lane % LANES, row = lane / LANES;
-  int place = tile * TILE_KEYS + lane % 8 * 16;
-  int mine = place < t.end && place + 16 > t.begin ? t.blocks[place / BLOCK_SIZE] : 0;
-  to += chunk / 8 * PANEL_VECTORS;
-#pragma unroll 1
-  for (int part = 0; part < TILE_KEYS / 16; part++) {
-    int first = tile * TILE_KEYS + part * 16;
-    size_t block = __shfl_sync(~0u, mine, part);
-    const uint4* source = from + (block * KV_HEADS * BLOCK_SIZE + first % BLOCK_SIZE) * CHUNKS + chunk;
-#pragma unroll
-    for (int i = row; i < 16 + row; i += ROWS) {
-      bool valid = first + i >= t.begin && first + i < t.end;
-      copy16(to + panel_place(part * 16 + i, chunk % 8), valid ? source + i * CHUNKS : from, valid);
-    }
-  }
-}
-
-// One warp: the same for a tile of which all tokens count, by the tensor memory accelerator, 16 tokens of a panel at a time. `cache` is a
-// map of rows of HEAD_DIM, `first_row` the one of the head's first token in block 0.
-template <typename Tile>
-__device__ __forceinline__ void fetch_tile(uint4* to, const TensorMap& cache, int first_row, const Tile& t, int tile, u64* full) {
+// One warp: keys or values [tile * TILE_KEYS, + TILE_KEYS) of a row whose block i is blocks[i], by the tensor memory accelerator, 16 tokens of
+// a panel at a time. `cache` is a map of rows of HEAD_DIM, `first_row` the one of the head's first token in block 0.
+template <typename Blocks>
+__device__ __forceinline__ void fetch_tile(uint4* to, const TensorMap& cache, int first_row, Blocks blocks, int tile, u64* full) {
   int lane = threadIdx.x % 32, part = lane % 8, panel = lane / 8, first = tile * TILE_KEYS + part * 16;
   if (lane == 0) barrier_expect(full, TILE_VECTORS * 16);
   __syncwarp();
   if (panel < PANELS)
     load_tile(to + panel * PANEL_VECTORS + part * 128, cache, full, panel * 64,
-              first_row + t.blocks[first / BLOCK_SIZE] * (KV_HEADS * BLOCK_SIZE) + first % BLOCK_SIZE);
-}
-
-// One warp: what it copied is there for products.
-__device__ __forceinline__ void hand_over(u64* full) {
-  end_group();
-  copies_done<0>();
-  publish_to_products();
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(full);
+              first_row + blocks[first / BLOCK_SIZE] * (KV_HEADS * BLOCK_SIZE) + first % BLOCK_SIZE);
 }
 
 struct State {
@@ -134,12 +100,82 @@ __device__ __forceinline__ void apply(State& w, const float (&s)[64], const floa
     for (int i = 0; i < 4; i++) p[k][i] = pack(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
 }
 
-// From scores to weights as an operand; older sums are scaled.
-__device__ __forceinline__ void weigh(State& w, float (&s)[64], u32 (&p)[8][4], float scale) {
-  float shrink[2];
+// Where a warpgroup is in the stages.
+struct Place {
+  int stage = 0, phase = 0;
+
+  __device__ __forceinline__ Place following() const {
+    Place next;
+    next.stage = stage + 1 == STAGES ? 0 : stage + 1, next.phase = next.stage == 0 ? phase ^ 1 : phase;
+    return next;
+  }
+};
+
+// Two warpgroups take turns at the tensor cores: one asks for its products when the other has asked for its own, and has that time for its
+// softmax. `left`: how often both will ask yet; group 0 is the first.
+struct Turns {
+  int group, left;
+
+  __device__ __forceinline__ void begin() const {
+    if (group == 1 && left > 0) arrive_at(own(0), 256);
+  }
+  __device__ __forceinline__ void take() const {
+    if (left > 0) meet_at(own(group), 256);
+  }
+  __device__ __forceinline__ void give() {
+    if (left > 1 || (left == 1 && group == 0)) arrive_at(own(1 - group), 256);
+    left--;
+  }
+  __device__ __forceinline__ static int own(int group) { return CONSUMERS + 1 + group; }
+};
+
+// A warpgroup's queries over tiles [tile, last] of the ring, at least one. hide(s, tile) takes scores that do not count away.
+template <typename Hide>
+__device__ __forceinline__ void attend(Barriers& b, const uint4* queries, const uint4* keys, const uint4* values, Place& at, int tile, int last,
+                                       Hide hide, Turns turns, float scale, State& w) {
+  float s[64], shrink[2];
+  u32 p[8][4];
+  bool elected = threadIdx.x % 32 == 0;
+  auto weigh = [&] {
 #pragma unroll
-  for (int half = 0; half < 2; half++) shrink[half] = soften(s, w.maximum[half], w.sum[half], scale, half);
+    for (int half = 0; half < 2; half++) shrink[half] = soften(s, w.maximum[half], w.sum[half], scale, half);
+  };
+  barrier_wait(&b.full[0][at.stage], at.phase);
+  products_begin();
+  start_scores(s, queries, keys + at.stage * TILE_VECTORS);
+  products_wait<0>();
+  if (elected) barrier_arrive(&b.empty[0][at.stage]);
+  settled(s);
+  hide(s, tile);
+  weigh();
   apply(w, s, shrink, p);
+  for (; tile < last; tile++) {
+    Place next = at.following();
+    barrier_wait(&b.full[0][next.stage], next.phase);
+    barrier_wait(&b.full[1][at.stage], at.phase);
+    turns.take();
+    products_begin();
+    start_scores(s, queries, keys + next.stage * TILE_VECTORS);
+    start_values(w, p, values + at.stage * TILE_VECTORS);
+    turns.give();
+    products_wait<1>();
+    if (elected) barrier_arrive(&b.empty[0][next.stage]);
+    settled(s);
+    hide(s, tile + 1);
+    weigh();
+    products_wait<0>();
+    if (elected) barrier_arrive(&b.empty[1][at.stage]);
+    settled(w.o);
+    apply(w, s, shrink, p);
+    at = next;
+  }
+  barrier_wait(&b.full[1][at.stage], at.phase);
+  products_begin();
+  start_values(w, p, values + at.stage * TILE_VECTORS);
+  products_wait<0>();
+  if (elected) barrier_arrive(&b.empty[1][at.stage]);
+  settled(w.o);
+  at = at.following();
 }
 
 #endif

@@ -183,7 +183,8 @@ class KernelOps(ProductOps):
         shape = self._shape
         self._launch(
             "prefix_attention", "prefix_attention", (self._multiprocessors,), 512 if shape.head_dim == 64 else 384,
-            at(qkv), at(cache), cache.stride(0) // 8, at(step.block_table), Int(step.block_table.shape[1]),
+            self._map(cache.view(-1, shape.head_dim), 16), at(qkv), Int(cache.stride(0) // shape.head_dim),
+            at(step.block_table), Int(step.block_table.shape[1]),
             at(shared.works), at(shared.num_works), at(shared.query_tokens), self._scale, at(scratch.partials),
             shared_bytes=wgmma_shared_bytes(shape),
         )  # fmt: skip

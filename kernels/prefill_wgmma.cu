@@ -19,13 +19,6 @@
 // KV tiles lie at absolute positions and a masked score changes nothing, so a token's result does not depend on how its prompt was cut.
 #include "attention_tiles.cuh"
 
-#ifndef BY_TMA
-#define BY_TMA 1
-#endif
-#ifndef TURNS
-#define TURNS (CONSUMERS == 2)
-#endif
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 struct Tile {
@@ -35,25 +28,49 @@ struct Tile {
   const int* blocks;
 };
 
-// One of two warps: every other tile of keys or values. Slots outside the row must read as zeros, which cp.async gives for nothing.
+// One warp copies keys or values [tile * TILE_KEYS, + TILE_KEYS); those outside [t.begin, t.end) become zero and are not read.
+__device__ __forceinline__ void copy_tile(uint4* to, const uint4* from, const Tile& t, int tile) {
+  constexpr int LANES = CHUNKS, ROWS = 32 / LANES;  // lanes a token, tokens at a time
+  int lane = threadIdx.x % 32, chunk = lane % LANES, row = lane / LANES;
+  int place = tile * TILE_KEYS + lane % 8 * 16;
+  int mine = place < t.end && place + 16 > t.begin ? t.blocks[place / BLOCK_SIZE] : 0;
+  to += chunk / 8 * PANEL_VECTORS;
+#pragma unroll 1
+  for (int part = 0; part < TILE_KEYS / 16; part++) {
+    int first = tile * TILE_KEYS + part * 16;
+    size_t block = __shfl_sync(~0u, mine, part);
+    const uint4* source = from + (block * KV_HEADS * BLOCK_SIZE + first % BLOCK_SIZE) * CHUNKS + chunk;
+#pragma unroll
+    for (int i = row; i < 16 + row; i += ROWS) {
+      bool valid = first + i >= t.begin && first + i < t.end;
+      copy16(to + panel_place(part * 16 + i, chunk % 8), valid ? source + i * CHUNKS : from, valid);
+    }
+  }
+}
+
+// One warp: what it copied is there for products.
+__device__ __forceinline__ void hand_over(u64* full) {
+  end_group();
+  copies_done<0>();
+  publish_to_products();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(full);
+}
+
+// One of two warps: every other tile of keys or values.
 __device__ __forceinline__ void produce(Barriers& b, uint4* tiles, const uint4* from, const TensorMap& cache, int first_row, const Tile& t,
                                         int kind, int which) {
   for (int n = which, tile = t.first + which; tile <= t.last; n += 2, tile += 2) {
     int stage = n % STAGES;
     barrier_wait(&b.empty[kind][stage], n / STAGES % 2 ^ 1);
-    if (BY_TMA && tile * TILE_KEYS >= t.begin && (tile + 1) * TILE_KEYS <= t.end) {
-      fetch_tile(tiles + stage * TILE_VECTORS, cache, first_row, t, tile, &b.full[kind][stage]);
+    if (tile * TILE_KEYS >= t.begin && (tile + 1) * TILE_KEYS <= t.end) {
+      fetch_tile(tiles + stage * TILE_VECTORS, cache, first_row, t.blocks, tile, &b.full[kind][stage]);
     } else {
       copy_tile(tiles + stage * TILE_VECTORS, from, t, tile);
       hand_over(&b.full[kind][stage]);
     }
   }
 }
-
-// Two warpgroups take turns at the tensor cores: one asks for its products when the other has asked for its own, and has that time for its
-// softmax.
-__device__ __forceinline__ void await_turn(int group) { meet_at(CONSUMERS + 1 + group, 256); }
-__device__ __forceinline__ void give_turn(int group) { arrive_at(CONSUMERS + 2 - group, 256); }
 
 __device__ __forceinline__ void mask(float (&s)[64], const int (&position)[2], int first, int window) {
   int t = threadIdx.x % 4;
@@ -69,65 +86,23 @@ __device__ __forceinline__ void mask(float (&s)[64], const int (&position)[2], i
 // `group`'s queries. `mine`: the position of its last one, `others` that of the other warpgroup's; below 0: it has none.
 __device__ __forceinline__ void consume(Barriers& b, const uint4* queries, const uint4* keys, const uint4* values, const Tile& t,
                                         const int (&position)[2], int group, int mine, int others, int window, float scale, State& w) {
-  float s[64], shrink[2];
-  u32 p[8][4];
-  bool elected = threadIdx.x % 32 == 0;
   // A warpgroup whose last query stands before a tile has nothing to do with it, and says so.
   auto last_of = [&](int position) { return __shfl_sync(~0u, min(t.last, position < 0 ? -1 : position / TILE_KEYS), 0); };
-  int last = last_of(mine), turns = TURNS ? min(last, last_of(others)) - t.first : 0;
-  auto hide = [&](int tile) {
+  int last = last_of(mine);
+  auto hide = [&](float (&s)[64], int tile) {
     int first = tile * TILE_KEYS;
     if (first + TILE_KEYS - 1 > t.lowest || (window > 0 && first <= t.end - 1 - window)) mask(s, position, first, window);
   };
-  int stage = 0, phase = 0, tile = t.first;
-  if (group == 1 && turns > 0) give_turn(group);  // group 0 begins
-  if (tile <= last) {
-    barrier_wait(&b.full[0][0], 0);
-    products_begin();
-    start_scores(s, queries, keys);
-    products_wait<0>();
-    if (elected) barrier_arrive(&b.empty[0][0]);
-    settled(s);
-    hide(tile);
-    weigh(w, s, p, scale);
-    for (; tile < last; tile++) {
-      int next = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
-      barrier_wait(&b.full[0][next], next_phase);
-      barrier_wait(&b.full[1][stage], phase);
-      if (turns > 0) await_turn(group);
-      products_begin();
-      start_scores(s, queries, keys + next * TILE_VECTORS);
-      start_values(w, p, values + stage * TILE_VECTORS);
-      if (turns > 1 || (turns == 1 && group == 0)) give_turn(group);
-      turns--;
-      products_wait<1>();
-      if (elected) barrier_arrive(&b.empty[0][next]);
-      settled(s);
-      hide(tile + 1);
-#pragma unroll
-      for (int half = 0; half < 2; half++) shrink[half] = soften(s, w.maximum[half], w.sum[half], scale, half);
-      products_wait<0>();
-      if (elected) barrier_arrive(&b.empty[1][stage]);
-      settled(w.o);
-      apply(w, s, shrink, p);
-      stage = next, phase = next_phase;
-    }
-    barrier_wait(&b.full[1][stage], phase);
-    products_begin();
-    start_values(w, p, values + stage * TILE_VECTORS);
-    products_wait<0>();
-    if (elected) barrier_arrive(&b.empty[1][stage]);
-    settled(w.o);
-    tile++;
-    stage = stage + 1 == STAGES ? 0 : stage + 1, phase = stage == 0 ? phase ^ 1 : phase;
-  }
-  for (; tile <= t.last; tile++) {
+  Turns turns{group, CONSUMERS == 2 ? min(last, last_of(others)) - t.first : 0};
+  turns.begin();
+  Place at;
+  int tile = t.first;
+  if (tile <= last) attend(b, queries, keys, values, at, tile, last, hide, turns, scale, w), tile = last + 1;
+  for (; tile <= t.last; tile++, at = at.following())
     for (int kind = 0; kind < 2; kind++) {
-      barrier_wait(&b.full[kind][stage], phase);
-      if (elected) barrier_arrive(&b.empty[kind][stage]);
+      barrier_wait(&b.full[kind][at.stage], at.phase);
+      if (threadIdx.x % 32 == 0) barrier_arrive(&b.empty[kind][at.stage]);
     }
-    stage = stage + 1 == STAGES ? 0 : stage + 1, phase = stage == 0 ? phase ^ 1 : phase;
-  }
 }
 
 #endif
@@ -135,7 +110,8 @@ __device__ __forceinline__ void consume(Barriers& b, const uint4* queries, const
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
 prefill_wgmma(const __grid_constant__ TensorMap cache_map, const uint4* qkv, const uint4* cache, long long values_offset,
               const int* __restrict__ block_table, int max_blocks, const int* __restrict__ rows, const int* __restrict__ q_start,
-              const int* __restrict__ num_scheduled, const int* __restrict__ context_lens, const int2* __restrict__ tiles, int window, float scale, u32* __restrict__ out) {
+              const int* __restrict__ num_scheduled, const int* __restrict__ context_lens, const int2* __restrict__ tiles, int window, float scale,
+              u32* __restrict__ out) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int ROW_VECTORS = (HEADS + 2 * KV_HEADS) * CHUNKS;
   __shared__ Barriers b;

@@ -3,7 +3,8 @@
 //   partial[slot, h, :] = sum_p 2^(s_p - m) v[p],  m = max_p s_p,  sum_p 2^(s_p - m);   s_p = scale * q[row, h] . k[p],  p in [begin, end)
 //
 // qkv    [tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM], queries rotated
-// cache  one layer, as in qkv_epilogue.cu; block_table int32 [max_rows, max_blocks]
+// cache  a map of one layer, as in qkv_epilogue.cu, as rows of HEAD_DIM, 16 at a time; values_row: the first one of values
+// block_table int32 [max_rows, max_blocks]
 // works  8 int32 each, num_works[0] of them: a tile of pairs (row of a group, query head) and a part of the group's prefix, as
 //        (permanent row whose blocks are read, begin, end, tile), (the group's first place in `query_tokens`, its rows,
 //        slot of its first row for this part, slots from one row to the next). begin and end are multiples of 128
@@ -17,7 +18,8 @@
 //      tiles fill the chip; what the parts leave is added up where decode attention adds up its splits anyway
 //   3. the products of prefill_wgmma.cu without a mask: prefix and parts are whole tiles of keys, all of them older than the step
 //   4. blocks walk over the works, so that the grid of a CUDA graph fits any number of them; keys and values of the next work come while
-//      this one is stored, and those of the first before the wait, while the QKV product still runs (this one)
+//      this one is stored, and those of the first before the wait, while the QKV product still runs
+//   5. the tensor memory accelerator brings them, and softmax and products overlap as in prefill_wgmma.cu (this one)
 //
 // The parts follow from the prefix and the number of rows that share it (worker/backends/shared_prefix.py), and so do a row's bits.
 #include "attention_tiles.cuh"
@@ -38,78 +40,28 @@ struct Work {
   }
 };
 
-// What copy_tile takes: whole tiles, of a row of the block table.
-struct Source {
-  struct Blocks {
-    const int* of_row;
-    __device__ int operator[](int i) const { return __ldcg(of_row + i); }
-  };
-  int begin, end;
-  Blocks blocks;
+// A row of the block table. L1 may hold that of an older step.
+struct Blocks {
+  const int* of_row;
+  __device__ int operator[](int i) const { return __ldcg(of_row + i); }
 };
 
 // One of two warps: every other tile of keys or values of all works of the block.
-__device__ __forceinline__ void produce(Barriers& b, uint4* tiles, const uint4* cache, const int* block_table, int max_blocks,
-                                        const int4* works, int total, int kind, int which) {
+__device__ __forceinline__ void produce(Barriers& b, uint4* tiles, const TensorMap& cache, int first_row, const int* block_table,
+                                        int max_blocks, const int4* works, int total, int kind, int which) {
   int n = 0;
 #pragma unroll 1
   for (int at = blockIdx.x; at < total; at += gridDim.x) {
     Work w = Work::load(works, at / KV_HEADS);
-    const uint4* from = cache + (size_t)(at % KV_HEADS) * BLOCK_SIZE * CHUNKS;
-    Source source{w.first_tile * TILE_KEYS, w.end_tile * TILE_KEYS, {block_table + (size_t)w.row * max_blocks}};
+    Blocks blocks{block_table + (size_t)w.row * max_blocks};
 #pragma unroll 1
     for (int tile = w.first_tile; tile < w.end_tile; tile++, n++) {
       if (n % 2 != which) continue;
       int stage = n % STAGES;
       barrier_wait(&b.empty[kind][stage], n / STAGES % 2 ^ 1);
-      copy_tile(tiles + stage * TILE_VECTORS, from, source, tile);
-      hand_over(&b.full[kind][stage]);
+      fetch_tile(tiles + stage * TILE_VECTORS, cache, first_row + at % KV_HEADS * BLOCK_SIZE, blocks, tile, &b.full[kind][stage]);
     }
   }
-}
-
-// Where a consumer is in the stages.
-struct Place {
-  int stage = 0, phase = 0;
-
-  __device__ __forceinline__ Place following() const {
-    Place next;
-    next.stage = stage + 1 == STAGES ? 0 : stage + 1, next.phase = next.stage == 0 ? phase ^ 1 : phase;
-    return next;
-  }
-};
-
-// A warpgroup's queries over tiles [tile, last], the next ones of the ring, as in prefill_wgmma.cu but without a mask.
-__device__ __forceinline__ void attend(Barriers& b, const uint4* queries, const uint4* keys, const uint4* values, Place& at, int tile, int last,
-                                       float scale, State& w) {
-  float s[64];
-  u32 p[8][4];
-  bool elected = threadIdx.x % 32 == 0;
-  if (tile > last) return;  // never; it makes the assembler keep the sums in one place, where it would spill 31 registers otherwise
-  barrier_wait(&b.full[0][at.stage], at.phase);
-  products_begin();
-  start_scores(s, queries, keys + at.stage * TILE_VECTORS);
-  products_wait<0>();
-  if (elected) barrier_arrive(&b.empty[0][at.stage]);
-  for (; tile < last; tile++) {
-    Place next = at.following();
-    weigh(w, s, p, scale);
-    barrier_wait(&b.full[1][at.stage], at.phase);
-    barrier_wait(&b.full[0][next.stage], next.phase);
-    products_begin();
-    start_values(w, p, values + at.stage * TILE_VECTORS);
-    start_scores(s, queries, keys + next.stage * TILE_VECTORS);
-    products_wait<0>();
-    if (elected) barrier_arrive(&b.empty[1][at.stage]), barrier_arrive(&b.empty[0][next.stage]);
-    at = next;
-  }
-  weigh(w, s, p, scale);
-  barrier_wait(&b.full[1][at.stage], at.phase);
-  products_begin();
-  start_values(w, p, values + at.stage * TILE_VECTORS);
-  products_wait<0>();
-  if (elected) barrier_arrive(&b.empty[1][at.stage]);
-  at = at.following();
 }
 
 __device__ __forceinline__ void load_queries(uint4* queries, const uint4* qkv, const int* query_tokens, const Work& w, int first,
@@ -147,8 +99,8 @@ __device__ __forceinline__ void store(const State& state, const Work& w, int fir
 // RULE: the kernel before this one in the stream lets this one start only after its own wait, as before decode_attention; and this one does
 // so for decode_attention, which stands behind it.
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
-prefix_attention(const uint4* qkv, const uint4* cache, long long values_offset, const int* block_table, int max_blocks, const int4* works,
-                 const int* num_works, const int* query_tokens, float scale, float* partials) {
+prefix_attention(const __grid_constant__ TensorMap cache, const uint4* qkv, int values_row, const int* block_table, int max_blocks,
+                 const int4* works, const int* num_works, const int* query_tokens, float scale, float* partials) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ Barriers b;
   int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), group = warp / 4;
@@ -160,7 +112,7 @@ prefix_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   if (group == CONSUMERS) {
     give_registers<HEAD_DIM == 64 ? 32 : 40>();
     int kind = warp % 4 / 2;
-    produce(b, kind ? values : keys, cache + (kind ? values_offset : 0), block_table, max_blocks, works, total, kind, warp % 2);
+    produce(b, kind ? values : keys, cache, kind ? values_row : 0, block_table, max_blocks, works, total, kind, warp % 2);
   } else {
     take_registers<HEAD_DIM == 64 ? 160 : 232>();
     wait_for_previous();
@@ -177,7 +129,11 @@ prefix_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
       warpgroup_sync(group);
       State state = {};
       state.maximum[0] = state.maximum[1] = -INF;
-      attend(b, queries, keys, values, place, w.first_tile, w.end_tile - 1, scale, state);
+      int last = w.end_tile - 1;
+      Turns turns{group, CONSUMERS == 2 ? last - w.first_tile : 0};
+      turns.begin();
+      // A part has a tile; the condition makes the assembler keep the sums in one place, where it would spill 31 registers otherwise.
+      if (w.first_tile <= last) attend(b, queries, keys, values, place, w.first_tile, last, [](float (&)[64], int) {}, turns, scale, state);
       store(state, w, first, kv_head, partials);
       __syncwarp();  // lanes without a pair have not stored
     }

@@ -40,6 +40,13 @@ def prefix(make: Make) -> None:
         check_shared(Decode(make(shape), shape, SharedRows(prefixes, members, 2, 64, "cpu")), prefixes, members)
 
 
+def prefix_of_128(make: Make) -> None:
+    """The same where two warpgroups take turns."""
+    shape, prefixes, members = make_shape(8, 2, 128), [640], [(0, 1 + i) for i in range(32)]
+    with patch("worker.backends.shared_prefix.part_tokens", lambda *_: 640):
+        check_shared(Decode(make(shape), shape, SharedRows(prefixes, members, 2, 128, "cpu")), prefixes, members)
+
+
 def products(make: Make) -> None:
     check_gemm(make(make_shape(2, 1, 64, hidden=256, wide=512)), 256, 1024, 2, (17, 65), "cpu")
 
@@ -50,46 +57,47 @@ TILES, WGMMA = "attention_tiles.cuh", "wgmma.cuh"
 MUTANTS = {
     "sums are read while products add to them": (
         prefill,
-        Mutation(
-            PREFILL, "start_scores(s, queries, keys);\n    products_wait<0>();", "start_scores(s, queries, keys);"
-        ),
+        Mutation(TILES, "keys + at.stage * TILE_VECTORS);\n  products_wait<0>();", "keys + at.stage * TILE_VECTORS);"),
     ),
     "keys are multiplied before they are there": (
         prefill,
-        Mutation(PREFILL, "barrier_wait(&b.full[0][next], next_phase);", ""),
+        Mutation(TILES, "barrier_wait(&b.full[0][next.stage], next.phase);", ""),
     ),
     "values are multiplied before they are there": (
         prefill,
-        Mutation(PREFILL, "      barrier_wait(&b.full[1][stage], phase);\n      if (turns", "      if (turns"),
+        Mutation(TILES, "barrier_wait(&b.full[1][at.stage], at.phase);\n    turns.take();", "turns.take();"),
     ),
     "keys are given back before the products have ended": (
         prefill,
         Mutation(
-            PREFILL,
-            "products_wait<1>();\n      if (elected) barrier_arrive(&b.empty[0][next]);",
-            "if (elected) barrier_arrive(&b.empty[0][next]);\n      products_wait<1>();",
+            TILES,
+            "products_wait<1>();\n    if (elected) barrier_arrive(&b.empty[0][next.stage]);",
+            "if (elected) barrier_arrive(&b.empty[0][next.stage]);\n    products_wait<1>();",
         ),
     ),
     "values are given back before the products have ended": (
         prefill,
         Mutation(
-            PREFILL,
-            "products_wait<0>();\n      if (elected) barrier_arrive(&b.empty[1][stage]);\n      settled",
-            "if (elected) barrier_arrive(&b.empty[1][stage]);\n      products_wait<0>();\n      settled",
+            TILES,
+            "    products_wait<0>();\n    if (elected) barrier_arrive(&b.empty[1][at.stage]);\n    settled",
+            "    if (elected) barrier_arrive(&b.empty[1][at.stage]);\n    products_wait<0>();\n    settled",
         ),
     ),
-    "scores are read before they are there": (prefill, Mutation(PREFILL, "products_wait<1>();", "products_wait<2>();")),
+    "scores are read before they are there": (prefill, Mutation(TILES, "products_wait<1>();", "products_wait<2>();")),
     "weights change while products read them": (
         prefill,
         Mutation(
-            PREFILL,
-            "      products_wait<0>();\n      if (elected) barrier_arrive(&b.empty[1][stage]);\n      settled(w.o);\n      "
+            TILES,
+            "    products_wait<0>();\n    if (elected) barrier_arrive(&b.empty[1][at.stage]);\n    settled(w.o);\n    "
             "apply(w, s, shrink, p);",
-            "      apply(w, s, shrink, p);\n      products_wait<0>();\n      if (elected) barrier_arrive(&b.empty[1][stage]);",
+            "    apply(w, s, shrink, p);\n    products_wait<0>();\n    if (elected) barrier_arrive(&b.empty[1][at.stage]);",
         ),
     ),
-    "nobody gives the first turn": (prefill, Mutation(PREFILL, "if (group == 1 && turns > 0) give_turn(group);", "")),
-    "one turn too few": (prefill, Mutation(PREFILL, "turns > 1 || (turns == 1 && group == 0)", "turns > 1")),
+    "nobody gives the first turn": (
+        prefill,
+        Mutation(TILES, "if (group == 1 && left > 0) arrive_at(own(0), 256);", ""),
+    ),
+    "one turn too few": (prefill, Mutation(TILES, "left > 1 || (left == 1 && group == 0)", "left > 1")),
     "turns that the other does not take": (
         several_tiles,
         Mutation(PREFILL, "min(last, last_of(others)) - t.first", "last - t.first"),
@@ -108,38 +116,41 @@ MUTANTS = {
     ),
     "a stage is given back twice": (
         prefill,
-        Mutation(PREFILL, "if (elected) barrier_arrive(&b.empty[0][0]);", "barrier_arrive(&b.empty[0][0]);"),
+        Mutation(
+            TILES, "if (elected) barrier_arrive(&b.empty[0][at.stage]);", "barrier_arrive(&b.empty[0][at.stage]);"
+        ),
     ),
     "nobody says that products begin": (
         prefill,
-        Mutation(PREFILL, "products_begin();\n    start_scores", "start_scores"),
+        Mutation(TILES, "products_begin();\n  start_scores", "start_scores"),
     ),
     "a warpgroup does not wait for its queries": (prefill, Mutation(PREFILL, "warpgroup_sync(group);", "")),
     "pieces lie where they come": (
         prefill,
-        Mutation(TILES, "panel_place(part * 16 + i, chunk % 8)", "(part * 16 + i) * 8 + chunk % 8"),
+        Mutation(PREFILL, "panel_place(part * 16 + i, chunk % 8)", "(part * 16 + i) * 8 + chunk % 8"),
     ),
     "older sums are not scaled": (prefill, Mutation(TILES, "w.o[i] *= shrink[i / 2 % 2];", "")),
-    "copies are handed over before they have come": (prefill, Mutation(TILES, "copies_done<0>();\n", "")),
+    "copies are handed over before they have come": (prefill, Mutation(PREFILL, "copies_done<0>();\n", "")),
     "lanes hand over before all have copied": (
         prefill,
-        Mutation(TILES, "publish_to_products();\n  __syncwarp();", "publish_to_products();"),
+        Mutation(PREFILL, "publish_to_products();\n  __syncwarp();", "publish_to_products();"),
     ),
     "panels of values are as far apart as rows of queries": (
         prefill,
         Mutation(TILES, "operand(values, PANEL_VECTORS * 16)", "operand(values, PANEL_VECTORS * 8)"),
     ),
-    "prefix keys are multiplied before they are there": (
+    "prefix tiles of another head": (
         prefix,
-        Mutation(PREFIX, "barrier_wait(&b.full[0][next.stage], next.phase);", ""),
+        Mutation(PREFIX, "first_row + at % KV_HEADS * BLOCK_SIZE", "first_row"),
     ),
-    "prefix stages are given back too early": (
+    "prefix keys for values": (prefix, Mutation(PREFIX, "kind ? values_row : 0", "0")),
+    "prefix stages are filled before they are free": (
         prefix,
-        Mutation(
-            PREFIX,
-            "products_wait<0>();\n    if (elected) barrier_arrive(&b.empty[1][at.stage]), barrier_arrive(&b.empty[0][next.stage]);",
-            "if (elected) barrier_arrive(&b.empty[1][at.stage]), barrier_arrive(&b.empty[0][next.stage]);\n    products_wait<0>();",
-        ),
+        Mutation(PREFIX, "barrier_wait(&b.empty[kind][stage], n / STAGES % 2 ^ 1);", ""),
+    ),
+    "a prefix of fewer turns than tiles": (
+        prefix_of_128,
+        Mutation(PREFIX, "CONSUMERS == 2 ? last - w.first_tile : 0", "group == 0 ? last - w.first_tile : 1"),
     ),
     "a tile's bytes are not all waited for": (
         products,
