@@ -7,7 +7,7 @@ import numpy as np
 from scheduler.core.errors import InvalidResult
 from scheduler.core.lineup import Sampled, look_up
 from scheduler.core.plan import BoolArray, Int64Array, RowStatus, StepResult, TokenColumns, UInt8Array
-from scheduler.core.prefix import block_bytes
+from scheduler.core.prefix import block_bytes, num_block_bytes
 from scheduler.core.request import FinishReason, Int32Array
 from scheduler.core.state import InFlightPlan, SchedulerState, WorkerState, still_there
 
@@ -170,21 +170,21 @@ def register_sampled_blocks(
     full = rows.next_full[owners]
     rows.next_full[owners] = full + size
     indices = full // size - 1
+    if worker.spec.window is not None:  # a block that is behind it already is the row's no more
+        is_owned = indices >= rows.first_block[owners]
+        owners, indices = owners[is_owned], indices[is_owned]
     blocks = rows.block_table[owners, indices]
-    is_owned = indices >= rows.first_block[owners]
     # Token ids of all these blocks at once: numpy costs by the call.
-    content = block_bytes(rows.tokens[owners[:, None], indices[:, None] * size + np.arange(size)])
-    width = len(content) // owners.size
-    chains, register, at = rows.chains, worker.pool.register, 0
-    for owner, index, block, owned in zip(
-        owners.tolist(), indices.tolist(), blocks.tolist(), is_owned.tolist(), strict=True
+    content, width = block_bytes(rows.token_blocks[owners, indices]), num_block_bytes(size)
+    chains, register = rows.chains, worker.pool.register
+    for owner, index, block, begin in zip(
+        owners.tolist(), indices.tolist(), blocks.tolist(), range(0, len(content), width), strict=True
     ):
         chain = chains[owner]
-        at += width
-        if chain is None or not owned:
+        if chain is None:
             continue
         if len(chain.hashes) == index:
-            register(block, chain.append(content[at - width : at]))
+            register(block, chain.append(content[begin : begin + width]))
         else:
             register(block, chain.extend(rows.tokens[owner], index + 1)[index])
 
@@ -234,9 +234,9 @@ def split_by_router(entries: TokenColumns, sampled: Sampled) -> list[TokenColumn
     if router_ids.size == 0:
         return []
     if sampled.router_id is not None:
-        routers, masks = [sampled.router_id], [np.ones(router_ids.size, np.bool_)]
         if np.count_nonzero(entries.num_tokens) == router_ids.size:
             return [entries]
+        routers, masks = [sampled.router_id], [np.ones(router_ids.size, np.bool_)]
     else:
         routers = np.unique(router_ids).tolist()
         masks = [router_ids == router for router in routers]

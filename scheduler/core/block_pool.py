@@ -27,7 +27,7 @@ class BlockPool:
         self.ref_count = np.zeros(num_blocks, np.int32)
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: taken from the end
         self._cached: OrderedDict[int, None] = OrderedDict()
-        self._hash_of: dict[int, bytes] = {}
+        self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
 
     @property
@@ -68,12 +68,11 @@ class BlockPool:
         """
         owners = self.ref_count[blocks] - 1
         self.ref_count[blocks] = owners
-        hash_of, cached, free = self._hash_of, self._cached, self._free
         for block in blocks[owners == 0][::-1].tolist():
-            if block in hash_of:
-                cached[block] = None
+            if self._hash_of[block] is not None:
+                self._cached[block] = None
             else:
-                free.append(block)
+                self._free.append(block)
 
     def lookup(self, block_hash: bytes) -> int | None:
         """The block that holds this content."""
@@ -92,14 +91,13 @@ class BlockPool:
 
     def register(self, block: int, block_hash: bytes) -> None:
         """Makes a full, owned block hittable. If another block holds the same content, that one stays the one to hit."""
-        if block_hash not in self._block_of and block not in self._hash_of:
-            self._block_of[block_hash] = block
+        if self._hash_of[block] is None and self._block_of.setdefault(block_hash, block) == block:
             self._hash_of[block] = block_hash
 
     def unregister(self, blocks: Sequence[int]) -> None:
         """The content of these blocks can't be trusted: no later request may hit them."""
         for block in blocks:
-            if block in self._hash_of:
+            if self._hash_of[block] is not None:
                 self._forget(block)
                 if block in self._cached:
                     del self._cached[block]
@@ -107,17 +105,18 @@ class BlockPool:
 
     def clear_cache(self) -> None:
         """Unregisters every block: the device has forgotten them."""
-        self.unregister(list(self._hash_of))
+        self.unregister(list(self._block_of.values()))
 
     def _evict(self, count: int) -> None:
-        cached, hash_of, block_of, free = self._cached, self._hash_of, self._block_of, self._free
         for _ in range(count):
-            block, _ = cached.popitem(last=False)
-            del block_of[hash_of.pop(block)]
-            free.append(block)
+            block, _ = self._cached.popitem(last=False)
+            self._forget(block)
+            self._free.append(block)
 
     def _forget(self, block: int) -> None:
-        del self._block_of[self._hash_of.pop(block)]
+        block_hash, self._hash_of[block] = self._hash_of[block], None
+        if block_hash is not None:
+            del self._block_of[block_hash]
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if a block is in two places or in none."""
@@ -131,7 +130,6 @@ class BlockPool:
             raise RuntimeError(
                 f"{len(self._free)} free + {used} used + {len(self._cached)} cached != {self.num_blocks}"
             )
-        if {
-            b: h for h, b in self._block_of.items()
-        } != self._hash_of or not self._cached.keys() <= self._hash_of.keys():
+        named = {block: name for block, name in enumerate(self._hash_of) if name is not None}
+        if {block: name for name, block in self._block_of.items()} != named or not self._cached.keys() <= named.keys():
             raise RuntimeError("hashes and blocks do not match")

@@ -49,7 +49,7 @@ def commit(state: SchedulerState, worker: WorkerState, batch: Batch) -> StepPlan
         freed_rows=take_freed_rows(worker),
         rows=step_rows.astype(np.int32),
         num_scheduled=counts.astype(np.int32),
-        num_samples=samples.astype(np.uint8),
+        num_samples=samples.view(np.uint8),
         append_rows=batch.append_rows.astype(np.int32),
         append_block_ids=batch.append_blocks.astype(np.int32),
         chunk_rows=running[batch.chunks].astype(np.int32),

@@ -18,7 +18,9 @@ class Placement:
     worker: WorkerState
     chain: HashChain
     num_hits: int
-    """Leading blocks that need not be computed."""
+    """Leading blocks that need not be computed …"""
+    hits: list[int]
+    """… and the ids of those that are not behind a sliding window already."""
     score: float
 
 
@@ -57,11 +59,12 @@ def place_on(state: SchedulerState, worker: WorkerState, request: Request, token
     if not can_run(worker.spec, request):
         return None
     chain, num_hits = find_prefix(state, worker, request, token_ids)
-    if not has_room(state, worker, request, chain, num_hits):
+    hits = blocks_to_read(worker, chain, num_hits)
+    if not has_room(state, worker, request, hits):
         return None
     # A cached prefix is worth as much as the share of the request that it saves; load costs the share of rows that run.
     share_cached = num_hits * worker.spec.block_size / request.num_known_tokens
-    return Placement(worker, chain, num_hits, share_cached - worker.rows.num_running / worker.spec.max_rows)
+    return Placement(worker, chain, num_hits, hits, share_cached - worker.rows.num_running / worker.spec.max_rows)
 
 
 def find_prefix(
@@ -79,12 +82,16 @@ def find_prefix(
     return chain, num_cached_blocks(worker.spec, worker.pool, hashes[:num_full])
 
 
-def has_room(state: SchedulerState, worker: WorkerState, request: Request, chain: HashChain, num_hits: int) -> bool:
+def blocks_to_read(worker: WorkerState, chain: HashChain, num_hits: int) -> list[int]:
+    """Of the `num_hits` cached leading blocks those that are not behind the window of what comes after them."""
+    first = worker.spec.first_live_block(num_hits * worker.spec.block_size)
+    return [block for name in chain.hashes[first:num_hits] if (block := worker.pool.lookup(name)) is not None]
+
+
+def has_room(state: SchedulerState, worker: WorkerState, request: Request, hits: list[int]) -> bool:
     """Whether blocks for all known tokens are available above the watermark. A worker that runs nothing needs no watermark."""
     spec, pool = worker.spec, worker.pool
     watermark = int(state.settings.watermark * spec.num_blocks) if worker.rows.num_running else 0
-    first = spec.first_live_block(num_hits * spec.block_size)
-    hits = [block for name in chain.hashes[first:num_hits] if (block := pool.lookup(name)) is not None]
     # Hits that a row owns already cost nothing; hits that nobody owns are taken from what is available.
     needed = spec.num_blocks_for(request.num_known_tokens) - len(hits) + pool.num_unowned(hits)
     return needed + watermark <= pool.num_available

@@ -108,16 +108,20 @@ def schedule_running(state: SchedulerState, worker: WorkerState, batch: Batch) -
             mine, want = want[order], np.zeros_like(want)
             want[order] = mine
         chosen, counts = share_budget(want, order, step_budget(state, spec, num_running))
+        num_tokens = int(counts.sum())
         computed = rows.num_computed[chosen]
         missing = computed + counts - rows.capacity[chosen]
         growing = (missing > 0).nonzero()[0]
-        needed = -(-missing[growing] // spec.block_size)
-        num_needed = int(needed.sum())
+        if num_tokens == chosen.size:  # one token each, so one block each at most
+            needed, num_needed = ONE, growing.size
+        else:
+            needed = -(-missing[growing] // spec.block_size)
+            num_needed = int(needed.sum())
         if num_needed <= worker.pool.num_available:
             break
         state.preempt(worker, int(rows.order()[-1]))
         batch.preempted = True
-    batch.rows, batch.counts, batch.num_tokens = chosen, counts, int(counts.sum())
+    batch.rows, batch.counts, batch.num_tokens = chosen, counts, num_tokens
     batch.chunks = (computed < rows.num_initial[chosen]).nonzero()[0]
     if num_needed:
         batch.append_blocks = worker.pool.allocate(num_needed)
@@ -181,12 +185,12 @@ def note_completed_blocks(worker: WorkerState, batch: Batch, row: int, count: in
     """Notes the blocks that `count` more known tokens of one row fill."""
     rows, size = worker.rows, worker.spec.block_size
     computed = int(rows.num_computed[row])
-    end = min(computed + count, int(rows.num_initial[row])) // size
+    first, end = computed // size, min(computed + count, int(rows.num_initial[row])) // size
     chain = rows.chains[row]
-    if end > computed // size and chain is not None:
-        hashes = chain.extend(rows.tokens[row], end)
-        for block_index in range(computed // size, end):
-            batch.completes.setdefault(hashes[block_index], int(rows.block_table[row, block_index]))
+    if end > first and chain is not None:
+        names = chain.extend(rows.tokens[row], end)[first:end]
+        for name, block in zip(names, rows.block_table[row, first:end].tolist(), strict=True):
+            batch.completes.setdefault(name, block)
 
 
 # Waiting -----------------------------------------------------------------------------------------------------------------
@@ -290,7 +294,7 @@ def why_hopeless(state: SchedulerState, request: Request) -> tuple[Reason, str]:
 
 def admit(state: SchedulerState, placement: Placement, request: Request, batch: Batch, now: float) -> None:
     """Gives a request a row, its cached blocks and its first chunk."""
-    worker, num_hits = placement.worker, placement.num_hits
+    worker, num_hits, hits = placement.worker, placement.num_hits, placement.hits
     spec, rows, pool = worker.spec, worker.rows, worker.pool
     request.limit = limit_on(spec, request)
     num_cached = num_hits * spec.block_size
@@ -300,7 +304,6 @@ def admit(state: SchedulerState, placement: Placement, request: Request, batch: 
 
     # Blocks: dead ones behind the window, then hits, then new ones.
     first = spec.first_live_block(num_cached)
-    hits = [block for name in placement.chain.hashes[first:num_hits] if (block := pool.lookup(name)) is not None]
     pool.touch(hits)
     count = min(request.num_known_tokens - num_cached, budget_for_one_more(state, worker, batch))
     # Placement looked for room for all known tokens; only the first chunk's blocks are taken. Others may take the rest meanwhile:

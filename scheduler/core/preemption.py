@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from scheduler.core.batch import Batch
-from scheduler.core.placement import Placement, can_run, find_prefix, next_block_is_coming, place_on
+from scheduler.core.placement import Placement, blocks_to_read, can_run, find_prefix, next_block_is_coming, place_on
 from scheduler.core.request import Request
 from scheduler.core.state import SchedulerState, WorkerState
 from scheduler.core.waiting import WaitingQueue
@@ -54,8 +54,7 @@ def find_victims(state: SchedulerState, worker: WorkerState, request: Request) -
     if worker.draining or not can_run(spec, request):
         return []
     chain, num_hits = find_prefix(state, worker, request, request.known_token_ids())
-    first = spec.first_live_block(num_hits * spec.block_size)
-    hits = [block for name in chain.hashes[first:num_hits] if (block := pool.lookup(name)) is not None]
+    hits = blocks_to_read(worker, chain, num_hits)
     needed = spec.num_blocks_for(request.num_known_tokens) - len(hits)
     watermark = int(state.settings.watermark * spec.num_blocks)
     outranked = rows.less_important_than(request.priority)

@@ -11,6 +11,7 @@ import hashlib
 import struct
 import sys
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from scheduler.core.block_pool import BlockPool
 from scheduler.core.request import Int32Array, Request
@@ -19,9 +20,14 @@ from scheduler.core.settings import WorkerSpec
 
 def hash_seed(spec: WorkerSpec, request: Request) -> bytes:
     """The parent of a request's first block on workers of this spec: 32 bytes."""
-    hasher = hashlib.sha256()
     parts = (spec.model_digest, spec.kv_dtype.encode(), request.adapter.encode(), request.cache_salt)
-    hasher.update(struct.pack("<II", spec.hash_version, spec.block_size))
+    return _hash_parts(spec.hash_version, spec.block_size, parts)
+
+
+@lru_cache(maxsize=1024)  # most requests start where others did
+def _hash_parts(hash_version: int, block_size: int, parts: tuple[bytes, ...]) -> bytes:
+    hasher = hashlib.sha256()
+    hasher.update(struct.pack("<II", hash_version, block_size))
     for part in parts:  # each with its length, so that no two lists of parts read the same
         hasher.update(struct.pack("<Q", len(part)))
         hasher.update(part)
@@ -34,6 +40,11 @@ def block_bytes(token_ids: Int32Array) -> bytes:
     return ids.tobytes()
 
 
+def num_block_bytes(block_size: int) -> int:
+    """Length of the block_bytes of one block."""
+    return 4 * block_size
+
+
 @dataclass(slots=True)
 class HashChain:
     """Hashes of a request's leading full blocks, made as they are needed and each once."""
@@ -44,9 +55,11 @@ class HashChain:
 
     def extend(self, token_ids: Int32Array, num_blocks: int) -> list[bytes]:
         """The first `num_blocks` hashes at least. `token_ids` is int32 [at least num_blocks * block_size]."""
-        size = self.block_size
-        for index in range(len(self.hashes), num_blocks):
-            self.append(block_bytes(token_ids[index * size : (index + 1) * size]))
+        if len(self.hashes) < num_blocks:
+            size, width = self.block_size, num_block_bytes(self.block_size)
+            content = block_bytes(token_ids[len(self.hashes) * size : num_blocks * size])
+            for begin in range(0, len(content), width):
+                self.append(content[begin : begin + width])
         return self.hashes
 
     def append(self, block: bytes) -> bytes:

@@ -44,7 +44,7 @@ class Rows:
         self.num_initial = np.zeros(size, np.int64)
         self.num_prompt = np.zeros(size, np.int64)
         self.num_charged = np.zeros(size, np.int64)  # tokens that the tenant's counter knows of
-        self.account = np.zeros(size, np.int64)  # the same for rows of one tenant and priority
+        self.account = np.zeros(size, np.int64)  # the same for rows of one tenant and priority, below max_rows
         self.limit = np.zeros(size, np.int64)
         self.last = np.zeros(size, np.int64)  # limit - 1: tokens that are computed at most
         self.min_total = np.zeros(size, np.int64)  # prompt + min_tokens
@@ -60,13 +60,15 @@ class Rows:
         # Grows whenever a row is freed, so that results for its former request are told apart.
         self.generation = np.zeros(size, np.int64)
         self.stop_token_ids = np.full((INITIAL_STOP_WIDTH, size), NO_TOKEN, np.int32)  # made longer as requests need it
-        self.tokens = np.empty((size, spec.max_model_len), np.int32)
+        # int32 [row, block of the row, token of the block], and the same memory as [row, token]
+        self.token_blocks = np.empty((size, spec.max_blocks_per_row, spec.block_size), np.int32)
+        self.tokens = self.token_blocks.reshape(size, -1)
         self.block_table = np.empty((size, spec.max_blocks_per_row), np.int32)
         self.requests: list[Request | None] = [None] * size
         self.chains: list[HashChain | None] = [None] * size
         self.num_prompt_logprobs = 0
         self._accounts: dict[tuple[int, str], list[int]] = {}  # number and rows of each that has any
-        self._next_account = 0
+        self._free_accounts = list(range(size))
         self._free = list(range(size - 1, -1, -1))
         self._order_keys: list[tuple[int, float, int]] = []  # ascending; the request of _order[i] has key i
         self._order = np.empty(0, np.int64)
@@ -115,8 +117,9 @@ class Rows:
         self.num_prompt_logprobs += not request.reads_prefix_cache
         self.requests[row], self.chains[row] = request, chain
         self.version += 1
-        place = bisect.bisect(self._order_keys, order_key(request))
-        self._order_keys.insert(place, order_key(request))
+        key = order_key(request)
+        place = bisect.bisect(self._order_keys, key)
+        self._order_keys.insert(place, key)
         self._order = np.concatenate((self._order[:place], [row], self._order[place:]))
         return row
 
@@ -174,18 +177,21 @@ class Rows:
         if np.count_nonzero(due) == 0:
             return []
         self.num_charged[order] = self.num_confirmed[order]
-        _, first, group = np.unique(self.account[order], return_index=True, return_inverse=True)
-        totals = np.bincount(group, due).astype(np.int64)
+        accounts = self.account[order]
+        totals = np.bincount(accounts, due).astype(np.int64).tolist()
+        one_row = np.empty(len(totals), np.int64)
+        one_row[accounts] = order
         found = []
-        for row, total in zip(order[first].tolist(), totals.tolist(), strict=True):
-            request = self.requests[row]
-            if total and request is not None:
-                found.append((request, total))
+        for account, _ in self._accounts.values():
+            request = self.requests[one_row[account]]
+            if totals[account] and request is not None:
+                found.append((request, totals[account]))
         return found
 
     def _open_account(self, row: int, request: Request) -> None:
-        account = self._accounts.setdefault((request.priority, request.tenant), [self._next_account, 0])
-        self._next_account += account[1] == 0
+        account = self._accounts.get((request.priority, request.tenant))
+        if account is None:
+            account = self._accounts[request.priority, request.tenant] = [self._free_accounts.pop(), 0]
         account[1] += 1
         self.account[row] = account[0]
 
@@ -194,6 +200,7 @@ class Rows:
         account[1] -= 1
         if not account[1]:
             del self._accounts[request.priority, request.tenant]
+            self._free_accounts.append(account[0])
 
     def _set_stop_token_ids(self, row: int, token_ids: tuple[int, ...]) -> None:
         length = self.stop_token_ids.shape[0]

@@ -10,7 +10,7 @@ MAX_RUN_AHEAD = 4
 MAX_ROWS = 1 << 16
 MAX_BLOCKS = 1 << 23
 MAX_ROW_TOKENS = 1 << 31
-"""max_rows times max_model_len. What a worker says of itself is not believed beyond these: tables are made of it."""
+"""max_rows times max_model_len in whole blocks. What a worker says of itself is not believed beyond these: tables are made of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,8 @@ class WorkerSpec:
             raise InvalidField("max_rows", f"must be at most {MAX_ROWS}")
         if self.num_blocks > MAX_BLOCKS:
             raise InvalidField("num_blocks", f"must be at most {MAX_BLOCKS}")
-        if self.max_rows * self.max_model_len > MAX_ROW_TOKENS:
-            raise InvalidField("max_model_len", f"times max_rows must be at most {MAX_ROW_TOKENS}")
+        if self.max_rows * self.max_blocks_per_row * self.block_size > MAX_ROW_TOKENS:
+            raise InvalidField("max_model_len", f"in whole blocks, times max_rows must be at most {MAX_ROW_TOKENS}")
         if not self.max_rows <= self.max_num_batched_tokens <= 2**31 - 1:
             raise InvalidField("max_num_batched_tokens", f"must be at least max_rows = {self.max_rows}")
         if self.window is not None and self.window < 1:

@@ -36,10 +36,10 @@ class Amount:
     requests: int = 0
     tokens: int = 0
 
-    def add(self, request: Request, sign: int) -> None:
-        """Counts a request in (1) or out (-1)."""
-        self.requests += sign
-        self.tokens += sign * request.queue_size
+    def add(self, requests: int, tokens: int) -> None:
+        """Counts requests in, or out where both are negative."""
+        self.requests += requests
+        self.tokens += tokens
 
 
 @dataclass(slots=True)
@@ -72,13 +72,13 @@ class _PriorityClass:
         else:
             tenant.requests.append(request)
 
-    def count(self, request: Request, sign: int) -> None:
-        """Keeps `waiting` and `waiting_of` as a request comes (1) or leaves (-1)."""
-        own = self.waiting_of.setdefault(request.tenant, Amount())
-        for amount in (self.waiting, own):
-            amount.add(request, sign)
+    def count(self, tenant: str, requests: int, tokens: int) -> None:
+        """Keeps `waiting` and `waiting_of` as requests of a tenant come, or leave where both numbers are negative."""
+        own = self.waiting_of.setdefault(tenant, Amount())
+        own.add(requests, tokens)
+        self.waiting.add(requests, tokens)
         if not own.requests:
-            del self.waiting_of[request.tenant]
+            del self.waiting_of[tenant]
 
     def _join(self, name: str) -> _Tenant:
         """A tenant starts to wait, at the floor or where its counter stands above it."""
@@ -217,14 +217,14 @@ class WaitingQueue:
         for negated in self._priorities[: bisect.bisect_right(self._priorities, -priority)]:
             chosen = self._classes[-negated]
             for total, part in ((everyone, chosen.waiting), (own, chosen.waiting_of.get(tenant, Amount()))):
-                total.requests += part.requests
-                total.tokens += part.tokens
+                total.add(part.requests, part.tokens)
         return own, everyone
 
     def _count(self, chosen: _PriorityClass, request: Request, sign: int) -> None:
-        chosen.count(request, sign)
+        tokens = sign * request.queue_size
+        chosen.count(request.tenant, sign, tokens)
         self.num_requests += sign
-        self.num_tokens += sign * request.queue_size
+        self.num_tokens += tokens
         self.num_under_grammar += sign * request.under_grammar
 
     def __iter__(self) -> Iterator[Request]:

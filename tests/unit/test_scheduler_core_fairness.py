@@ -80,6 +80,19 @@ def test_every_token_is_charged_once() -> None:
     assert rows._accounts == {}
 
 
+def test_tenants_that_come_and_go_are_charged_apart() -> None:
+    """There are as many accounts as rows at most, so a tenant has one that another had before."""
+    scheduler = scheduler_with(EIGHT_ROWS)
+    rows = scheduler._state.workers[1].rows
+    for handle in range(1, 41):
+        scheduler.submit(request(handle, max_tokens=10, tenant=f"{handle}"), 0.0)
+        if handle > 5:
+            scheduler.cancel((1, handle - 5 + handle % 2), 0.0)
+        scheduler.apply(1, answer(planned(scheduler)), 0.0)
+        found = [(running.handle, num_tokens) for running, num_tokens in rows.take_uncharged()]
+        assert found == [(other, 1) for other in sorted(r.handle for r in rows.requests if r is not None)]
+
+
 def test_a_preempted_one_is_not_charged_again() -> None:
     scheduler = scheduler_with(replace(EIGHT_ROWS, max_rows=1))
     scheduler.submit(request(1, max_tokens=10, tenant="a"), 0.0)

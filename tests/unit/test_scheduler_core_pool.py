@@ -123,6 +123,13 @@ def test_worker_spec_names_the_wrong_field(field: str, value: int) -> None:
     assert caught.value.field == field or field == "max_rows"
 
 
+@pytest.mark.parametrize(("field", "most"), [("max_model_len", 2**30), ("block_size", 2**30)])
+def test_worker_spec_bounds_the_tokens_of_its_rows_in_whole_blocks(field: str, most: int) -> None:
+    assert getattr(replace(SPEC, **{field: most}), field) == most
+    with pytest.raises(InvalidField, match="max_model_len: in whole blocks"):
+        replace(SPEC, **{field: most + 1})
+
+
 def test_request_names_the_wrong_field() -> None:
     with pytest.raises(InvalidField, match="prompt_token_ids"):
         request([])
