@@ -34,7 +34,8 @@
 //      eight heads its columns: half the products and half the sums, so that a third block fits for HEAD_DIM 128
 //  12. items longest first, dealt out forth and back: of rows of 100 to 1,500 tokens in the order of the rows some blocks had half as many
 //      tokens again as others, and what is left when most have ended does not fill the memory's queue
-//  13. where a step has at most 16 tokens, items of 512 for rows of up to sixteen of them, so that a row has twice the blocks; and for few
+//  13. the shortest items are left to blocks that start when the first ones end (decode_layers in kernels/shapes.py)
+//  14. where a step has at most 16 tokens, items of 512 for rows of up to sixteen of them, so that a row has twice the blocks; and for few
 //      rows, which leave registers for it, sixteen splits come in one trip to memory where they are merged (this one)
 //
 // Splits lie at absolute positions, and their size follows from how many tokens the row attends to and how many the step has (decode_split
@@ -255,21 +256,22 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   // __syncwarp, would do and is no faster, but compute-sanitizer's racecheck does not follow it.
   __shared__ u64 stored, merged;
   bool next_may_start = false;
-  int count = __ldcg(num_items);
-  if (blockIdx.x >= count) {
-    if (blockIdx.x == 0) wait_for_previous();  // some block must: this kernel's end implies the end of all before it
+  Deal mine = deal(__ldcg(num_items));
+  int count = mine.end;
+  if (mine.first >= count) {
+    if (blockIdx.x == 0 && blockIdx.z == 0) wait_for_previous();  // some block must: this kernel's end implies the end of all before it
     return;
   }
   if (threadIdx.x == 0) barrier_init(&stored, WARPS * 32), barrier_init(&merged, WARPS * 32);
   Walk fed;
-  fed.start(items, count, block_table, max_blocks);
+  fed.start(items, mine, block_table, max_blocks);
   Item item = fed.now, next = fed.next;
   fed.skip();
   // The newest token of a row, in its last split, is this step's: it is fetched after the wait, by the warp whose it is.
   bool newest_here = item.split() == item.splits() - 1;
   int newest = newest_here ? item.end - 1 : -1, newest_stage = -1, early = 0;
   size_t newest_block = newest_here ? __ldcg(item.blocks + newest / BLOCK_SIZE) : 0;
-  for (; early < DEPTH && fed.more() && fed.at == blockIdx.x; early++, fed.next_iteration()) {
+  for (; early < DEPTH && fed.more() && fed.at == mine.first; early++, fed.next_iteration()) {
     int first = fed.token();
     copy_tokens<true>(ring + early * STAGE_VECTORS, keys, values, fed, newest);
     if (first <= newest && newest < first + 16) newest_stage = early;
@@ -286,7 +288,7 @@ decode_attention(const uint4* qkv, const uint4* cache, long long values_offset, 
   // A turn for each item of the block, and one more to merge the last one. `before` is the item whose slots have been stored and not
   // merged; `parity` that of its phases.
   Item before = item;
-  int place = 0, at = blockIdx.x, stride = first_stride(), parity = 1;
+  int place = 0, at = mine.first, stride = first_stride(), parity = 1;
   bool to_merge = false;
 #pragma unroll 1
   for (;;) {

@@ -33,6 +33,18 @@ __device__ __forceinline__ Item load_item(const int4* items, int at, const int* 
   return item;
 }
 
+// Which items are this block's: from `first`, below `end`. Those of a grid's first layer are resident at once. A second layer's blocks start
+// where one of the first has ended, and take an item each, the shortest ones: multiprocessors do not all read at the same speed, and
+// the faster ones do more of them.
+struct Deal {
+  int first, end;
+};
+__device__ __forceinline__ Deal deal(int count) {
+  int columns = gridDim.x, apart = gridDim.z > 1 ? min(columns, max(count - columns, 0)) : 0, column = blockIdx.x;
+  if (blockIdx.z == 0) return Deal{column, count - apart};
+  return Deal{count - apart + column, count - apart + min(column + 1, apart)};
+}
+
 // Items stand longest first, and blocks take them forth and back: 0, 1, 2, then 2, 1, 0, ..., which gives each about as many tokens. From
 // its first item, blockIdx.x, a block goes on by this and by 2 * gridDim.x less it in turn.
 __device__ __forceinline__ int first_stride() { return 2 * ((int)gridDim.x - (int)blockIdx.x) - 1; }
@@ -47,8 +59,8 @@ struct Walk {
   int max_blocks, at, stride, count, slot, iteration, block_id;
   Item now, next;
 
-  __device__ __forceinline__ void start(const int4* list, int length, const int* table, int columns) {
-    items = list, block_table = table, max_blocks = columns, count = length, at = blockIdx.x;
+  __device__ __forceinline__ void start(const int4* list, Deal deal, const int* table, int columns) {
+    items = list, block_table = table, max_blocks = columns, count = deal.end, at = deal.first;
     stride = first_stride();
     now = load_item(items, at, block_table, max_blocks);
     enter();

@@ -21,6 +21,7 @@ from kernels.shapes import (
     TRUNCATED_SHARED_BYTES,
     KernelShape,
     decode_blocks,
+    decode_layers,
     decode_shared_bytes,
     decode_split,
     decode_warps,
@@ -212,8 +213,9 @@ class KernelOps(ProductOps):
         few = rows <= DECODE_FEW_ROWS and "decode_attention-few" in self._library and not after_prefix
         name = "decode_attention-prefix" if after_prefix else "decode_attention-few" if few else "decode_attention"
         blocks = max(1, self._multiprocessors * decode_blocks(shape, few, self._roomy, self._wgmma) // heads)
+        grid = blocks, heads, decode_layers(shape, rows, after_prefix)
         self._launch(
-            name, "decode_attention", (blocks, heads), decode_warps(shape.head_dim, few) * 32,
+            name, "decode_attention", grid, decode_warps(shape.head_dim, few) * 32,
             at(qkv), at(cache), cache.stride(0) // 8, at(step.block_table), Int(step.block_table.shape[1]),
             at(work.items), at(work.num_items), self._scale, at(scratch.partials), at(scratch.arrived), at(out),
             shared_bytes=decode_shared_bytes(shape, few),

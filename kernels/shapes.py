@@ -26,6 +26,9 @@ WGMMA_ARCHITECTURE = "sm_90a"
 DECODE_FEW_ROWS = 8
 """Decode attention of at most so many rows fetches more of a row before it waits, at one block a multiprocessor."""
 
+DECODE_LAYERED_ROWS = 65
+"""From so many rows on, decode attention leaves its shortest items to blocks that start where others have ended."""
+
 _FEW_SPLITS = 16
 
 PREFIX_TILE = 128
@@ -268,6 +271,12 @@ def decode_blocks(shape: KernelShape, few: bool, roomy: bool, hopper: bool) -> i
         return 1 if few else 2
     by_registers = 4 if shape.head_dim == 64 and shape.num_heads // shape.num_kv_heads <= 8 else 3
     return min(by_registers, ((228 if hopper else 164) << 10) // (decode_shared_bytes(shape, few) + 1024))
+
+
+def decode_layers(shape: KernelShape, rows: int, after_prefix: bool) -> int:
+    """Layers of a decode-attention grid, two where the second takes the shortest items: with head_dim 64, where it was measured, and
+    not behind a shared prefix, which leaves only short ones."""
+    return 2 if rows >= DECODE_LAYERED_ROWS and shape.head_dim == 64 and not after_prefix else 1
 
 
 def decode_depth(few: bool) -> int:

@@ -16,6 +16,7 @@ from tests.gpu.test_gpu_attention import (
     SPLITS,
     borders,
     check_decode,
+    check_decode_of_many,
     check_plan_decode,
     check_prefill,
     check_prefill_behind_a_window,
@@ -55,6 +56,16 @@ def test_decode_on_few_and_many_multiprocessors(builder: Builder, multiprocessor
     ops = EmulatedOps(builder, shape, DECODE, multiprocessors=multiprocessors)
     paged = PagedRows([300, 1, 17, 513, 40, 256, 800, 31, 128, 600, 3, 77], 2, 64, device="cpu")
     check_decode(ops, shape, paged, 0, [[6, 3], [0, 9, 2, 5, 6, 7, 8, 11]])
+
+
+@pytest.mark.parametrize("count", [3, 9, 12, 17, 30])
+def test_decode_whose_shortest_items_wait(builder: Builder, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Fewer of them than blocks of the first layer, as many, and none."""
+    monkeypatch.setattr("kernels.shapes.DECODE_LAYERED_ROWS", 9)
+    shape = make_shape(8, 2, 64)
+    ops = EmulatedOps(builder, shape, DECODE, multiprocessors=4, seed=count)
+    paged = PagedRows([1 + 379 * i % 600 for i in range(count)], 2, 64, device="cpu")
+    check_decode_of_many(ops, shape, paged, 0, [2, 0])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (4, 1, 128)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 
 pytest.importorskip("cuda.bindings", reason="deploy/requirements/cuda.txt is not installed")
@@ -10,7 +12,7 @@ from tests.emulator.compile import Builder, Mutation
 from tests.emulator.sown import Make, must_find
 from tests.gpu.gpu_harness import PagedRows, make_shape
 from tests.gpu.sampling_rows import PARAMS, Sampling, make_rows
-from tests.gpu.test_gpu_attention import check_decode, check_plan_decode, check_prefill
+from tests.gpu.test_gpu_attention import check_decode, check_decode_of_many, check_plan_decode, check_prefill
 from tests.gpu.test_gpu_layers import check_embedding_norms_and_silu, check_matvec, check_qkv_epilogue
 from tests.gpu.test_gpu_sampling import check_nan_and_infinity, check_penalties, check_prepare, check_sampling
 from tests.gpu.test_gpu_shared_prefix import Decode, SharedRows, check_shared
@@ -30,6 +32,13 @@ def decode(make: Make) -> None:
 def decode_of_many_splits(make: Make) -> None:
     shape = make_shape(8, 2, 64)
     check_decode(make(shape), shape, PagedRows([256 * 18, 128 * 5, 77], 2, 64, device="cpu"), 0, [])
+
+
+def decode_in_two_layers(make: Make) -> None:
+    with patch("kernels.shapes.DECODE_LAYERED_ROWS", 9):
+        paged = PagedRows([1 + 379 * i % 600 for i in range(12)], 2, 64, device="cpu")
+        shape = make_shape(8, 2, 64)
+        check_decode_of_many(make(shape, multiprocessors=4), shape, paged, 0, [2, 0])
 
 
 def decode_behind_a_window(make: Make) -> None:
@@ -185,6 +194,18 @@ MUTANTS = {
     "a lane fetches another part's sum": (
         decode_of_many_splits,
         Mutation(MERGE, "min(lane % MERGE_AHEAD,", "min(lane % 8,"),
+    ),
+    "the shortest items are nobody's": (
+        decode_in_two_layers,
+        Mutation(ITEMS, "count - apart + min(column + 1, apart)", "count - apart"),
+    ),
+    "the shortest items are done twice": (
+        decode_in_two_layers,
+        Mutation(ITEMS, "Deal{column, count - apart}", "Deal{column, count}"),
+    ),
+    "a later block takes another's item": (
+        decode_in_two_layers,
+        Mutation(ITEMS, "Deal{count - apart + column, ", "Deal{count - apart, "),
     ),
     "results are overwritten while they are read": (decode, Mutation(DECODE, "barrier_wait(&merged, parity);", "")),
     "slots are merged before they are there": (decode, Mutation(DECODE, "barrier_wait(&stored, parity);", "")),

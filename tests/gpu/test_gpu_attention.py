@@ -95,6 +95,25 @@ def test_decode_of_more_splits_than_are_fetched_at_once(heads: int, kv_heads: in
     )
 
 
+def check_decode_of_many(ops: KernelOps, shape: KernelShape, paged: PagedRows, window: int, fewer: list[int]) -> None:
+    """As check_decode, of more rows than MATVEC_ROWS."""
+    count = len(paged.lengths)
+    qkv = random(count, shape.qkv_size, seed=9, device=paged.device)
+    out = decode(ops, shape, paged, qkv, list(range(count)), window, count)
+    for i, length in enumerate(paged.lengths):
+        query = qkv[i : i + 1, : shape.q_size].view(1, shape.num_heads, shape.head_dim)
+        assert error(out[i : i + 1], paged.attention(i, query, length - 1, window)) < 1e-2, length
+    assert torch.equal(decode(ops, shape, paged, qkv, fewer, window, count), out[fewer])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("count", [40, 100, 300])
+def test_decode_of_many_rows(head_dim: int, count: int) -> None:
+    shape = make_shape(32, 8, head_dim)
+    paged = PagedRows([1 + 379 * i % 1500 for i in range(count)], 8, head_dim)
+    check_decode_of_many(make_ops(shape), shape, paged, 0, [5, 39, 17])
+
+
 def check_plan_decode(ops: KernelOps, shape: KernelShape, count: int, tokens: int, window: int, device: str) -> None:
     """The items of `count` rows, some of whom have one token, in a step of `tokens` tokens."""
     generator = torch.Generator().manual_seed(count)

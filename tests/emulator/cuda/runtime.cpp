@@ -94,9 +94,9 @@ void enter(Block& block) {
   std::copy(block.statics.begin(), block.statics.end(), static_begin);
 }
 
-void start(Block& block, Block& first, int number, int columns) {
+void start(Block& block, Block& first, unsigned number) {
   block.first = &first, block.cluster = {0, 0};
-  block.place = {(unsigned)(number % columns), (unsigned)(number / columns), 0};
+  block.place = {number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y};
   block.dynamic.assign(shared_bytes, '\xff');
   block.statics.assign(static_end - static_begin, '\xff');
   block.busy = true, block.pauses = false;
@@ -177,7 +177,7 @@ const char* run(const char* kernel, const Launch& launch, int cluster, void (*bo
   blockDim = {(unsigned)threads, 1, 1};
   std::memset(dynamic_shared, 0xff, SHARED);
   if (launch.grid[0] % cluster) return "the grid is not whole clusters";
-  std::vector<int> order(launch.grid[0] * launch.grid[1] / cluster);  // of clusters
+  std::vector<int> order(launch.grid[0] * launch.grid[1] * launch.grid[2] / cluster);  // of clusters
   for (size_t i = 0; i < order.size(); i++) order[i] = i;
   std::shuffle(order.begin(), order.end(), dice);
   int most = 1 + roll(cluster > 1 ? MOST_BLOCKS / cluster : MOST_APART);
@@ -192,7 +192,7 @@ const char* run(const char* kernel, const Launch& launch, int cluster, void (*bo
       Block* end = first + cluster;
       if (next < order.size() && std::none_of(first, end, [](const Block& block) { return block.busy; })) {
         if (most == 1 && next) previous(false);
-        for (Block* block = first; block < end; block++) start(*block, *first, order[next] * cluster + (block - first), launch.grid[0]);
+        for (Block* block = first; block < end; block++) start(*block, *first, order[next] * cluster + (block - first));
         next++;
         if (here >= first && here < end) here = nullptr;
       }
