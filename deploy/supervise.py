@@ -206,7 +206,7 @@ def _how_it_ended(facts: Mapping[str, Any]) -> str:
     trouble = str(facts["spawnerr"])
     if trouble.startswith("Exited too quickly"):  # supervisord keeps no exit code of an early end
         return "it ended as soon as it was started"
-    if trouble:
+    if trouble and not trouble.startswith("Bad exit code"):
         return f"it can't be started ({trouble})"
     if not facts["stop"]:
         return ""
