@@ -147,9 +147,9 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
     http = _http_server(router, settings, server.authenticator)
     registry = Registry(settings.redis, router.metrics.redis_up()) if settings.redis else None
     try:
-        address = await server.start()
-        await router.metrics.start(settings.metrics)
-        http_address = "" if http is None else await http.start()
+        address = await server.start(life.stopping)
+        await router.metrics.start(settings.metrics, life.stopping)
+        http_address = "" if http is None else await http.start(life.stopping)
         me = Peer(address, str(life.incarnation), life.name)
         async with asyncio.TaskGroup() as tasks:
             background = [

@@ -1,12 +1,14 @@
 """Addresses that somebody else has: perhaps only for a moment.
 
 A service that is started again wants the port it had. Meanwhile the system may have given it to an outgoing connection of any program,
-which mostly is short; so it waits a little, and then ends in a way that has it started again (service/lifecycle.py).
+which mostly is short; so it waits a little, and then ends in a way that has it started again, unless it was told to stop meanwhile
+(service/lifecycle.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -36,18 +38,20 @@ def not_bound(flag: str, listen: str, error: OSError) -> SettingsError:
     return kind(f"{flag} {listen}: {reason}")
 
 
-async def patiently(bind: Callable[[], Awaitable[T]]) -> T:
-    """What `bind` returns, asked again for PATIENCE_SECONDS while it raises AddressTaken; then it is raised here."""
+async def patiently(bind: Callable[[], Awaitable[T]], stopping: asyncio.Event | None = None) -> T:
+    """What `bind` returns, tried again while it raises AddressTaken for PATIENCE_SECONDS or until `stopping`, then raised here."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + PATIENCE_SECONDS
     told = False
+    stopping = stopping or asyncio.Event()
     while True:
         try:
             return await bind()
         except AddressTaken as taken:
-            if loop.time() > deadline:
+            if stopping.is_set() or loop.time() > deadline:
                 raise
             if not told:
                 log.info("%s; trying for %.0f s", taken, PATIENCE_SECONDS)
                 told = True
-        await asyncio.sleep(_RETRY_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), _RETRY_SECONDS)

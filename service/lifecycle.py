@@ -1,9 +1,9 @@
 """How a process starts, becomes ready, drains and ends: the same for all services.
 
-Exit codes: 0 after a drain (SIGTERM, SIGINT), 2 for a setting that can't be used, 1 for anything else, such as an address that
-somebody else has: another try may help. A second signal ends the process at once. SIGUSR1 shows in the log where every thread and
-every asyncio task stands. So does an event loop that stands still, which ends the process if it goes on (service/watchdog.py). With
---trace-dir, SIGUSR2 writes where the time of the last steps went.
+Exit codes: 0 after a drain (SIGTERM, SIGINT), also of a process that waits for its address, 2 for a setting that can't be used, 1 for
+anything else, such as an address that somebody else has: another try may help. A second signal ends the process at once. SIGUSR1
+shows in the log where every thread and every asyncio task stands. So does an event loop that stands still, which ends the process if
+it goes on (service/watchdog.py). With --trace-dir, SIGUSR2 writes where the time of the last steps went.
 """
 
 from __future__ import annotations
@@ -126,6 +126,9 @@ async def _main(service: str, settings: CommonSettings, serve: Callable[[Lifecyc
     life.watchdog.start()
     try:
         await serve(life)
+    except AddressTaken:
+        if not life.stopping.is_set():  # else nobody misses it
+            raise
     finally:
         life.withdraw()
         life.watchdog.stop()

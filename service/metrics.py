@@ -95,8 +95,11 @@ class Metrics:
         )
         return lambda up: gauge.set(float(up))
 
-    async def start(self, listen: str) -> str:
-        """Serve /metrics; returns HOST:PORT. Raises SettingsError where the address can't be bound."""
+    async def start(self, listen: str, stopping: asyncio.Event | None = None) -> str:
+        """Serve /metrics; returns HOST:PORT. Raises SettingsError where the address can't be bound.
+
+        `stopping`: a taken one is waited for no longer.
+        """
         host, port = split_address(listen)
 
         async def bind() -> _Server:
@@ -105,7 +108,7 @@ class Metrics:
             except OSError as error:
                 raise not_bound("--metrics", listen, error) from None
 
-        self._server = await patiently(bind)
+        self._server = await patiently(bind, stopping)
         self._server.set_app(make_wsgi_app(self.registry))
         self._thread = threading.Thread(target=self._server.serve_until_told, name="metrics", daemon=True)
         self._thread.start()

@@ -67,12 +67,15 @@ class Server:
         )
         self.address = ""
 
-    async def start(self) -> str:
-        """Bind and serve; health stays NOT_SERVING. Returns the address that others can dial. Raises SettingsError."""
+    async def start(self, stopping: asyncio.Event | None = None) -> str:
+        """Bind and serve; health stays NOT_SERVING. Returns the address that others can dial. Raises SettingsError.
+
+        `stopping`: a taken address is waited for no longer.
+        """
         await self.set_serving(False)
         listen = self._settings.listen
         # It may have to resolve a name.
-        await patiently(lambda: asyncio.to_thread(_check_free, listen))
+        await patiently(lambda: asyncio.to_thread(_check_free, listen), stopping)
         try:
             port = self._bind(listen)
         except RuntimeError:  # gRPC says no more than that

@@ -35,8 +35,8 @@ class HttpServer:
         self._server: asyncio.Server | None = None
         self.address = ""
 
-    async def start(self) -> str:
-        """Bind and serve; returns HOST:PORT. Raises SettingsError."""
+    async def start(self, stopping: asyncio.Event | None = None) -> str:
+        """Bind and serve; returns HOST:PORT. Raises SettingsError. `stopping`: a taken address is waited for no longer."""
         host, port = split_address(self._listen)
         self._config.load()
         loop = asyncio.get_running_loop()
@@ -58,7 +58,7 @@ class HttpServer:
             except OSError as error:
                 raise not_bound("--http-listen", self._listen, error) from None
 
-        self._server = await patiently(bind)
+        self._server = await patiently(bind, stopping)
         bound = self._server.sockets[0].getsockname()[1]
         self.address = f"{self._listen.rpartition(':')[0]}:{bound}"
         return self.address

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +24,19 @@ def taken() -> Iterator[str]:
         yield f"127.0.0.1:{holder.getsockname()[1]}"
 
 
+PATHS = os.pathsep.join(str(path) for path in (ROOT, ROOT / "protos", ROOT / "client"))
+FOR_EVER = """
+import runpy, sys, service.binding
+service.binding.PATIENCE_SECONDS = 1e9
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
+
+
 def end_of(service: str, *flags: str) -> tuple[int, list[str]]:
     """Exit code, and the lines written that are no ordinary log."""
-    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "protos", ROOT / "client"))
     done = subprocess.run(
         [sys.executable, "-m", service, "--scheduler" if service != "scheduler" else "--peer", "127.0.0.1:1", *flags],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": PATHS},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -56,6 +65,41 @@ def test_a_taken_port_is_one_sentence(taken: str, service: str, more: tuple[str,
 def test_a_taken_http_port_is_one_sentence(taken: str) -> None:
     code, lines = end_of("router", "--listen", "127.0.0.1:0", "--http-listen", taken)
     assert (code, lines[1:]) == (1, [f"router: --http-listen {taken}: Address already in use"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("service", "more", "flag"),
+    [
+        ("scheduler", (), "--listen"),
+        ("scheduler", ("--listen", "127.0.0.1:0"), "--metrics"),
+        ("router", ("--listen", "127.0.0.1:0", "--scheduler", "127.0.0.1:1"), "--http-listen"),
+        ("worker", ("--model", "mock", "--scheduler", "127.0.0.1:1"), "--listen"),
+    ],
+)
+def test_who_waits_for_a_port_stops_when_told(
+    taken: str, service: str, more: tuple[str, ...], flag: str, number: signal.Signals
+) -> None:
+    """With patience that never ends, so that it is the signal that ends it."""
+    if flag != "--metrics":
+        more = (*more, "--metrics", "127.0.0.1:0")
+    with subprocess.Popen(
+        [sys.executable, "-c", FOR_EVER, service, *more, flag, taken],
+        env={**os.environ, "PYTHONPATH": PATHS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "; trying for " in line:
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+        watchdog.cancel()
+    assert (process.returncode, [line for line in rest.splitlines() if " I " not in line]) == (0, [])
 
 
 def test_a_host_that_is_not_ours_and_a_socket_without_a_folder(tmp_path: Path) -> None:
