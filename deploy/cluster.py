@@ -40,10 +40,10 @@ from deploy.listed import Door, models_of, wait_listed
 from deploy.member import Member, Output
 from deploy.memory import fraction_of_each
 from deploy.ports import free_address
-from deploy.readiness import ClusterError, tail, wait_ready
+from deploy.readiness import ClusterError, ProcessDied, tail, wait_ready
 from deploy.wanted import check_environment, unused_variables
 
-# `serve` starts a process that died again, but not one that dies all the time.
+# `serve` starts a process that died again, but not one that dies all the time: so often within the window, or without ever serving.
 RESTARTS = 5
 RESTART_WINDOW_SECONDS = 60.0
 
@@ -311,6 +311,7 @@ def _stay(cluster: LocalCluster, ended: queue.SimpleQueue[str], model: str) -> i
         model=model,
     )
     recent: deque[float] = deque(maxlen=RESTARTS)
+    in_vain = 0
     with state.published(addresses):
         http = f"http://{cluster.gateways[0]}/v1"
         print(f"{model} is served at {cluster.routers[0]} and {http} (OpenAI's API); Ctrl-C stops", flush=True)
@@ -318,12 +319,17 @@ def _stay(cluster: LocalCluster, ended: queue.SimpleQueue[str], model: str) -> i
             while True:
                 member = cluster.members[ended.get()]
                 code = member.wait(10)
-                if len(recent) == RESTARTS and time.monotonic() - recent[0] < RESTART_WINDOW_SECONDS:
+                often = len(recent) == RESTARTS and time.monotonic() - recent[0] < RESTART_WINDOW_SECONDS
+                if often or in_vain == RESTARTS:
                     print(f"{member.name} keeps dying (exit code {code}); stopping", file=sys.stderr)
                     return 1
                 recent.append(time.monotonic())
                 print(f"{member.name} ended with exit code {code}; starting it again", file=sys.stderr)
-                cluster.restart(member.name)
+                try:
+                    cluster.restart(member.name)
+                    in_vain = 0
+                except ProcessDied:  # who died is in `ended`, too
+                    in_vain += 1
         except KeyboardInterrupt:
             print("stopping: routers first; Ctrl-C again does not wait", file=sys.stderr)
             return 0

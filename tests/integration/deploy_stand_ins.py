@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # The services' own library, without the services: serves health, writes its arguments down, ends at SIGTERM.
@@ -70,6 +72,24 @@ def _runs(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@contextlib.contextmanager
+def taken(address: str) -> Iterator[None]:
+    """Another program has HOST:PORT, as soon as who has it now is gone."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + 10
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        while True:
+            try:
+                holder.bind((host, int(port)))
+                break
+            except OSError:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        holder.listen(1)
+        yield
 
 
 def write_stand_ins(root: Path) -> None:

@@ -18,7 +18,7 @@ from deploy.commands import redis_binary
 from deploy.environment import ROOT
 from deploy.readiness import ClusterError, ProcessDied, redis_answers
 from service.probe import probe
-from tests.integration.deploy_stand_ins import still_running, write_stand_ins
+from tests.integration.deploy_stand_ins import still_running, taken, write_stand_ins
 
 
 @pytest.fixture
@@ -133,7 +133,8 @@ from pathlib import Path
 from deploy import cluster, state
 root = Path(sys.argv[1])
 state.RUN, state.CLUSTER_FILE = root / ".run", root / ".run" / "cluster.json"
-options = cluster.ServeOptions(worker_flags={"threads": 1}, root=root)
+cluster.RESTART_WINDOW_SECONDS = float(sys.argv[2])
+options = cluster.ServeOptions(listen="127.0.0.1:0", worker_flags={"threads": 1}, root=root)
 sys.exit(cluster.serve("mock:tiny", options))
 """
 
@@ -141,11 +142,11 @@ sys.exit(cluster.serve("mock:tiny", options))
 class Serving:
     """`serve` in a process of its own, and what it says."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, restart_window: float = 60.0) -> None:
         self.file = root / ".run" / "cluster.json"
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(root)],
+            [sys.executable, "-c", SERVE, str(root), str(restart_window)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}:{ROOT / 'client'}"},
             stdout=subprocess.PIPE,
@@ -191,6 +192,36 @@ def test_what_a_killed_serve_started_ends_with_it(root: Path) -> None:
     for service in left:
         os.kill(int(service), signal.SIGKILL)
     assert left == []
+
+
+def test_serve_goes_on_where_a_process_that_died_does_not_come_back_at_once(root: Path) -> None:
+    """Its port is taken for longer than it waits."""
+    serving = Serving(root)
+    try:
+        serving.read_until("tiny is served at")
+        facts = json.loads(serving.file.read_text())
+        os.kill(serving.pid("router-1"), signal.SIGKILL)
+        with taken(facts["router"][0]):
+            serving.read_until("router-1 ended with exit code 1; starting it again")
+        serving.read_until("ready: router-1")
+        assert probe(facts["router"][0]) == "SERVING"
+    finally:
+        serving.process.send_signal(signal.SIGINT)
+        rest, _ = serving.process.communicate(timeout=60)
+    assert serving.process.returncode == 0, rest
+
+
+@pytest.mark.parametrize("restart_window", [60.0, 0.0])
+def test_serve_ends_where_a_process_keeps_dying(root: Path, restart_window: float) -> None:
+    """However long it takes to die: a large model may load for longer than the window."""
+    serving = Serving(root, restart_window)
+    serving.read_until("tiny is served at")
+    (root / "worker" / "__main__.py").write_text("raise SystemExit('no weights here')")
+    os.kill(serving.pid("worker-1"), signal.SIGKILL)
+    serving.read_until("worker-1 keeps dying (exit code 1); stopping")
+    serving.process.communicate(timeout=60)
+    assert serving.process.returncode == 1
+    assert not serving.file.exists()
 
 
 def test_serve_streams_logs_restarts_what_dies_and_stops_in_order(root: Path) -> None:

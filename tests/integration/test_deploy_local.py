@@ -20,7 +20,7 @@ import pytest
 
 from deploy.environment import ROOT
 from service.probe import probe
-from tests.integration.deploy_stand_ins import still_running, write_stand_ins
+from tests.integration.deploy_stand_ins import still_running, taken, write_stand_ins
 
 # They look for the default ports: one at a time.
 pytestmark = pytest.mark.xdist_group("deploy-local")
@@ -155,22 +155,12 @@ def test_a_process_whose_port_was_taken_while_it_was_down_comes_back(checkout: C
     """Such ports lie among those that outgoing connections get; and a connection may last."""
     checkout.run("up", "--model", "mock")
     before = checkout.ready("scheduler-1")
-    host, _, port = str(before["address"]).rpartition(":")
     os.kill(int(str(before["pid"])), signal.SIGKILL)
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        until = time.monotonic() + 10
-        while True:
-            try:
-                taken.bind((host, int(port)))
-                break
-            except OSError:
-                assert time.monotonic() < until
-                time.sleep(0.01)
-        taken.listen(1)
+    with taken(str(before["address"])):
+        until = time.monotonic() + 30
         log = checkout.root / ".run" / "logs" / "scheduler-1.log"
         while "scheduler: --listen" not in log.read_text():  # the first try has ended
-            assert time.monotonic() < until + 20, log.read_text()
+            assert time.monotonic() < until, log.read_text()
             time.sleep(0.1)
     assert checkout.comes_back("scheduler-1", before)["address"] == before["address"]
 
