@@ -1,4 +1,5 @@
-// Causal attention of prompt chunks on sm_90a; the same function, arguments and promise as prefill_attention.cu.
+// Causal attention of prompt chunks on sm_90a; the same function and promise as prefill_attention.cu. Before the same
+// arguments stands the cache once more, as a map of one layer as in prefix_attention.cu.
 //
 // A block: CONSUMERS warpgroups, each with 64 pairs (token, query head) of one KV head, and four warps that bring keys and values, 128
 // tokens at a time, from the paged cache.
@@ -11,8 +12,8 @@
 //      and warpgroups overlap: one's softmax with another's products
 //   3. warps of their own copy (two for keys, two for values, a tile each), so that products never wait for addresses. Blocks of 16
 //      tokens lie anywhere in the cache
-//   4. whole tiles come by the tensor memory accelerator, 16 tokens a request. Slots outside the row must read as zeros, which cp.async
-//      gives for nothing: a row's first and last tile come that way
+//   4. whole tiles come by the tensor memory accelerator, 16 tokens a request. Slots outside what is read must be zeros, which
+//      cp.async gives for nothing: tiles that the window or the newest query cuts come that way
 //   5. scores are asked for before values, and their softmax runs behind the values' products; two warpgroups take turns at the tensor
 //      cores, since both at once in their softmax leave them idle (Shah et al. 2024, FlashAttention-3) (this one)
 //
