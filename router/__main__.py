@@ -147,9 +147,9 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
     http = _http_server(router, settings, server.authenticator)
     registry = Registry(settings.redis, router.metrics.redis_up()) if settings.redis else None
     try:
-        address = await server.start(life.stopping)
         await router.metrics.start(settings.metrics, life.stopping)
         http_address = "" if http is None else await http.start(life.stopping)
+        address = await server.start(life.stopping)  # last: clients of ours come at once, and find nothing served
         me = Peer(address, str(life.incarnation), life.name)
         async with asyncio.TaskGroup() as tasks:
             background = [
@@ -186,6 +186,8 @@ async def serve(life: Lifecycle, settings: RouterSettings) -> None:
                 task.cancel()
     finally:
         await server.close()
+        if http is not None:
+            await http.stop(grace=0.0)
         await router.close()
         if router.metrics.address:
             router.metrics.stop()

@@ -77,8 +77,8 @@ async def serve(life: Lifecycle, settings: SchedulerSettings) -> None:
     ).observe
     registry = Registry(settings.redis, metrics.redis_up()) if settings.redis else None
     try:
-        address = await server.start(life.stopping)
         await metrics.start(settings.metrics, life.stopping)
+        address = await server.start(life.stopping)  # last: peers come at once, and need the clock
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(service.tick_forever())]
             spreader = Spreader(hub, lambda to: open_channel(settings, to), credentials(token), time.monotonic)

@@ -83,9 +83,9 @@ async def serve(life: Lifecycle, settings: WorkerSettings) -> None:
         enlistment = Enlistment(settings, identity, engine, life.trace)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(identity, enlistment), server.grpc)
         metrics.registry.register(_WorkerCollector(enlistment))
+        await metrics.start(settings.metrics, life.stopping)
         address = await server.start(life.stopping)
         identity.hello.address = address
-        await metrics.start(settings.metrics, life.stopping)
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(enlistment.run())
             running.add_done_callback(lambda _: life.stopping.set())  # also when a scheduler lets it go

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +45,30 @@ def end_of(service: str, *flags: str) -> tuple[int, list[str]]:
         timeout=60,
     )
     return done.returncode, done.stdout.splitlines()
+
+
+@contextlib.contextmanager
+def waiting_for_ever(service: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """The process once it waits for a port; it has to be ended. One that stays for a minute is killed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FOR_EVER, service, *flags],
+        env={**os.environ, "PYTHONPATH": PATHS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            said = ""
+            while "; trying for " not in said:
+                line = process.stdout.readline()
+                assert line, said
+                said += line
+            yield process
+        finally:
+            watchdog.cancel()
 
 
 @pytest.mark.parametrize(
@@ -83,23 +109,32 @@ def test_who_waits_for_a_port_stops_when_told(
     """With patience that never ends, so that it is the signal that ends it."""
     if flag != "--metrics":
         more = (*more, "--metrics", "127.0.0.1:0")
-    with subprocess.Popen(
-        [sys.executable, "-c", FOR_EVER, service, *more, flag, taken],
-        env={**os.environ, "PYTHONPATH": PATHS},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        watchdog = threading.Timer(60, process.kill)
-        watchdog.start()
+    with waiting_for_ever(service, *more, flag, taken) as process:
+        process.send_signal(number)
         assert process.stdout is not None
-        for line in process.stdout:
-            if "; trying for " in line:
-                process.send_signal(number)
-                break
         rest = process.stdout.read()
-        watchdog.cancel()
     assert (process.returncode, [line for line in rest.splitlines() if " I " not in line]) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("service", "more", "flag"),
+    [
+        ("scheduler", (), "--metrics"),
+        ("router", ("--http-listen", "none", "--scheduler", "127.0.0.1:1"), "--metrics"),
+        ("router", ("--metrics", "127.0.0.1:0", "--scheduler", "127.0.0.1:1"), "--http-listen"),
+        ("worker", ("--model", "mock", "--scheduler", "127.0.0.1:1"), "--metrics"),
+    ],
+)
+def test_who_waits_for_another_port_has_no_peers_yet(
+    taken: str, service: str, more: tuple[str, ...], flag: str
+) -> None:
+    """They would be cut off by a scheduler whose clock does not run yet, and by its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        door = Path(folder) / "s"
+        with waiting_for_ever(service, "--listen", f"unix:{door}", *more, flag, taken) as process:
+            there = door.exists()
+            process.kill()
+        assert not there
 
 
 def test_a_host_that_is_not_ours_and_a_socket_without_a_folder(tmp_path: Path) -> None:
