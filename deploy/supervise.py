@@ -182,6 +182,7 @@ class Supervisor:
             "startsecs": 1,
             "autorestart": "unexpected",
             "exitcodes": "0,2",
+            "startretries": 30,  # each a second later than the one before: Redis ends at once where its port is taken
             "stopwaitsecs": STOP_SECONDS,
             "redirect_stderr": "true",
             "stdout_logfile": self.logs / f"{command.name}.log",

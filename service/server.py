@@ -74,12 +74,15 @@ class Server:
         """
         await self.set_serving(False)
         listen = self._settings.listen
-        # It may have to resolve a name.
-        await patiently(lambda: asyncio.to_thread(_check_free, listen), stopping)
-        try:
-            port = self._bind(listen)
-        except RuntimeError:  # gRPC says no more than that
-            raise _not_bound(listen) from None
+
+        async def bind() -> int:
+            await asyncio.to_thread(_check_free, listen)  # it may have to resolve a name
+            try:
+                return self._bind(listen)
+            except RuntimeError:  # gRPC says no more than that
+                raise _not_bound(listen) from None
+
+        port = await patiently(bind, stopping)
         await self.grpc.start()
         if self._settings.advertise:
             self.address = self._settings.advertise
