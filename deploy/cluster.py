@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -39,7 +39,7 @@ from deploy.environment import ROOT
 from deploy.listed import Door, models_of, wait_listed
 from deploy.member import Member, Output
 from deploy.memory import fraction_of_each
-from deploy.ports import free_address
+from deploy.ports import free_address, reserve
 from deploy.readiness import ClusterError, ProcessDied, tail, wait_ready
 from deploy.wanted import check_environment, unused_variables
 
@@ -87,6 +87,7 @@ class LocalCluster:
         self._backend = backend
         self._gpus = worker_gpus(backend)
         self._directory: Path | None = None
+        self._reserved = contextlib.ExitStack()  # ports of the members, also while those are down
 
     def __enter__(self) -> Self:
         try:
@@ -166,7 +167,7 @@ class LocalCluster:
         return member
 
     def wait_ready(self) -> None:
-        """Wait until all members that were not ended on purpose serve; then keep their addresses for restarts.
+        """Wait until all members that were not ended on purpose serve.
 
         Raises ProcessDied where one ended, ClusterError after the cluster's timeout.
         """
@@ -177,7 +178,7 @@ class LocalCluster:
             self._timeout,
         )
         for member in running:
-            member.settle()
+            member.served = True
 
     def _wait_listed(self) -> None:
         """Wait until every router that runs lists what every worker that runs serves. Raises as wait_ready."""
@@ -200,6 +201,7 @@ class LocalCluster:
                 with contextlib.suppress(ClusterError):  # it has ended
                     member.kill()
             self.members.clear()
+            self._reserved.close()
             if self._directory is not None:
                 shutil.rmtree(self._directory, ignore_errors=True)
                 self._directory = None
@@ -214,12 +216,22 @@ class LocalCluster:
 
     def _launch(self, command: Command) -> Member:
         log = self.directory / f"{command.name}.log"
-        if self._tie:
-            command = dataclasses.replace(command, argv=tied(command.argv))
+        argv = self._with_ports(command.argv)
+        command = dataclasses.replace(command, argv=tied(argv) if self._tie else argv)
         member = Member(command, log, self._root, self._output)
         member.start()
         self.members[command.name] = member
         return member
+
+    def _with_ports(self, argv: Sequence[str]) -> tuple[str, ...]:
+        """With a port of the member's own where any will do, for others may know it when it is started again."""
+        changed = list(argv)
+        for at, flag in enumerate(argv[:-1]):
+            if flag in ("--listen", "--http-listen"):
+                changed[at + 1], held = reserve(argv[at + 1])
+                if held is not None:
+                    self._reserved.enter_context(held)
+        return tuple(changed)
 
     def _command(self, service: str, more: Mapping[str, Flag] | None = None) -> Command:
         number = 1 + sum(member.command.service == service for member in self.members.values())

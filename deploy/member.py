@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -127,16 +126,6 @@ class Member:
         except subprocess.TimeoutExpired:
             self.kill()
             return self.wait(10)
-
-    def settle(self) -> None:
-        """It serves: from now on it is started at the address it has, which others may know."""
-        self.served = True
-        argv = list(self.command.argv)
-        if self.command.ready_file is not None:
-            for flag, address in (("--listen", self.address), ("--http-listen", self.ready.http)):
-                if address and flag in argv:
-                    argv[argv.index(flag) + 1] = address
-            self.command = dataclasses.replace(self.command, argv=tuple(argv))
 
     def death(self) -> ProcessDied | None:
         """How it ended, or None while it runs."""

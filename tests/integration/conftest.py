@@ -22,6 +22,6 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Member]:
     member = Member(command, directory / "redis.log", Path.cwd(), None)
     member.start()
     wait_ready([command], lambda _: member.death(), 30.0)
-    member.settle()
+    member.served = True
     yield member
     member.kill()
