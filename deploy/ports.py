@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 from deploy.readiness import ClusterError
+from service.settings import SettingsError, split_address
 
 
 class NoFreePort(ClusterError):
@@ -13,15 +14,11 @@ class NoFreePort(ClusterError):
 
 def is_free(host: str, port: int) -> bool:
     """Whether a server could listen there now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As servers do: connections that wait for their end do not hold a port.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
+    try:
+        with _bind(host, port) as probe:
             probe.listen(1)
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
 
 
@@ -45,14 +42,21 @@ def reserve(address: str) -> tuple[str, socket.socket | None]:
     A server that sets SO_REUSEADDR, as all of ours do, can serve there, end and serve there again. Between, Linux gives the port to no
     outgoing connection: not to another program's, nor to one that dials this very port and would reach itself.
     """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        return address, None
-    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        held.bind((host.strip("[]"), int(port)))
-    except OSError:
-        held.close()
+        host, port = split_address(address)
+        held = _bind(host, port)
+    except (SettingsError, OSError):
         return address, None
-    return f"{host}:{held.getsockname()[1]}", held
+    return f"{address.rpartition(':')[0]}:{held.getsockname()[1]}", held
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """As servers do: connections that wait for their end do not hold a port. Raises OSError."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound

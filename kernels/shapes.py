@@ -274,7 +274,7 @@ def decode_blocks(shape: KernelShape, few: bool, roomy: bool, hopper: bool) -> i
 
 
 def decode_layers(shape: KernelShape, rows: int, after_prefix: bool) -> int:
-    """Layers of a decode-attention grid, two where the second takes the shortest items: with head_dim 64, where it was measured, and
+    """Layers of a decode-attention grid, two where the second takes the shortest items: with head_dim 64, as measured on an H200, and
     not behind a shared prefix, which leaves only short ones."""
     return 2 if rows >= DECODE_LAYERED_ROWS and shape.head_dim == 64 and not after_prefix else 1
 

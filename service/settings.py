@@ -205,4 +205,11 @@ def split_address(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise SettingsError(f"{address!r} is not HOST:PORT")
-    return host.strip("[]"), int(port)
+    bare = host.removeprefix("[").removesuffix("]")
+    if ":" in bare and host != f"[{bare}]":
+        raise SettingsError(f"{address!r}: an IPv6 address stands in brackets, [{bare}]:{port}")
+    try:
+        bare.encode("idna")  # as looking it up does
+    except UnicodeError:
+        raise SettingsError(f"{address!r}: no host can have this name") from None
+    return bare, int(port)

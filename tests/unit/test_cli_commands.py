@@ -398,13 +398,15 @@ def test_serve_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "checkout" in result.stderr
 
 
-def test_serve_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("host", "listen"), [("127.0.0.1", "127.0.0.1:7"), ("::1", "[::1]:7"), ("[::1]", "[::1]:7")])
+def test_serve_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, host: str, listen: str) -> None:
     calls: list[tuple[str, Any]] = []
     module = types.ModuleType("deploy.cluster")
     module.ServeOptions = lambda **options: options  # type: ignore[attr-defined]
     module.serve = lambda model, options: calls.append((model, options)) or 3  # type: ignore[attr-defined,func-returns-value]
     monkeypatch.setitem(sys.modules, "deploy.cluster", module)
     options = "--max-model-len 512 --quantization none --workers 2 --port 7 --backend mock"
+    options += f" --host {host}"
     result = run("serve", "mock", *options.split())
     assert result.exit_code == 3
     assert calls == [
@@ -412,7 +414,7 @@ def test_serve_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
             "mock",
             {
                 "workers": 2,
-                "listen": "127.0.0.1:7",
+                "listen": listen,
                 "backend": "mock",
                 "served_name": None,
                 "worker_flags": {"quantization": "none", "max_model_len": 512},

@@ -57,5 +57,5 @@ def test_a_reserved_port_can_be_served_at_and_is_given_to_no_connection(somebody
 
 
 def test_what_has_no_port_and_what_is_taken_stay_as_they_are(somebody: tuple[str, int]) -> None:
-    for address in ("unix:/tmp/x", "none", f"127.0.0.1:{somebody[1]}"):
+    for address in ("unix:/tmp/x", "none", "a:99999", "::1:0", "a" * 64 + ":0", f"127.0.0.1:{somebody[1]}"):
         assert reserve(address) == (address, None)

@@ -81,7 +81,9 @@ def test_a_service_refuses_bad_settings_with_code_2_and_no_traceback(service: st
     assert "--lease-ms" in done.stderr
 
 
-@pytest.mark.parametrize("address", ["host", ":1", "host:", "host:70000", "host:x"])
+@pytest.mark.parametrize(
+    "address", ["host", ":1", "host:", "host:70000", "host:x", "::1:80", "[::1:80", "a" * 64 + ".b:80", "a..b:80"]
+)
 def test_addresses_are_checked(address: str) -> None:
     with pytest.raises(SettingsError):
         split_address(address)

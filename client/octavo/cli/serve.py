@@ -57,7 +57,7 @@ def serve(
         from deploy.cluster import serve as serve_cluster
     chosen = ServeOptions(
         workers=workers,
-        listen=None if port is None else f"{host}:{port}",
+        listen=None if port is None else f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}",
         backend=backend,
         served_name=name,
         worker_flags={flag: value for flag, value in flags.items() if value is not None},
